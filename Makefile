@@ -1,0 +1,30 @@
+# Everything runs from one virtual environment that `make` keeps up to date with pyproject.toml.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint slow clean
+.DEFAULT_GOAL := test
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed  ## Simulate, fit, stream a day through real Kafka and Valkey, show alerts and a scorecard
+	$(BIN)/ripcurrent demo
+
+lint: $(VENV)/.installed  ## Style, types and the table of rooms
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint  ## Everything that is fast, on a real Kafka and a real Valkey
+	$(BIN)/pytest
+
+slow: $(VENV)/.installed  ## Training to target, soak
+	$(BIN)/pytest -m slow
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

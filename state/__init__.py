@@ -1,0 +1,1 @@
+"""What is remembered between batches: entity windows, the baseline of normal, calibration."""
