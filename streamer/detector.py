@@ -31,3 +31,29 @@ class ScoredBatch:
 
     def __len__(self) -> int:
         return len(self.records)
+
+
+@dataclass(frozen=True)
+class FieldFinding:
+    """One attribute that mattered: what was observed, what was expected with its probability, and -log p in nats."""
+
+    path: str
+    observed: str
+    expected: tuple[tuple[str, float], ...]
+    surprise: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why one event was alerted on, in the order of what mattered most.
+
+    fields: at most five; neighbours: the nearest normal events, each a compact redacted copy (path -> value), nearest
+    first; distance and usual_distance: to the nearest normal and that of a normal event; window: for a sequence, (event
+    time ms, coordinates, one-line summary, share of the score) of each of its events, oldest first.
+    """
+
+    fields: tuple[FieldFinding, ...]
+    neighbours: tuple[dict[str, Any], ...]
+    distance: float
+    usual_distance: float
+    window: tuple[tuple[int, str, str, float], ...] = ()
