@@ -78,6 +78,7 @@ class Shift:
         self.site: Site = person.site_on(today.index)
         remote = not person.travels and today.rng("remote", person.index).random() < 0.3
         self.address = person.home_ip if remote else self.site.egress
+        self.location = self.site.location
         self.host = person.host
         self.programs: dict[str, Running] = {}
         self.add = today.journal.add
@@ -245,11 +246,10 @@ class Shift:
         self.connect({"ip": STORAGE[1]}, 443, size + 2_000, self.size(5_000, 0.5))
 
     def call(self, service: str, operation: str, activity: int, resource: str, *, success: bool = True) -> None:
-        user = self.person.user
-        request = self.session()
         event = ocsf.api(
-            self.wait(6), user, service, operation, activity, self.address, resource, request=request, success=success
-        )
+            self.wait(6), self.person.user, service, operation, activity, self.address, resource,
+            request=self.session(), location=self.location, success=success,
+        )  # fmt: skip
         self.add(event)
 
     def cloud(self) -> None:

@@ -187,6 +187,7 @@ def _admin_from_new_place(scene: Scene) -> None:
     person, begins, ends = _somebody(scene, "it", hours=2.0)
     shift = Shift(today, person, rng, begins + int((ends - begins) * rng.uniform(0.2, 0.9)))
     shift.address = f"198.19.{rng.randint(1, 250)}.{rng.randint(1, 250)}"
+    shift.location = {"city": "Recife", "country": "BR"}
     victim = rng.choice(today.company.staff(today.index)).name
     shift.call("identity", "CreateAccessKey", 1, victim)
     shift.call("identity", "AttachPolicy", 3, victim)

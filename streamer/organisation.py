@@ -13,8 +13,9 @@ from typing import Any
 
 Event = dict[str, Any]
 
-EVENTS_PER_PERSON = 300
-"""Events that the company makes on an average working day for each person in it (measured; sizes the company)."""
+EVENTS_PER_PERSON = 270
+EVENTS_OF_MACHINES = 2_000
+"""What each person adds to a working day, and what the machines do without them (measured; they size the company)."""
 SMALLEST = 12
 """People in the smallest company: fewer leave no colleagues to be ordinary among."""
 
@@ -183,15 +184,17 @@ def _servers(copies: int) -> list[Host]:
 class Organisation:
     """A company that makes about `events_per_day` events on a working day; people join it as days go by.
 
-    people: all who ever work there, in the order of joining; servers; services; domains: the sites on the internet that
-    its people visit, most popular first, with their cumulative `popularity`; odd_tools: programs that somebody needs
-    once in a while.
+    people: all who ever work there, in the order of joining, `founders` of them from the beginning; servers; services;
+    domains: the sites on the internet that its people visit, most popular first, with their cumulative `popularity`;
+    odd_tools: programs that somebody needs once in a while.
     """
 
     def __init__(self, *, seed: int, events_per_day: int, days: int) -> None:
-        at_start = max(SMALLEST, round(events_per_day / EVENTS_PER_PERSON))
+        by_people = max(events_per_day - EVENTS_OF_MACHINES, 500)
+        at_start = max(SMALLEST, round(by_people / EVENTS_PER_PERSON))
         self.seed = seed
-        self.pace = events_per_day / (at_start * EVENTS_PER_PERSON)
+        self.founders = at_start
+        self.pace = by_people / (at_start * EVENTS_PER_PERSON)
         copies = max(1, at_start // 40)
         self.servers = _servers(copies)
         self.by_name = {host.name: host for host in self.servers}
@@ -360,7 +363,7 @@ def portal(
 
 def api(
     time: int, user: dict[str, Any], service: str, operation: str, activity: int, address: str, resource: str, *,
-    request: str = "", success: bool = True, run: str = "",
+    request: str, location: dict[str, str] | None = None, success: bool = True, run: str = "",
 ) -> Event:  # fmt: skip
     """6003. `activity`: 1 create, 2 read, 3 update, 4 delete."""
     event = _event(CLOUD, 6003, activity, time, run)
@@ -368,7 +371,7 @@ def api(
     event["actor"] = {"user": user}
     event["api"] = {"operation": operation, "service": {"name": service}, "request": {"uid": request}}
     event["cloud"] = REGION
-    event["src_endpoint"] = {"ip": address}
+    event["src_endpoint"] = {"ip": address, "location": location} if location else {"ip": address}
     event["resources"] = [{"name": resource, "type": service}]
     return event
 

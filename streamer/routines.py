@@ -121,7 +121,7 @@ def visitors(today: Today) -> None:
     webs = [host for host in company.servers if host.name.startswith("web")]
     later = min(0.5 + 0.006 * today.index, 0.75)
     busy = 0.55 if today.weekday >= 5 else 1.0
-    for _ in range(int(1500 * company.pace * busy * len(webs) / 2)):
+    for _ in range(int(30 * company.founders * company.pace * busy)):
         now = today.start + int(min(max(rng.gauss(14, 4.6), 0), 23.9) * HOUR) + rng.getrandbits(18)
         web = webs[2 * int(rng.random() * (len(webs) // 2)) + (rng.random() < later)]
         client = f"198.19.{rng.getrandbits(8)}.{rng.getrandbits(8)}"

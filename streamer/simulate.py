@@ -63,7 +63,8 @@ def simulate(
     start: int = MONDAY,
     incidents: Mapping[int, Sequence[str]] | None = None,
 ) -> Iterator[Day]:
-    """The days of a company that makes about `events_per_day` events on a working day (weekends about a third).
+    """The days of a company that makes about `events_per_day` events on a working day (a weekend day
+    a fifth of that; the smallest company makes 2,600).
 
     incidents: the kinds (see `KINDS`) on each day by its index, repeated for several of one kind; days that are not
     named are clean. Raises `ConfigurationError` for an unknown kind or day and for numbers that make no company.
