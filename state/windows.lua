@@ -1,0 +1,249 @@
+-- Entity windows, server side. One string key holds one entity; every function touches that one key (or the marker), so
+-- they work on a cluster. The rules are those of windows.py; what is decided here is decided there in the same words.
+--
+-- The value of an entity's key, little endian, without padding:
+--   header      version 1, epoch 6, next number 5, trimmed 5, kept 4, live 2, sources 2, aggregates 2
+--   sources     of each source: id 6, highest applied offset 6 and index 3, committed offset 6
+--   displaced   of each displaced entry, in order: the number that displaced it, 5
+--   heads       of each entry kept, in order, displaced first: number 5, time 6, place of the source 2, offset 6, index 3
+--   vectors     of each entry kept, in the same order: fp16 x d
+--   aggregates  what is counted beside the window: carried along, not looked into
+
+local VERSION = 1
+local HEADER, HEADER_SIZE = '<I1I6I5I5I4I2I2I2', 27
+local SOURCE, SOURCE_SIZE = '<I6I6I3I6', 21
+local HEAD, HEAD_SIZE = '<I5I6I2I6I3', 22
+local ENTRY, ENTRY_SIZE = '<I6I6I6I3I6', 27
+
+-- The parts of `block` (records of `size` bytes) that `order` names, in that order: consecutive ones in one piece.
+local function assemble(block, size, order)
+  local parts, from, count = {}, 1, #order
+  while from <= count do
+    local to, first = from, order[from]
+    while to < count and order[to + 1] == first + to + 1 - from do to = to + 1 end
+    parts[#parts + 1] = string.sub(block, (first - 1) * size + 1, (first + to - from) * size)
+    from = to + 1
+  end
+  return table.concat(parts)
+end
+
+-- Append entries to one entity. args: parameters; (source id, committed offset) pairs known beyond those of the
+-- entries; entries (source id, time, offset, index, committed offset of the source); their vectors.
+-- Returns the number of each entry (5 bytes each, 0: applied before and forgotten since) and the value of the key.
+local function push(keys, args)
+  local pack, unpack, sub = struct.pack, struct.unpack, string.sub -- libraries are there in a call, not at load
+  local key, entries = keys[1], args[3]
+  local epoch, width, stride, age, ttl, max_slack, refill = unpack('<I6I2I2I6I6I4I1', args[1])
+  local state = redis.call('GET', key) or ''
+  local next_number, trimmed, kept, live, sources, tail = 1, 0, 0, 0, 0, 0
+  if state ~= '' then
+    local version, of
+    version, of, next_number, trimmed, kept, live, sources, tail = unpack(HEADER, state)
+    if version ~= VERSION then
+      return redis.error_reply('LAYOUT the key ' .. key .. ' has layout ' .. version .. ', expected ' .. VERSION)
+    elseif of > epoch then
+      return { '', '' } -- begun anew by another consumer, as the marker will tell
+    elseif of < epoch then -- what an earlier epoch left has gaps nobody knows: it counts as empty
+      state, next_number, trimmed, kept, live, sources, tail = '', 1, 0, 0, 0, 0, 0
+    end
+  end
+
+  local ids, place, applied, applied_index, committed = {}, {}, {}, {}, {}
+  local at = HEADER_SIZE + 1
+  for s = 1, sources do
+    ids[s], applied[s], applied_index[s], committed[s], at = unpack(SOURCE, state, at)
+    place[ids[s]] = s
+  end
+  local changed = false
+  local function commit(id, offset)
+    local s = place[id]
+    if s and offset > committed[s] then committed[s] = offset end
+  end
+  for from = 1, #args[2], 12 do commit(unpack('<I6I6', args[2], from)) end
+  local count = #entries / ENTRY_SIZE
+  for i = 1, count do
+    local id, _, _, _, offset = unpack(ENTRY, entries, (i - 1) * ENTRY_SIZE + 1)
+    commit(id, offset)
+  end
+
+  -- An entry is referred to by its position: 1..kept as they stand in the key, kept + i for the i-th of this call.
+  local slack, order, displaced, fresh = kept - live, {}, {}, {}
+  local heads_at = at + slack * 5
+  local vectors_at = heads_at + kept * HEAD_SIZE
+  local function head(ref)
+    if ref > kept then return unpack(HEAD, fresh[ref - kept]) end
+    return unpack(HEAD, state, heads_at + (ref - 1) * HEAD_SIZE)
+  end
+
+  -- Forget displaced entries that no redelivery can ask for: those displaced by the oldest uncommitted entry or before.
+  if slack > 0 then
+    local floor, flying = next_number, false
+    for s = 1, sources do flying = flying or applied[s] >= committed[s] end
+    if flying then
+      for ref = 1, kept do
+        local number, _, s, offset = head(ref)
+        if number < floor and offset >= committed[s] then floor = number end
+      end
+    end
+    for ref = 1, slack do displaced[ref] = unpack('<I5', state, at + (ref - 1) * 5) end
+    if slack > max_slack then
+      local sorted = {}
+      for ref = 1, slack do sorted[ref] = displaced[ref] end
+      table.sort(sorted)
+      floor = math.max(floor, sorted[slack - max_slack])
+    end
+    for ref = 1, slack do
+      if displaced[ref] > floor then
+        order[#order + 1] = ref
+      else
+        trimmed = math.max(trimmed, displaced[ref])
+        changed = true
+      end
+    end
+  end
+  local first = #order + 1 -- where the window begins in `order`
+  for ref = slack + 1, kept do order[#order + 1] = ref end
+
+  local function before(ref, time, id, offset, index)
+    local _, t, s, o, n = head(ref)
+    if t ~= time then return t < time end
+    if ids[s] ~= id then return ids[s] < id end
+    if o ~= offset then return o < offset end
+    return n < index
+  end
+
+  local known -- number by coordinates, made when the first redelivery asks
+  local function number_of(s, offset, index)
+    if not known then
+      known = {}
+      for _, ref in ipairs(order) do
+        local number, _, at_s, at_offset, at_index = head(ref)
+        known[at_s .. ':' .. at_offset .. ':' .. at_index] = number
+      end
+    end
+    return known[s .. ':' .. offset .. ':' .. index]
+  end
+
+  local numbers, unused = {}, string.rep('\0', HEAD_SIZE)
+  for i = 1, count do
+    local id, time, offset, index = unpack(ENTRY, entries, (i - 1) * ENTRY_SIZE + 1)
+    local s = place[id]
+    local seen = s and (offset < applied[s] or (offset == applied[s] and index <= applied_index[s]))
+    local number = seen and number_of(s, offset, index) or nil
+    fresh[i] = unused
+    if not seen or (refill == 1 and not number) then
+      changed = true
+      number, next_number = next_number, next_number + 1
+      if not s then
+        sources = sources + 1
+        s = sources
+        local _, _, _, _, done = unpack(ENTRY, entries, (i - 1) * ENTRY_SIZE + 1)
+        ids[s], committed[s], place[id] = id, done, s
+      end
+      if not seen then applied[s], applied_index[s] = offset, index end
+      local ref = kept + i
+      fresh[i] = pack(HEAD, number, time, s, offset, index)
+      if known then known[s .. ':' .. offset .. ':' .. index] = number end
+      local newest = time
+      local low, high = 1, #order + 1
+      if high > 1 then
+        local _, t = head(order[high - 1])
+        newest = math.max(t, time)
+        if before(order[high - 1], time, id, offset, index) then low = high end
+      end
+      while low < high do
+        local middle = math.floor((low + high) / 2)
+        if before(order[middle], time, id, offset, index) then low = middle + 1 else high = middle end
+      end
+      table.insert(order, low, ref)
+      if low < first or (low == first and #order - first >= width) or time < newest - age then
+        displaced[ref] = number + 1
+        first = first + 1
+      end
+      while first <= #order do
+        local _, oldest = head(order[first])
+        if #order - first < width and oldest >= newest - age then break end
+        displaced[order[first]] = number
+        first = first + 1
+      end
+    end
+    numbers[i] = pack('<I5', number or 0)
+  end
+
+  if changed then
+    local live_now = #order - first + 1
+    local parts = { pack(HEADER, VERSION, epoch, next_number, trimmed, #order, live_now, sources, tail) }
+    for s = 1, sources do parts[#parts + 1] = pack(SOURCE, ids[s], applied[s], applied_index[s], committed[s]) end
+    for i = 1, first - 1 do parts[#parts + 1] = pack('<I5', displaced[order[i]]) end
+    local heads = sub(state, heads_at, vectors_at - 1) .. table.concat(fresh)
+    local vectors = sub(state, vectors_at, vectors_at + kept * stride - 1) .. args[4]
+    parts[#parts + 1] = assemble(heads, HEAD_SIZE, order)
+    parts[#parts + 1] = assemble(vectors, stride, order)
+    if tail > 0 then parts[#parts + 1] = sub(state, -tail) end
+    state = table.concat(parts)
+    redis.call('SET', key, state, 'PX', ttl)
+  end
+  return { table.concat(numbers), state }
+end
+
+-- The marker is a hash: epoch; horizon; of each source p|NAME progress, c|NAME committed, r|NAME while it is refilled.
+local function state_of(key)
+  local pending = 0
+  for _, field in ipairs(redis.call('HKEYS', key)) do
+    if string.sub(field, 1, 2) == 'r|' then pending = pending + 1 end
+  end
+  return { tonumber(redis.call('HGET', key, 'epoch') or 0), tonumber(redis.call('HGET', key, 'horizon') or 0), pending }
+end
+
+local function raise_to(key, field, value)
+  if value > tonumber(redis.call('HGET', key, field) or -1) then
+    redis.call('HSET', key, field, string.format('%.0f', value))
+  end
+end
+
+-- Check that the store remembers what it was told, and tell it more. args: epoch, then of each source: name,
+-- progress it must have, progress now, committed. Returns epoch, horizon, how many sources are being refilled, how many
+-- fell behind.
+local function mark(keys, args)
+  local key, behind = keys[1], 0
+  local state = state_of(key)
+  if state[1] ~= tonumber(args[1]) then return state end
+  for i = 2, #args, 4 do
+    if tonumber(redis.call('HGET', key, 'p|' .. args[i]) or 0) < tonumber(args[i + 1]) then behind = behind + 1 end
+  end
+  if behind == 0 then
+    for i = 2, #args, 4 do
+      raise_to(key, 'p|' .. args[i], tonumber(args[i + 2]))
+      raise_to(key, 'c|' .. args[i], tonumber(args[i + 3]))
+    end
+  end
+  state[4] = behind
+  return state
+end
+
+-- Begin to refill sources. args: the epoch that was lost, '1' if nothing of it can be used, names of sources. Of
+-- several consumers that notice at once the first begins a new epoch and the others join it. Returns as `mark`.
+local function begin(keys, args)
+  local key, lost = keys[1], tonumber(args[1])
+  local current = state_of(key)[1]
+  if args[2] == '1' and (current == 0 or current == lost) then
+    local now = redis.call('TIME')
+    local ms = now[1] * 1000 + math.floor(now[2] / 1000)
+    redis.call('DEL', key)
+    redis.call('HSET', key, 'epoch', string.format('%.0f', math.max(ms, lost + 1)))
+  end
+  for i = 3, #args do redis.call('HSET', key, 'r|' .. args[i], 1) end
+  return state_of(key)
+end
+
+-- End the refilling of sources. args: horizon, names of sources. Returns as `mark`.
+local function finish(keys, args)
+  for i = 2, #args do redis.call('HDEL', keys[1], 'r|' .. args[i]) end
+  raise_to(keys[1], 'horizon', tonumber(args[1]))
+  return state_of(keys[1])
+end
+
+redis.register_function('PREFIX_push', push)
+redis.register_function('PREFIX_mark', mark)
+redis.register_function('PREFIX_begin', begin)
+redis.register_function('PREFIX_finish', finish)

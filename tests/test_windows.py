@@ -1,0 +1,308 @@
+"""The contract of entity windows, run over both implementations: idempotent, ordered by event time, bounded, honest."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from state.errors import StateLostError
+from state.redis_windows import RedisWindows
+from state.windows import MemoryWindows, WindowEntries, Windows, WindowStore, source_id
+
+DIM, WIDTH, AGE = 4, 4, 1000
+SOURCES = (("events", 0), ("events", 1), ("other", 0))
+Make = Callable[..., WindowStore]
+Row = tuple[str, int, int, int]
+"""(entity, event time, source, offset)"""
+
+
+def entries(rows: Sequence[Row]) -> WindowEntries:
+    """Entries whose vectors tell them apart: the same coordinates and entity always have the same vector."""
+    m = len(rows)
+    vectors = np.array([[source + 1, offset, time, 1] for _, time, source, offset in rows], np.float16)
+    return WindowEntries(
+        entity=[row[0] for row in rows],
+        time=np.array([row[1] for row in rows], np.int64),
+        vectors=vectors.reshape(m, DIM),
+        sources=SOURCES,
+        source=np.array([row[2] for row in rows], np.int32),
+        offset=np.array([row[3] for row in rows], np.int64),
+        index=np.zeros(m, np.int32),
+    )
+
+
+def members(windows: Windows, row: int) -> list[tuple[int, tuple[str, int], int]]:
+    """(time, source, offset) of a window's members, oldest first; checks that vectors and unused slots agree."""
+    used = windows.mask[row]
+    assert not windows.vectors[row][~used].any()
+    assert not windows.times[row][~used].any()
+    assert (windows.source[row][~used] == -1).all()
+    found = []
+    for slot in np.flatnonzero(used):
+        source = windows.sources[windows.source[row, slot]]
+        time, offset = int(windows.times[row, slot]), int(windows.offset[row, slot])
+        expected = np.array([SOURCES.index(source) + 1, offset, time, 1], np.float16)
+        np.testing.assert_array_equal(windows.vectors[row, slot], expected)
+        found.append((time, source, offset))
+    return found
+
+
+def model(rows: Sequence[Row], width: int = WIDTH, age: int = AGE) -> list[list[tuple[int, tuple[str, int], int]]]:
+    """What DESIGN.md says, word by word: the window at each row, all rows new."""
+    seen: dict[str, list[tuple[int, int, int, tuple[str, int]]]] = {}
+    result = []
+    for entity, time, source, offset in rows:
+        numbered = seen.setdefault(entity, [])
+        numbered.append((time, source_id(SOURCES[source]), offset, SOURCES[source]))
+        ordered = sorted(numbered)
+        window = [entry for entry in ordered if entry[0] >= ordered[-1][0] - age][-width:]
+        result.append([(entry[0], entry[3], entry[2]) for entry in window])
+    return result
+
+
+@pytest.fixture(params=["memory", "redis"])
+def make(request: pytest.FixtureRequest) -> Iterator[Make]:
+    """Makes stores; in Redis, stores with the same `space` share their windows."""
+    opened: list[RedisWindows] = []
+
+    def build(space: str | None = None, *, check: bool = True, **options: int) -> WindowStore:
+        store: WindowStore
+        if request.param == "memory":
+            store = MemoryWindows(**{"dim": DIM, "width": WIDTH, "age_ms": AGE, **options})
+        else:
+            url = request.getfixturevalue("redis_url")
+            options = {"dim": DIM, "width": WIDTH, "age_ms": AGE, **options}
+            opened.append(RedisWindows(url, encoder="abc", tenant=space or uuid.uuid4().hex, **options))
+            store = opened[-1]
+        if check:
+            store.check_epoch({})
+        return store
+
+    yield build
+    for store in opened:
+        store.close()
+
+
+def assert_same(first: Windows, second: Windows) -> None:
+    assert [members(first, i) for i in range(len(first))] == [members(second, i) for i in range(len(second))]
+    np.testing.assert_array_equal(first.own, second.own)
+
+
+def test_each_entry_gets_the_window_that_ends_at_it(make: Make) -> None:
+    rows = [("user:a", 10 * i, 0, i) for i in range(7)] + [("host:b", 5, 0, 7)]
+    windows = make().append(entries(rows))
+    assert [members(windows, i) for i in range(8)] == model(rows)
+    assert windows.vectors.shape == (8, WIDTH, DIM)
+    assert windows.vectors.dtype == np.float16
+    assert windows.length.tolist() == [1, 2, 3, 4, 4, 4, 4, 1]
+    assert windows.own.tolist() == [WIDTH - 1] * 8
+    assert windows.complete.all()
+
+
+def test_how_the_stream_is_cut_into_batches_changes_no_window(make: Make) -> None:
+    rows = [(f"user:{i % 3}", 7 * i % 50, i % 2, i) for i in range(40)]
+    whole, store = make().append(entries(rows)), make()
+    for i, row in enumerate(rows):
+        windows = store.append(entries([row]))
+        assert members(windows, 0) == members(whole, i)
+        store.committed({SOURCES[row[2]]: row[3] + 1})
+
+
+def test_an_entry_out_of_order_is_placed_by_its_time(make: Make) -> None:
+    rows = [("user:a", time, 0, i) for i, time in enumerate([100, 300, 200])]
+    windows = make().append(entries(rows))
+    assert [time for time, _, _ in members(windows, 2)] == [100, 200, 300]
+    assert windows.own.tolist() == [WIDTH - 1, WIDTH - 1, WIDTH - 2]
+
+
+def test_an_entry_older_than_a_full_window_or_than_the_age_is_late(make: Make) -> None:
+    full = [("user:a", 100 + i, 0, i) for i in range(WIDTH)]
+    aged = [("user:b", 5000, 0, 5), ("user:b", 5000 - AGE - 1, 0, 6), ("user:b", 5000 - AGE, 0, 7)]
+    rows = [*full, ("user:a", 99, 0, 4), *aged]
+    store = make()
+    windows = store.append(entries(rows))
+    assert [members(windows, i) for i in range(len(rows))] == model(rows)
+    assert windows.own.tolist() == [3, 3, 3, 3, -1, 3, -1, 2]
+    assert_same(store.append(entries(rows)), windows)
+
+
+def test_a_jump_in_time_leaves_the_old_behind(make: Make) -> None:
+    rows = [("user:a", 0, 0, 0), ("user:a", 10, 0, 1), ("user:a", AGE + 5, 0, 2), ("user:a", 9 * AGE, 0, 3)]
+    windows = make().append(entries(rows))
+    assert windows.length.tolist() == [1, 2, 2, 1]
+
+
+def test_a_redelivered_event_gets_the_window_that_it_got_first(make: Make) -> None:
+    store = make()
+    rows = [("user:a", 10 * (i ^ 1), i % 3, i) for i in range(30)]
+    first = store.append(entries(rows[:20]))
+    store.committed(dict.fromkeys(SOURCES, 10))
+    second = store.append(entries(rows[20:]))
+    again = store.append(entries(rows[10:]))
+    for i in range(20):
+        assert members(again, i) == (members(first, 10 + i) if i < 10 else members(second, i - 10))
+    assert again.complete.all()
+    assert members(store.latest(["user:a"]), 0) == model(rows)[-1]
+
+
+def test_a_redelivery_that_can_no_longer_be_answered_says_so(make: Make) -> None:
+    store = make()
+    rows = [("user:a", i, 0, i) for i in range(12)]
+    store.append(entries(rows[:10]))
+    store.committed({SOURCES[0]: 10})
+    store.append(entries(rows[10:]))
+    again = store.append(entries(rows))
+    assert not again.complete[:9].any()
+    assert again.complete[10:].all()
+    assert members(store.latest(["user:a"]), 0) == model(rows)[-1]
+
+
+def test_what_is_kept_for_redelivery_is_bounded(make: Make) -> None:
+    store = make(max_slack=8)
+    rows = [("user:a", i, 0, i) for i in range(60)]
+    for row in rows:
+        store.append(entries([row]))
+    again = store.append(entries(rows))
+    assert not again.complete[:40].any()
+    assert again.complete[-8:].all()
+
+
+def test_members_of_one_message_are_told_apart(make: Make) -> None:
+    store = make()
+    rows = entries([("user:a", 5, 0, 3)] * 3)
+    rows.index[:] = [0, 1, 2]
+    windows = store.append(rows)
+    assert windows.length.tolist() == [1, 2, 3]
+    assert windows.index[2].tolist()[1:] == [0, 1, 2]
+    assert store.append(rows).length.tolist() == [1, 2, 3]
+
+
+def test_the_same_entity_twice_in_one_event_counts_once(make: Make) -> None:
+    windows = make().append(entries([("user:a", 5, 0, 3), ("user:a", 5, 0, 3)]))
+    assert windows.length.tolist() == [1, 1]
+
+
+def test_latest_of_an_unknown_entity_is_empty(make: Make) -> None:
+    store = make()
+    store.append(entries([("user:a", 5, 0, 3)]))
+    windows = store.latest(["user:nobody", "user:a"])
+    assert windows.length.tolist() == [0, 1]
+    assert windows.own.tolist() == [-1, WIDTH - 1]
+
+
+def test_an_empty_batch_is_no_special_case(make: Make) -> None:
+    store = make()
+    assert len(store.append(entries([]))) == 0
+    assert len(store.latest([])) == 0
+
+
+@pytest.mark.parametrize("name", ["user:{x}", "user:", "cmd:a b\n\0c", "user:Ä" * 300, "user:\ud800"])
+def test_any_string_names_an_entity(make: Make, name: str) -> None:
+    store = make()
+    rows = [(name, 5, 0, 3), (name + "x", 6, 0, 4)]
+    assert store.append(entries(rows)).length.tolist() == [1, 1]
+    assert store.latest([name]).length.tolist() == [1]
+
+
+def test_values_that_no_store_could_keep_are_refused(make: Make) -> None:
+    with pytest.raises(ValueError, match="time of window entries"):
+        make().append(entries([("user:a", -1, 0, 0)]))
+    bad = entries([("user:a", 1, 0, 0)])
+    with pytest.raises(ValueError, match="do not fit together"):
+        make().append(replace(bad, vectors=bad.vectors[:, :2]))
+
+
+def test_a_store_that_knows_less_than_kafka_has_committed_is_lost_and_can_be_filled_again(make: Make) -> None:
+    rows = [("user:a", 10 * i, 0, i) for i in range(9)]
+    store = make(check=False)
+    with pytest.raises(StateLostError) as lost:
+        store.check_epoch({SOURCES[0]: 8})
+    assert lost.value.wiped
+    assert lost.value.resume == {SOURCES[0]: None}
+    store.begin_rebuild(lost.value)
+    assert not store.append(entries(rows[2:8])).complete.any()
+    store.finish_rebuild([SOURCES[0]])
+    store.check_epoch({SOURCES[0]: 8})
+    windows = store.append(entries(rows[8:]))
+    assert members(windows, 0) == model(rows)[-1]
+    assert windows.complete.all()
+
+
+def test_after_a_rebuild_that_kafka_cut_short_windows_are_incomplete_until_full_or_old(make: Make) -> None:
+    store = make(check=False)
+    with pytest.raises(StateLostError) as lost:
+        store.check_epoch({SOURCES[0]: 100})
+    store.begin_rebuild(lost.value)
+    store.finish_rebuild([SOURCES[0]], horizon_ms=2000)
+    store.prepare({SOURCES[0]: 100})
+    times = [2500, 2501, 2502, 2503, 2999, 3000]
+    rows = [("user:a" if i < 4 else "user:b", time, 0, 100 + i) for i, time in enumerate(times)]
+    assert store.append(entries(rows)).complete.tolist() == [False, False, False, True, False, True]
+
+
+def test_progress_without_entities_is_not_mistaken_for_a_loss(make: Make) -> None:
+    store = make()
+    store.append(entries([("user:a", 1, 0, 0)]))
+    store.prepare({SOURCES[0]: 50, SOURCES[1]: 7})
+    store.check_epoch({SOURCES[0]: 50, SOURCES[1]: 7})
+
+
+@st.composite
+def deliveries(draw: st.DrawFn) -> tuple[list[list[Row]], list[tuple[int, int, int]]]:
+    """Events of three partitions, and steps (partition, batch size, events to go back first) that deliver them."""
+    partitions: list[list[Row]] = []
+    for source in range(3):
+        times = draw(st.lists(st.integers(0, 2 * AGE), min_size=0, max_size=14))
+        partitions.append([(f"user:{draw(st.integers(0, 1))}", t, source, 2 * i) for i, t in enumerate(times)])
+    step = st.tuples(st.integers(0, 2), st.integers(1, 6), st.sampled_from([0, 0, 1, 3, 9]))
+    return partitions, draw(st.lists(step, max_size=14))
+
+
+@settings(max_examples=120, deadline=None)
+@given(deliveries())
+@pytest.mark.parametrize("kind", ["memory", "redis"])
+def test_any_interleaving_and_redelivery_gives_the_same_windows(
+    kind: str, request: pytest.FixtureRequest, plan: tuple[list[list[Row]], list[tuple[int, int, int]]]
+) -> None:
+    """Each partition is read in order by a consumer of its own, some batches again from the last commit on."""
+    partitions, steps = plan
+    consumers: list[WindowStore]
+    if kind == "memory":
+        consumers = [MemoryWindows(dim=DIM, width=WIDTH, age_ms=AGE)] * 3
+    else:
+        url, space = request.getfixturevalue("redis_url"), uuid.uuid4().hex
+        consumers = [RedisWindows(url, encoder="abc", tenant=space, dim=DIM, width=WIDTH, age_ms=AGE) for _ in range(3)]
+    for consumer in consumers:
+        consumer.check_epoch({})
+    first: dict[Row, list[tuple[int, tuple[str, int], int]]] = {}
+    order: list[Row] = []
+    at, committed = [0, 0, 0], [0, 0, 0]
+    for source, size, back in [*steps, *((source, 99, 0) for source in range(3))]:
+        begin = max(at[source] - back, committed[source])
+        rows = partitions[source][begin : begin + size]
+        windows = consumers[source].append(entries(rows))
+        assert windows.complete.all()
+        for i, row in enumerate(rows):
+            if row not in first:
+                order.append(row)
+                first[row] = members(windows, i)
+            assert members(windows, i) == first[row]
+        at[source] = max(at[source], begin + len(rows))
+        if back % 2 == 0 and begin + len(rows) == at[source] > 0:
+            committed[source] = at[source]
+            consumers[source].committed({SOURCES[source]: 2 * at[source]})
+    assert [first[row] for row in order] == model(order)
+    straight = [row for partition in partitions for row in partition]
+    for name in {row[0] for row in straight}:
+        last = [window for row, window in zip(straight, model(straight), strict=True) if row[0] == name][-1]
+        for consumer in consumers:
+            assert members(consumer.latest([name]), 0) == last
+    if kind == "redis":
+        for consumer in consumers:
+            consumer.close()  # type: ignore[attr-defined]
