@@ -2,8 +2,8 @@
 and errors that say what to do.
 
 Promises that an action given to `retried` returns or raises a `StateError`, and when: no answer is waited for longer
-than `timeout_s`, and no action is repeated more than `retries` times. Does not promise that a failed action left nothing
-behind: actions must bear being repeated.
+than `timeout_s`, and no action is repeated more than `retries` times. Does not promise that a failed action left
+nothing behind: actions must bear being repeated.
 """
 
 from __future__ import annotations
