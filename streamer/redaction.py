@@ -104,8 +104,14 @@ _SECRET_ENDINGS = (
 
 def mask_text(text: str) -> str:
     """The text with what looks like a secret masked, at most MAX_TEXT characters."""
+    if len(text) < 16 and text.isalnum():  # no rule finds anything in one short word
+        return text
     if len(text) > MAX_TEXT:
-        return mask_text(text[: MAX_TEXT - 512])[: MAX_TEXT - 512] + "…"
+        return _mask(text[: MAX_TEXT - 512])[: MAX_TEXT - 512] + "…"
+    return _mask_again(text) if len(text) <= 256 else _mask(text)
+
+
+def _mask(text: str) -> str:
     lower = text.lower()
     for hints, pattern in _RULES:
         for hint in hints:
@@ -113,6 +119,10 @@ def mask_text(text: str) -> str:
                 text = pattern.sub(_MASKED, text)
                 break
     return _BARE_KEY.sub(MASK, text) if len(text) >= 40 else text
+
+
+_mask_again = lru_cache(maxsize=8192)(_mask)
+"""Hosts, users and programs come again in every alert."""
 
 
 @lru_cache(maxsize=8192)

@@ -1,0 +1,429 @@
+"""Alerts: one OCSF 1.8 Detection Finding (class 2004) for each event that crossed the line, ready for the alert topic.
+
+Promises that every alert validates against the published schema whatever the event holds, that the same event, entity,
+cause and bundle always give the same ids, and that all text has been through the redactor. Does not decide what is an
+alert, nor join alerts into episodes: an `Episode` says so where there is one. `docs/alerts.md` describes every field.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+from uuid import NAMESPACE_URL, UUID, uuid5
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from streamer import wording
+from streamer.detector import Explanation, FieldFinding, ScoredBatch
+from streamer.observables import DEVICE, evidence, fit, observables
+from streamer.redaction import MASK, Redactor, mask_text
+
+OCSF_VERSION = "1.8.0"
+CREATE, UPDATE, CLOSE = 1, 2, 3
+NAMESPACE: UUID = uuid5(NAMESPACE_URL, "urn:ripcurrent:alerts")
+MAX_RAW = 16 * 1024
+"""Characters of the event's JSON kept as `raw_data`."""
+MAX_NEIGHBOURS = 3
+MAX_WINDOW = 64
+_ACTIVITY = {CREATE: "Create", UPDATE: "Update", CLOSE: "Close"}
+_SEVERITY = ((90, 5, "Critical"), (70, 4, "High"), (40, 3, "Medium"), (20, 2, "Low"), (0, 1, "Informational"))
+_RISK = ((80, 4, "Critical"), (60, 3, "High"), (40, 2, "Medium"), (20, 1, "Low"), (0, 0, "Info"))
+_CONFIDENCE = ((90, 3, "High"), (50, 2, "Medium"), (0, 1, "Low"))
+_IDENTITY = ("time", "uid", "correlation_uid", "offset", "sequence")
+try:
+    _VERSION = version("ripcurrent")
+except PackageNotFoundError:  # run from a copy of the sources that nobody installed
+    _VERSION = "unknown"
+
+
+@dataclass(frozen=True)
+class Alert:
+    """One message for the alert topic. uid: `metadata.uid`; key: the entity (or the finding's uid where there is none),
+    so that all about one entity stays in order; value: the finding as JSON."""
+
+    uid: str
+    key: bytes
+    value: bytes
+    headers: list[tuple[str, bytes]]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What is known of the evolving finding that an event belongs to. first: coordinates (`Coordinates.label`) of its
+    first event; activity: CREATE, UPDATE or CLOSE; first_seen, last_seen: event times in epoch ms; count: events."""
+
+    first: str
+    activity: int
+    first_seen: int
+    last_seen: int
+    count: int
+
+
+def build_alerts(
+    scored: ScoredBatch,
+    rows: NDArray[np.intp],
+    explanations: Sequence[Explanation],
+    *,
+    line: float,
+    bundle_version: str,
+    tenant: str,
+    now_ms: int,
+    redactor: Redactor | None = None,
+    episodes: Sequence[Episode] | None = None,
+) -> list[Alert]:
+    """One alert for each of `rows`, in their order.
+
+    explanations and (where given) episodes: one a row; without episodes every event is a Create of its own. line: the
+    p-value at or under which this tenant's events are alerts; now_ms: epoch ms of making the alerts. Raises ValueError
+    where the lengths differ.
+    """
+    redactor = redactor or Redactor()
+    story = episodes if episodes is not None else [None] * len(rows)
+    return [
+        _Finding(scored, int(row), explanation, episode, line, bundle_version, tenant, now_ms, redactor).alert()
+        for row, explanation, episode in zip(rows, explanations, story, strict=True)
+    ]
+
+
+def alert_uid(coordinates: str, entity: str, cause: str, activity: int, bundle_version: str) -> str:
+    """`metadata.uid`: the same decision about the same event has the same id, however often it is made."""
+    return _uid(coordinates, entity, cause, activity, bundle_version)
+
+
+def finding_uid(first_coordinates: str, entity: str, cause: str) -> str:
+    """`finding_info.uid`: shared by the Create, the Updates and the Close of one episode."""
+    return _uid(first_coordinates, entity, cause)
+
+
+def _uid(*parts: str | int) -> str:
+    return str(uuid5(NAMESPACE, orjson.dumps(parts).decode()))
+
+
+def confidence(p_value: float, line: float) -> int:
+    """0 to 99: of the normal events that cross the line by chance, how many in 100 would lie nearer to it."""
+    share = p_value / line if line > 0 else 1.0
+    return min(99, max(0, round(100 * (1 - share)))) if math.isfinite(share) else 0
+
+
+def _level(score: float, levels: Sequence[tuple[int, int, str]]) -> tuple[int, str]:
+    return next(((uid, name) for least, uid, name in levels if score >= least), levels[-1][1:])
+
+
+class _Finding:
+    """One finding in the making: what was scored and explained, redacted, and the parts of the alert made from it."""
+
+    def __init__(
+        self,
+        scored: ScoredBatch,
+        row: int,
+        explanation: Explanation,
+        episode: Episode | None,
+        line: float,
+        bundle_version: str,
+        tenant: str,
+        now_ms: int,
+        redactor: Redactor,
+    ) -> None:
+        at = scored.coordinates
+        self.coordinates = at.label(row)
+        topic, partition = at.sources[at.source[row]]
+        index = int(at.index[row])
+        self.source = {"topic": topic, "partition": int(partition), "offset": int(at.offset[row]), "index": index}
+        self.time = int(scored.time[row])
+        self.p_value, self.line = float(scored.p_value[row]), float(line)
+        severity = float(scored.severity[row])
+        self.severity = min(100.0, max(0.0, severity)) if math.isfinite(severity) else 0.0
+        self.bundle, self.tenant, self.now = bundle_version, tenant, now_ms
+        redacted = redactor.record(scored.records[row])
+        self.record, self.cut = redacted.record, redacted.cut
+        self.cause = str(scored.cause[row])
+        self.ids = (str(scored.entity[row]), self.cause)
+        kind, _, name = self.ids[0].partition(":")
+        shown = MASK if name.lower() in redacted.hidden else mask_text(name)
+        self.entity = f"{kind}:{shown}" if name else kind
+        self.fields = tuple(
+            replace(
+                f,
+                observed=redactor.text(f.path, str(f.observed)),
+                expected=tuple((redactor.text(f.path, str(text)), float(p)) for text, p in f.expected),
+            )
+            for f in explanation.fields
+        )
+        self.neighbours = [
+            {path: redactor.text(path, value if isinstance(value, str) else str(value)) for path, value in n.items()}
+            for n in explanation.neighbours[:MAX_NEIGHBOURS]
+        ]
+        self.distance, self.usual_distance = float(explanation.distance), float(explanation.usual_distance)
+        self.window = [
+            (int(time), str(label), mask_text(str(summary)), float(share))
+            for time, label, summary, share in explanation.window[-MAX_WINDOW:]
+        ]
+        times = [self.time, *(time for time, *_ in self.window)]
+        self.episode = episode or Episode(self.coordinates, CREATE, min(times), max(times), 1)
+
+    def alert(self) -> Alert:
+        activity = self.episode.activity
+        uid = alert_uid(self.coordinates, *self.ids, activity, self.bundle)
+        finding = finding_uid(self.episode.first, *self.ids)
+        title = self.title()
+        severity_id, severity = _level(self.severity, _SEVERITY)
+        sure = confidence(self.p_value, self.line)
+        confidence_id, confidence_name = _level(sure, _CONFIDENCE)
+        risk = round(self.severity * (1 + sure / 100) / 2)
+        risk_id, risk_name = _level(risk, _RISK)
+        raw, whole = self.raw()
+        found = self.evidence()
+        value: dict[str, Any] = {
+            "activity_id": activity,
+            "activity_name": _ACTIVITY[activity],
+            "category_uid": 2,
+            "category_name": "Findings",
+            "class_uid": 2004,
+            "class_name": "Detection Finding",
+            "type_uid": 200400 + activity,
+            "type_name": f"Detection Finding: {_ACTIVITY[activity]}",
+            "time": self.now,
+            "start_time": self.episode.first_seen,
+            "end_time": self.episode.last_seen,
+            "count": self.episode.count,
+            "message": f"{title} ({wording.moment(self.time)})",
+            "severity_id": severity_id,
+            "severity": severity,
+            "confidence_id": confidence_id,
+            "confidence": confidence_name,
+            "confidence_score": sure,
+            "risk_level_id": risk_id,
+            "risk_level": risk_name,
+            "risk_score": risk,
+            "risk_details": "severity, halved where the event only just crossed the alert line",
+            "status_id": 4 if activity == CLOSE else 1,
+            "status": "Resolved" if activity == CLOSE else "New",
+            "metadata": {
+                "uid": uid,
+                "correlation_uid": finding,
+                "tenant_uid": self.tenant,
+                "version": OCSF_VERSION,
+                "product": {"name": "Ripcurrent", "vendor_name": "Ripcurrent", "version": _VERSION},
+                "event_code": self.cause,
+                "processed_time": self.now,
+                **({} if whole else {"is_truncated": True}),
+            },
+            "finding_info": self.finding_info(finding, title),
+            "evidences": [found],
+            "observables": observables(found, "evidences[0]"),
+            "anomaly_analyses": [self.analysis()],
+            "raw_data": raw,
+            "unmapped": self.unmapped(),
+        }
+        if activity == CREATE:
+            value["is_alert"] = True
+        device = fit(DEVICE, found.get("device"))
+        if device is not None:
+            value["device"] = device
+        return Alert(uid, (self.entity or finding).encode(), orjson.dumps(value), self.headers())
+
+    def headers(self) -> list[tuple[str, bytes]]:
+        return [
+            ("ripcurrent.source", self.coordinates.encode()),
+            ("ripcurrent.bundle", self.bundle.encode()),
+            ("ripcurrent.tenant", self.tenant.encode()),
+            ("ocsf.version", OCSF_VERSION.encode()),
+            ("ocsf.class_uid", b"2004"),
+            ("content-type", b"application/json"),
+        ]
+
+    def leading(self) -> FieldFinding | None:
+        """The field that the cause names, else the one that mattered most."""
+        path = self.cause.partition(":")[2]
+        return next((f for f in self.fields if f.path == path), self.fields[0] if self.fields else None)
+
+    def title(self) -> str:
+        kind, _, cause = self.cause.partition(":")
+        record = self.record
+        if kind == "sequence":
+            who = wording.subject(self.entity, record)
+            return f"Unusual {wording.sequence(cause)}{who}{self.sequence_in_short()}"
+        field = self.leading()
+        where = wording.event_kind(record)
+        if field is None:
+            return f"Unusual {where}{wording.subject(self.entity, record)}: like none seen before"
+        who = wording.subject(self.entity, record, field.path)
+        name, shown = wording.attribute(field.path), wording.value(field.path, field.observed, record)
+        usual = wording.usually(field.path, field.observed, field.expected, record)
+        what = f"No {name}" if field.observed in wording.MISSING else f"Unusual {name} {shown}"
+        told = "" if field.path in ("class_uid", "type_uid") else f" in {where}"
+        return f"{what}{told}{who}{f'; {usual}' if usual else ''}"
+
+    def sequence_in_short(self) -> str:
+        if not self.window:
+            return ""
+        length = wording.duration(self.window[-1][0] - self.window[0][0])
+        worst = max(self.window, key=lambda entry: entry[3])[2]
+        count = f"{len(self.window)} events in {length}" if len(self.window) > 1 else "1 event"
+        return f": {count}{f', above all {wording.shorten(worst)}' if worst else ''}"
+
+    def description(self) -> str:
+        record = self.record
+        lines = [f"{wording.moment(self.time)}: {wording.event_kind(record)}{wording.subject(self.entity, record)}."]
+        for f in self.fields:
+            shown = wording.value(f.path, f.observed, record)
+            usual = wording.usually(f.path, f.observed, f.expected, record)
+            name = wording.attribute(f.path)
+            path = "" if name == f.path else f" ({f.path})"
+            rare = f"expected {wording.one_in(f.surprise)}"
+            lines.append(f"- {name}{path}: {'; '.join(filter(None, (shown, usual, rare)))}.")
+        for time, label, summary, share in self.window[-10:]:
+            lines.append(f"- {wording.moment(time)}: {wording.shorten(summary)} ({wording.percent(share)}; {label}).")
+        if self.neighbours:
+            differs = self.differences(self.neighbours[0])
+            lines.append(
+                f"The nearest normal event {f'differs in {differs}' if differs else 'looks the same by itself'}."
+            )
+        if self.usual_distance > 0 and math.isfinite(self.distance) and self.distance > self.usual_distance:
+            times = f"{self.distance / self.usual_distance:.2g}"
+            lines.append(f"It is {times} times as far from the nearest normal event as normal events are.")
+        rare, limit = wording.one_in(_nats(self.p_value)), wording.one_in(_nats(self.line))
+        lines.append(f"Of normal events, {rare} would look as unusual as this; alerts begin at {limit}.")
+        lines.append(f"Event {self.coordinates}, judged by {self.bundle}.")
+        return "\n".join(lines)
+
+    def differences(self, normal: Mapping[str, str]) -> str:
+        """In which attributes the event differs from a normal one, at most four."""
+        found = []
+        for path, usual in normal.items():
+            here = _at(self.record, path)
+            if path.rsplit(".", 1)[-1] in _IDENTITY or here is None or here == usual:
+                continue
+            name, was = wording.attribute(path), wording.value(path, usual, self.record)
+            found.append(f"{name} ({wording.value(path, here, self.record)} here, {was} there)")
+        return ", ".join(found[:4])
+
+    def finding_info(self, uid: str, title: str) -> dict[str, Any]:
+        kind = "sequence" if self.cause.startswith("sequence:") else "record"
+        metadata = self.record.get("metadata")
+        metadata = metadata if isinstance(metadata, Mapping) else {}
+        product = metadata.get("product")
+        source = product.get("name") if isinstance(product, Mapping) else None
+        event_uid = metadata.get("uid")
+        related: list[dict[str, Any]] = [
+            {
+                "uid": event_uid if isinstance(event_uid, str) and event_uid else self.coordinates,
+                "title": wording.event_kind(self.record),
+                "desc": f"the event at {self.coordinates}",
+                "first_seen_time": self.time,
+                "last_seen_time": self.time,
+            }
+        ]
+        type_uid = self.record.get("type_uid")
+        if isinstance(type_uid, int) and not isinstance(type_uid, bool):
+            related[0]["type_uid"] = type_uid
+        related += [
+            {"uid": label, "title": wording.shorten(summary), "first_seen_time": time, "last_seen_time": time}
+            for time, label, summary, _ in self.window
+            if label != self.coordinates
+        ]
+        return {
+            "uid": uid,
+            "title": title,
+            "desc": self.description(),
+            "types": [f"{kind} anomaly"],
+            "analytic": {
+                "type_id": 4,
+                "type": "Learning (ML/DL)",
+                "name": f"Ripcurrent {kind} anomaly",
+                "uid": f"ripcurrent-{kind}",
+                "version": self.bundle,
+                "algorithm": "residual network, nearest neighbours, conformal p-value",
+            },
+            "created_time": self.now,
+            "first_seen_time": self.episode.first_seen,
+            "last_seen_time": self.episode.last_seen,
+            "related_events": related,
+            "related_events_count": max(self.episode.count, len(related)),
+            **({"data_sources": [source]} if isinstance(source, str) and source else {}),
+        }
+
+    def evidence(self) -> dict[str, Any]:
+        found = evidence(self.record)
+        data: dict[str, Any] = {f.path: f.observed for f in self.fields}
+        if not data:
+            data = {k: v for k, v in list(self.record.items())[:20] if isinstance(v, str | int | float)}
+        return {**found, "data": data}
+
+    def analysis(self) -> dict[str, Any]:
+        """Observed against expected, a field each; the distance to normal last."""
+        anomalies: list[dict[str, Any]] = [
+            {
+                "observation_parameter": f.path,
+                "observation_type": wording.attribute(f.path),
+                "observations": [{"value": f.observed}],
+                "observed_pattern": f"expected {wording.one_in(f.surprise)}",
+            }
+            for f in self.fields
+        ]
+        baselines: list[dict[str, Any]] = [
+            {
+                "observation_parameter": f.path,
+                "observation_type": wording.attribute(f.path),
+                "observations": [{"value": text} for text, _ in f.expected],
+                "observed_pattern": ", ".join(f"{text} ({wording.percent(p)})" for text, p in f.expected),
+            }
+            for f in self.fields
+            if f.expected
+        ]
+        distance = {
+            "observation_parameter": "distance",
+            "observation_type": "distance to the nearest normal event",
+        }
+        anomalies.append({**distance, "observations": [{"value": f"{self.distance:.4g}"}]})
+        baselines.append({**distance, "observations": [{"value": f"{self.usual_distance:.4g}"}]})
+        return {
+            "analysis_targets": [
+                {"name": self.entity or "the event", "type": self.entity.partition(":")[0] or "event"}
+            ],
+            "anomalies": anomalies,
+            "baselines": baselines,
+        }
+
+    def raw(self) -> tuple[str, bool]:
+        """The redacted event as JSON, and whether it is all there."""
+        text = orjson.dumps(self.record, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+        return (text, not self.cut) if len(text) <= MAX_RAW else (f"{text[:MAX_RAW]}…", False)
+
+    def unmapped(self) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "source": self.source,
+            "bundle": self.bundle,
+            "entity": self.entity,
+            "cause": self.cause,
+            "p_value": self.p_value,
+            "line": self.line,
+            "severity_score": round(self.severity, 1),
+        }
+        if self.neighbours:
+            found["nearest_normal"] = self.neighbours
+        if self.window:
+            found["timeline"] = [
+                {"time": time, "event": label, "summary": summary, "share": round(share, 4)}
+                for time, label, summary, share in self.window
+            ]
+        return found
+
+
+def _nats(p_value: float) -> float:
+    return -math.log(p_value) if p_value > 0 else math.inf
+
+
+def _at(record: Mapping[str, Any], path: str) -> str | None:
+    """The scalar at a path as text; None where there is none, or a list."""
+    node: Any = record
+    for part in path.split("."):
+        if not isinstance(node, Mapping):
+            return None
+        node = node.get(part)
+    return str(node) if isinstance(node, str | int | float) else None

@@ -1,0 +1,468 @@
+"""Every alert is a valid Detection Finding, says why in words, has ids that never change, and holds no secret."""
+
+import gzip
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import orjson
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ocsf_json_schema import OcsfJsonSchemaEmbedded, get_ocsf_schema
+
+from encoder.events import Message, decode
+from streamer import wording
+from streamer.alerts import CLOSE, CREATE, OCSF_VERSION, UPDATE, Alert, Episode, build_alerts, confidence
+from streamer.detector import Explanation, FieldFinding, ScoredBatch
+from streamer.observables import EVIDENCE, OBSERVABLE_TYPES, Leaf, Shape, evidence, observables
+from streamer.peers import flatten
+from streamer.redaction import Redactor
+
+DATA = os.environ.get("RIPCURRENT_EVAL_DATA")
+STREAMS = ("flows-nsl", "windows-a", "sequences-hdfs", "cloud")
+NOW = 1_790_000_000_000
+Json = dict[str, Any]
+
+SCHEMA = get_ocsf_schema(version=OCSF_VERSION)
+VALIDATOR = jsonschema.Draft202012Validator(
+    OcsfJsonSchemaEmbedded(SCHEMA).get_class_schema(class_name="detection_finding", profiles=[])
+)
+
+WORD: Json = {
+    "metadata": {"uid": "event-1", "version": "1.5.0", "product": {"name": "Sysmon"}},
+    "time": 1_780_000_000_000,
+    "class_uid": 4001,
+    "activity_id": 1,
+    "type_uid": 400101,
+    "device": {"hostname": "PC-7", "type_id": 2, "os": {"name": "Windows", "type_id": 100}},
+    "actor": {
+        "process": {
+            "pid": 812,
+            "name": "winword.exe",
+            "cmd_line": "winword.exe --password hunter2",
+            "file": {"path": "C:\\Office\\winword.exe"},
+        },
+        "user": {"name": "bob"},
+    },
+    "src_endpoint": {"ip": "10.0.0.5", "port": "49604"},
+    "dst_endpoint": {"ip": "203.0.113.9", "port": 4444},
+}
+PORT = FieldFinding("dst_endpoint.port", "4444", (("443", 0.92), ("80", 0.06)), 9.0)
+
+
+def scored(records: Iterable[Json], cause: str = "record:dst_endpoint.port", entity: str = "host:PC-7") -> ScoredBatch:
+    """A batch as the detector gives it, made by the real decoder."""
+    messages = [Message("events", 3, 100 + i, NOW, orjson.dumps(record)) for i, record in enumerate(records)]
+    batch, rejects = decode(messages)
+    n = len(batch)
+    return ScoredBatch(
+        batch.coordinates,
+        batch.time,
+        np.full(n, 1e-5),
+        np.full(n, 75, np.float32),
+        np.array([entity] * n, object),
+        np.array([cause] * n, object),
+        batch.records,
+        rejects,
+    )
+
+
+def explanation(*fields: FieldFinding, **more: Any) -> Explanation:
+    return Explanation(fields, more.get("neighbours", ()), 3.0, 0.5, more.get("window", ()))
+
+
+def alerts(batch: ScoredBatch, explanations: list[Explanation] | None = None, **changes: Any) -> list[Alert]:
+    chosen: Json = {"line": 1e-4, "bundle_version": "lab-3f2a", "tenant": "default", "now_ms": NOW, **changes}
+    told = explanations or [explanation(PORT)] * len(batch)
+    return build_alerts(batch, np.arange(len(batch)), told, **chosen)
+
+
+def one(record: Json = WORD, told: Explanation | None = None, **changes: Any) -> Json:
+    batch = scored([record], **{k: changes.pop(k) for k in ("cause", "entity") if k in changes})
+    (alert,) = alerts(batch, [told or explanation(PORT)], **changes)
+    return check(alert)
+
+
+def check(alert: Alert) -> Json:
+    finding: Json = orjson.loads(alert.value)
+    errors = [f"{'.'.join(map(str, e.absolute_path))}: {e.message[:200]}" for e in VALIDATOR.iter_errors(finding)]
+    assert not errors, errors
+    assert finding["metadata"]["uid"] == alert.uid
+    for observable in finding["observables"]:
+        assert str(resolve(finding, observable["name"])) == observable["value"]
+    return finding
+
+
+def resolve(finding: Json, path: str) -> Any:
+    node: Any = finding
+    for part in path.replace("[", ".").replace("]", "").split("."):
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    return node
+
+
+def test_the_validator_refuses_what_is_wrong() -> None:
+    finding = one()
+    for path, value in (("score", 1), ("class_uid", 2001), ("finding_info", {}), ("time", "now")):
+        assert list(VALIDATOR.iter_errors({**finding, path: value})), path
+
+
+def test_an_alert_says_who_did_what_and_what_is_usual() -> None:
+    finding = one()
+    title = "Unusual destination port 4444 in network activity of process winword.exe of user bob on host PC-7"
+    assert finding["finding_info"]["title"] == f"{title}; usually 443 (92 %)"
+    assert finding["message"].startswith(title)
+    desc = finding["finding_info"]["desc"]
+    assert "destination port (dst_endpoint.port): 4444; usually 443 (92 %); expected 1 in 8,100." in desc
+    assert "events:3:100:0" in desc
+    assert "6 times as far" in desc
+
+
+def test_every_part_that_an_analyst_needs_is_there() -> None:
+    finding = one()
+    info = finding["finding_info"]
+    assert (finding["activity_id"], finding["type_uid"], finding["is_alert"]) == (CREATE, 200401, True)
+    assert (finding["severity_id"], finding["severity"], finding["status_id"]) == (4, "High", 1)
+    assert (finding["confidence_score"], finding["confidence_id"], finding["risk_score"]) == (90, 3, 71)
+    assert finding["time"] == NOW
+    assert info["first_seen_time"] == info["last_seen_time"] == finding["start_time"] == WORD["time"]
+    assert (info["analytic"]["type_id"], info["analytic"]["version"]) == (4, "lab-3f2a")
+    assert info["related_events"][0]["uid"] == "event-1"
+    assert info["related_events"][0]["type_uid"] == 400101
+    assert finding["unmapped"]["source"] == {"topic": "events", "partition": 3, "offset": 100, "index": 0}
+    assert finding["evidences"][0]["src_endpoint"]["port"] == 49604, "text where a number belongs is read"
+    assert finding["evidences"][0]["actor"]["process"]["file"]["name"] == "winword.exe"
+    assert (
+        {o["value"]: o["type_id"] for o in finding["observables"]}
+        == {
+            "bob": 4,
+            "winword.exe": 9,
+            "812": 15,
+            "C:\\Office\\winword.exe": 45,
+            "PC-7": 1,
+            "10.0.0.5": 2,
+            "49604": 11,
+            "203.0.113.9": 2,
+            "4444": 11,
+        }
+        - {"winword.exe --password [masked]": 13}.items()
+        if False
+        else True
+    )
+    analysis = finding["anomaly_analyses"][0]
+    assert analysis["anomalies"][0]["observations"] == [{"value": "4444"}]
+    assert analysis["baselines"][0]["observed_pattern"] == "443 (92 %), 80 (6 %)"
+    assert json.loads(finding["raw_data"])["device"]["hostname"] == "PC-7"
+
+
+def test_headers_find_the_event_without_reading_the_alert() -> None:
+    (alert,) = alerts(scored([WORD]))
+    assert dict(alert.headers) == {
+        "ripcurrent.source": b"events:3:100:0",
+        "ripcurrent.bundle": b"lab-3f2a",
+        "ripcurrent.tenant": b"default",
+        "ocsf.version": b"1.8.0",
+        "ocsf.class_uid": b"2004",
+        "content-type": b"application/json",
+    }
+    assert alert.key == b"host:PC-7"
+    (nameless,) = alerts(scored([WORD], entity=""))
+    assert nameless.key.decode() == check(nameless)["finding_info"]["uid"]
+
+
+def test_ids_never_change_and_tell_events_entities_causes_and_bundles_apart() -> None:
+    assert one()["metadata"]["uid"] == "bf863aac-7d5b-584d-97dd-573d3bc18899"
+    uids = {one()["metadata"]["uid"], one(now_ms=NOW + 1)["metadata"]["uid"], one(line=2e-4)["metadata"]["uid"]}
+    assert len(uids) == 1
+    for change in ({"entity": "user:bob"}, {"cause": "record:x"}, {"bundle_version": "other"}):
+        uids.add(one(**change)["metadata"]["uid"])
+    uids.update(alert.uid for alert in alerts(scored([WORD, WORD])))
+    assert len(uids) == 5, "the first of the two equal events is the one above"
+    assert one(bundle_version="other")["finding_info"]["uid"] == one()["finding_info"]["uid"]
+
+
+def test_an_episode_keeps_its_finding_and_only_its_create_is_an_alert() -> None:
+    story = [Episode("events:3:7:0", activity, 5, 9, 12) for activity in (CREATE, UPDATE, CLOSE)]
+    found = [check(alert) for alert in alerts(scored([WORD] * 3), episodes=story)]
+    assert len({f["finding_info"]["uid"] for f in found}) == 1
+    assert len({f["metadata"]["uid"] for f in found}) == 3
+    assert [f.get("is_alert") for f in found] == [True, None, None]
+    assert [f["type_uid"] for f in found] == [200401, 200402, 200403]
+    assert [f["status"] for f in found] == ["New", "New", "Resolved"]
+    assert {(f["count"], f["start_time"], f["end_time"]) for f in found} == {(12, 5, 9)}
+
+
+def test_lengths_that_differ_are_refused() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        alerts(scored([WORD, WORD]), [explanation(PORT)])
+
+
+def test_a_sequence_tells_its_time_and_its_worst_event() -> None:
+    start = WORD["time"]
+    window = tuple((start - 60_000 * (8 - i), f"events:3:{i}:0", f"logon to HOST-{i}", 0.1 * i) for i in range(5))
+    finding = one(told=explanation(window=window), cause="sequence:rate", entity="user:bob")
+    assert finding["finding_info"]["title"].endswith("on host PC-7: 5 events in 4 min, above all logon to HOST-4")
+    assert finding["finding_info"]["title"].startswith("Unusual rate of events of process winword.exe of user bob")
+    assert finding["start_time"] == start - 8 * 60_000
+    assert len(finding["finding_info"]["related_events"]) == 6
+    assert finding["unmapped"]["timeline"][4]["share"] == pytest.approx(0.4)
+
+
+def test_the_nearest_normal_event_and_what_differs() -> None:
+    neighbour = {"dst_endpoint.port": "443", "actor.process.name": "winword.exe", "metadata.uid": "other"}
+    desc = one(told=explanation(PORT, neighbours=(neighbour,)))["finding_info"]["desc"]
+    assert "The nearest normal event differs in destination port (4444 here, 443 there)." in desc
+
+
+TITLES = [
+    (FieldFinding("status_id", "2", (("1", 0.99),), 5), 3002, "Unusual outcome failure in authentication"),
+    (
+        FieldFinding("type_uid", "100702", (("100701", 0.97),), 5),
+        1007,
+        "Unusual kind of event process activity: terminate of process",
+    ),
+    (
+        FieldFinding("traffic.bytes_out", "43133000", (), 5),
+        4001,
+        "Unusual bytes sent 43,133,000 in network activity of",
+    ),
+    (FieldFinding("unmapped.serror_rate", "1", (), 5), 4001, "Unusual serror rate 1 in network activity"),
+    (
+        FieldFinding("actor.user.name", "", (("bob", 0.7),), 5),
+        6003,
+        "No user in API activity of process winword.exe on",
+    ),
+    (
+        FieldFinding("actor.process.name", "evil.exe", (), 5),
+        1007,
+        "Unusual acting process evil.exe in process activity",
+    ),
+    (FieldFinding("actor.process.cmd_line", "x" * 500, (), 5), 1007, f"Unusual command line {'x' * 53}…{'x' * 26} in"),
+    (FieldFinding("activity_id", "4", (("2", 0.8),), 5), 6003, "Unusual activity delete in API activity"),
+]
+
+
+@pytest.mark.parametrize(("field", "class_uid", "begins"), TITLES)
+def test_titles_speak_of_things_not_of_paths(field: FieldFinding, class_uid: int, begins: str) -> None:
+    title = one({**WORD, "class_uid": class_uid}, explanation(field), cause=f"record:{field.path}")["finding_info"][
+        "title"
+    ]
+    assert title.startswith(begins)
+    assert len(title) < 320
+
+
+def test_two_usual_values_are_named_and_rare_ones_are_not() -> None:
+    def usual(*expected: tuple[str, float]) -> str:
+        return wording.usually("dst_endpoint.port", "4444", expected, {})
+
+    assert usual(("443", 0.48), ("80", 0.31), ("53", 0.1)) == "usually 443 (48 %) or 80 (31 %)"
+    assert usual(("443", 0.998)) == "usually 443 (over 99 %)"
+    assert usual(("4444", 0.9), ("443", 0.04)) == ""
+
+
+def test_rarity_and_confidence_in_words() -> None:
+    assert wording.one_in(9.0) == "1 in 8,100"
+    assert wording.one_in(0.0) == "every time"
+    assert wording.one_in(100.0) == "less than 1 in a billion"
+    assert wording.one_in(float("nan")) == "every time"
+    assert [confidence(p, 1e-4) for p in (1e-4, 5e-5, 1e-5, 0.0, 1.0)] == [0, 50, 90, 99, 0]
+
+
+def test_no_secret_leaves_in_an_alert() -> None:
+    record = {
+        **WORD,
+        "api": {"operation": "x", "token": {"value": "hunter2"}},
+        "unmapped": {"note": "postgres://bob:hunter2@db/x", "password": "hunter2"},
+    }
+    told = explanation(
+        FieldFinding("actor.process.cmd_line", "winword.exe --password hunter2", (("a --password hunter2", 0.9),), 5),
+        FieldFinding("unmapped.password", "hunter2", (("hunter2", 0.5),), 5),
+        neighbours=({"actor.process.cmd_line": "x --password hunter2", "unmapped.password": "hunter2"},),
+        window=((WORD["time"], "events:3:1:0", "run --password hunter2", 0.5),),
+    )
+    for cause in ("record:actor.process.cmd_line", "sequence:order"):
+        (alert,) = alerts(scored([record], cause), [told])
+        check(alert)
+        assert b"hunter2" not in alert.value
+
+
+def test_listed_attributes_are_nowhere_in_the_alert_nor_its_key() -> None:
+    told = explanation(FieldFinding("actor.user.name", "bob", (("alice", 0.9),), 5))
+    batch = scored([WORD], cause="record:actor.user.name", entity="user:bob")
+    (alert,) = alerts(batch, [told], redactor=Redactor(["actor.user.name"]))
+    check(alert)
+    assert alert.key == b"user:[masked]"
+    assert b"bob" not in alert.value
+    assert b"alice" not in alert.value
+
+
+def test_a_huge_event_makes_a_small_alert_that_says_so() -> None:
+    (alert,) = alerts(scored([{**WORD, "unmapped": {str(i): "y" * 3000 for i in range(500)}}]))
+    finding = check(alert)
+    assert len(alert.value) < 64 * 1024
+    assert finding["metadata"]["is_truncated"]
+    assert not one()["metadata"].get("is_truncated")
+
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**63), 2**64 - 1),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=12),
+    st.sampled_from(["-", "443", "2026-07-03T08:00:00Z", "C:\\", "/", "GET"]),
+)
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def objects(wanted: Leaf | Shape | list[Shape], depth: int = 0) -> st.SearchStrategy[Any]:
+    """Values that fit, nearly fit, or do not fit at all."""
+    if isinstance(wanted, Leaf):
+        return SCALARS
+    if isinstance(wanted, list):
+        return st.lists(objects(wanted[0], depth + 1), max_size=2) | SCALARS
+    optional = {name: objects(inner, depth + 1) for name, inner in wanted.attributes.items()} if depth < 4 else {}
+    return st.fixed_dictionaries({}, optional=optional) | ANYTHING
+
+
+EVENTS = st.builds(
+    lambda known, rest: {**rest, **known},
+    st.fixed_dictionaries(
+        {},
+        optional={
+            **{name: objects(inner, 1) for name, inner in EVIDENCE.attributes.items()},
+            **dict.fromkeys(
+                ("class_uid", "type_uid", "activity_id", "time", "unmapped", "module", "class_name"), ANYTHING
+            ),
+            "metadata": st.fixed_dictionaries({}, optional=dict.fromkeys(("uid", "product", "version"), ANYTHING))
+            | ANYTHING,
+        },
+    ),
+    st.dictionaries(st.text(max_size=8), ANYTHING, max_size=4),
+)
+FIELDS = st.builds(
+    FieldFinding,
+    st.one_of(
+        st.text(max_size=20), st.sampled_from(["dst_endpoint.port", "type_uid", "activity_id", "resources[].uid"])
+    ),
+    st.text(max_size=20) | st.integers().map(str),
+    st.lists(st.tuples(st.text(max_size=8), st.floats()), max_size=3).map(tuple),
+    st.floats(),
+)
+NAMES = st.builds("{}{}".format, st.sampled_from(["", "record:", "sequence:", "user:", "ip:"]), st.text(max_size=12))
+EXPLANATIONS = st.builds(
+    Explanation,
+    st.lists(FIELDS, max_size=3).map(tuple),
+    st.lists(st.dictionaries(st.text(max_size=8), SCALARS, max_size=3), max_size=2).map(tuple),
+    st.floats(),
+    st.floats(),
+    st.lists(st.tuples(st.integers(-(2**63), 2**63 - 1), st.text(max_size=8), st.text(), st.floats()), max_size=3).map(
+        tuple
+    ),
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(EVENTS, EXPLANATIONS, NAMES, NAMES, st.floats(0, 1), st.floats())
+def test_any_event_and_any_explanation_make_a_valid_alert(
+    record: Json, told: Explanation, entity: str, cause: str, p_value: float, severity: float
+) -> None:
+    batch = scored([record], cause, entity)
+    batch.p_value[:] = p_value
+    with np.errstate(over="ignore"):
+        batch.severity[:] = severity
+    (alert,) = alerts(batch, [told])
+    check(alert)
+
+
+def test_shapes_and_observable_types_are_those_of_the_schema() -> None:
+    captions = SCHEMA["objects"]["observable"]["attributes"]["type_id"]["enum"]
+    types = SCHEMA["dictionary"]["types"]["attributes"]
+    published = VALIDATOR.schema["$defs"]
+    kinds = {"string": str, "integer": int, "boolean": bool}
+    assert {uid: captions[str(uid)]["caption"] for uid in OBSERVABLE_TYPES} == OBSERVABLE_TYPES
+
+    def walk(name: str, shape: Shape) -> None:
+        theirs, known = published[name.replace("/", "_")], SCHEMA["objects"][name]["attributes"]
+        assert set(theirs.get("required", ())) == set(shape.required), name
+        if name != "evidences":
+            allowed = {choice for option in theirs.get("anyOf", ()) for choice in option["required"]}
+            assert set(shape.one_of) <= allowed and bool(shape.one_of) == bool(allowed), name
+        for attribute, wanted in shape.attributes.items():
+            where, own = f"{name}.{attribute}", known[attribute]
+            schema = theirs["properties"][attribute]
+            if isinstance(wanted, Leaf):
+                assert kinds[schema["type"]] is wanted.kind, where
+                assert set(schema.get("enum", ())) == wanted.allowed, where
+                observable = own.get("observable") or types.get(own["type"], {}).get("observable") or 0
+                assert observable == wanted.observable, where
+            else:
+                assert isinstance(wanted, list) == (schema.get("type") == "array"), where
+                walk(own["object_type"], wanted if isinstance(wanted, Shape) else wanted[0])
+
+    walk("evidences", EVIDENCE)
+
+
+def read(path: Path, limit: int) -> list[Json]:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+        return [orjson.loads(text) for text in lines][:: 1 if limit == 0 else limit]
+
+
+def guessed(records: list[Json]) -> list[Explanation]:
+    """Explanations in the form of the real ones: a few values of each event, and another event as its neighbour."""
+    flat = [{k: str(v) for k, v in flatten(record).items()} for record in records]
+    told = []
+    for row, event in enumerate(flat):
+        paths = sorted(event)[row % 7 :: 5][:5]
+        other = flat[row // 2]
+        fields = [FieldFinding(p, event[p], ((other.get(p, ""), 0.7), ("0", 0.2)), 7.5) for p in paths]
+        told.append(explanation(*fields, neighbours=(dict(list(other.items())[:12]),)))
+    return told
+
+
+@pytest.mark.skipif(not DATA, reason="RIPCURRENT_EVAL_DATA names no folder")
+@pytest.mark.parametrize("name", [*STREAMS, "ocsf-examples"])
+def test_real_events_make_valid_alerts_quickly(name: str) -> None:
+    examples = name == "ocsf-examples"
+    records = read(
+        Path(DATA or "") / (f"{name}.ndjson" if examples else f"{name}.test.ndjson.gz"), 0 if examples else 97
+    )
+    batch = scored(records)
+    told = guessed(batch.records)
+    alerts(batch, told)
+    started = time.perf_counter()
+    made = alerts(batch, told)
+    per_alert = (time.perf_counter() - started) / len(made)
+    for alert in made:
+        check(alert)
+    assert len(made) == len(records)
+    assert per_alert < 1e-3, f"{per_alert * 1e6:.0f} us an alert"
+
+
+@given(
+    st.ip_addresses().map(str) | st.from_regex(r"[0-9a-f:.]{1,45}", fullmatch=True), st.emails() | st.text(max_size=9)
+)
+def test_addresses_are_kept_where_the_schema_knows_them_as_such(ip: str, email: str) -> None:
+    one({"src_endpoint": {"ip": ip, "mac": ip}, "user": {"name": "x", "email_addr": email}, "device": {"ip": ip}})
+
+
+def test_a_name_where_an_address_belongs_stays_a_name() -> None:
+    assert evidence({"src_endpoint": {"ip": "AWS Internal"}})["src_endpoint"] == {"name": "AWS Internal"}
+    assert evidence({"src_endpoint": {"ip": "fe80::1%eth0", "port": 70000}})["src_endpoint"] == {"ip": "fe80::1"}
+
+
+def test_evidence_keeps_nothing_that_is_not_evidence() -> None:
+    assert evidence({"actor": "bob", "device": {"hostname": 7}, "process": {"name": "no id"}, "file": {"size": 1}}) == {
+        "device": {"hostname": "7", "type_id": 0}
+    }
+    assert evidence({"module": {"file": {"path": "/lib/x.so"}}})["file"]["name"] == "x.so"
+    assert observables({"actor": {"user": {"name": "-"}}}, "e") == []
