@@ -74,16 +74,25 @@ class RedisServer:
         return self.execute([self.command(function, key, arguments)])[0]
 
     def execute(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Run commands in pipelines of `depth`; their replies in order. The first error among them is raised."""
+        """Run commands in pipelines of `depth`; their replies in order. The first error among them is raised.
+
+        The next pipeline is sent before the replies to the last are read, so that the server never waits for this end.
+        """
+        pool = self._redis.connection_pool
+        connection: Any = pool.get_connection()
         replies: list[Any] = []
-        for start in range(0, len(commands), self._depth):
-            pipeline: Any = self._redis.pipeline(transaction=False)
-            for command in commands[start : start + self._depth]:
-                pipeline.execute_command(*command)
-            replies += pipeline.execute(raise_on_error=False)
-            for reply in replies[start:]:
-                if isinstance(reply, Exception):
-                    raise reply
+        try:
+            for start in range(0, len(commands), self._depth):
+                connection.send_packed_command(connection.pack_commands(commands[start : start + self._depth]))
+                while len(replies) < start:
+                    replies.append(connection.read_response())
+            while len(replies) < len(commands):
+                replies.append(connection.read_response())
+        except BaseException:
+            connection.disconnect()  # what it still had to answer must not be taken for the answer to something else
+            raise
+        finally:
+            pool.release(connection)
         return replies
 
     def hash(self, key: str) -> dict[str, int]:

@@ -15,9 +15,12 @@ local SOURCE, SOURCE_SIZE = '<I6I6I3I6', 21
 local HEAD, HEAD_SIZE = '<I5I6I2I6I3', 22
 local ENTRY, ENTRY_SIZE = '<I6I6I6I3I6', 27
 
--- The parts of `block` (records of `size` bytes) that `order` names, in that order: consecutive ones in one piece.
-local function assemble(block, size, order)
+-- The records of `block`, of `size` bytes each, that `order` names, in that order: consecutive ones in one piece.
+local function assemble(block, size, order, ascending)
   local parts, from, count = {}, 1, #order
+  if ascending and order[count] - order[1] == count - 1 then
+    return string.sub(block, (order[1] - 1) * size + 1, order[count] * size)
+  end
   while from <= count do
     local to, first = from, order[from]
     while to < count and order[to + 1] == first + to + 1 - from do to = to + 1 end
@@ -124,7 +127,7 @@ local function push(keys, args)
     return known[s .. ':' .. offset .. ':' .. index]
   end
 
-  local numbers, unused = {}, string.rep('\0', HEAD_SIZE)
+  local numbers, ascending, unused = {}, true, string.rep('\0', HEAD_SIZE)
   for i = 1, count do
     local id, time, offset, index = unpack(ENTRY, entries, (i - 1) * ENTRY_SIZE + 1)
     local s = place[id]
@@ -155,6 +158,7 @@ local function push(keys, args)
         local middle = math.floor((low + high) / 2)
         if before(order[middle], time, id, offset, index) then low = middle + 1 else high = middle end
       end
+      ascending = ascending and low > #order
       table.insert(order, low, ref)
       if low < first or (low == first and #order - first >= width) or time < newest - age then
         displaced[ref] = number + 1
@@ -177,8 +181,8 @@ local function push(keys, args)
     for i = 1, first - 1 do parts[#parts + 1] = pack('<I5', displaced[order[i]]) end
     local heads = sub(state, heads_at, vectors_at - 1) .. table.concat(fresh)
     local vectors = sub(state, vectors_at, vectors_at + kept * stride - 1) .. args[4]
-    parts[#parts + 1] = assemble(heads, HEAD_SIZE, order)
-    parts[#parts + 1] = assemble(vectors, stride, order)
+    parts[#parts + 1] = assemble(heads, HEAD_SIZE, order, ascending)
+    parts[#parts + 1] = assemble(vectors, stride, order, ascending)
     if tail > 0 then parts[#parts + 1] = sub(state, -tail) end
     state = table.concat(parts)
     redis.call('SET', key, state, 'PX', ttl)

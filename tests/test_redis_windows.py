@@ -356,3 +356,21 @@ def test_a_hot_entity_in_one_batch(server: ValkeyServer, connect: Open) -> None:
     straight = undisturbed(rows)
     assert_same(windows, straight)
     assert_same(store.append(entries(rows)), straight)
+
+
+@pytest.mark.parametrize("server", [{"cluster-enabled": "yes"}], indirect=True)
+def test_every_call_touches_one_key_as_a_cluster_demands(server: ValkeyServer, connect: Open) -> None:
+    store = connect(server.url)
+    with redis.Redis.from_url(server.url) as client:
+        client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        deadline = time.monotonic() + 20
+        while b"cluster_state:ok" not in client.execute_command("CLUSTER", "INFO", NEVER_DECODE=True):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        store.check_epoch({})
+        assert_tail(store.append(entries(ROWS)), ROWS)
+        slots = {client.execute_command("CLUSTER", "KEYSLOT", key) for key in client.keys("*user*")}
+        assert len(slots) == 3
+        client.execute_command("CLUSTER", "DELSLOTSRANGE", 0, 16383)
+        with pytest.raises(StoreUnavailableError):
+            connect(server.url, retries=0).check_epoch({})
