@@ -161,12 +161,10 @@ def _play(
     stream = _Stream(bootstrap, name, topics)
     stack.callback(stream.close)
     log = stack.enter_context((folder / "service.log").open("wb"))
-    for day in warm:
-        stream.produce(day.events)
     settings = {variable(key): value for key, value in environment.items()}
     service = stack.enter_context(_child([*command, "run"], folder, settings, log))
     watched = _Watched(service, folder / "service.log", stream)
-    rate = _catch_up(console, watched, card.first)
+    rate = _catch_up(console, watched, warm)
     _stream_day(console, watched, eighth, card, seconds)
     _report(console, card, rate, fitted - begun, time.monotonic() - begun)
 
@@ -233,7 +231,7 @@ class _Stream:
 
     def __init__(self, bootstrap: str, group: str, topics: tuple[str, str, str]) -> None:
         self.events = topics[0]
-        self.sent = self.done = 0
+        self.sent, self.done = 0, -1
         self.appended: dict[int, int] = {}
         # A broker that has just started keeps clients waiting, and librdkafka would print a line for each time.
         client = {"bootstrap.servers": bootstrap, "log_level": 0}
@@ -272,7 +270,7 @@ class _Stream:
         return found
 
     def scored(self) -> int:
-        """How many events the service has committed."""
+        """How many events the service has committed; -1 before it has committed where it begins."""
         # A slow broker is no news; whoever watches knows for how long there has been none.
         with suppress(KafkaException):
             (partition,) = self.progress.committed([TopicPartition(self.events, 0)], timeout=5)
@@ -292,17 +290,17 @@ class _Watched:
     process: subprocess.Popen[bytes]
     log: Path
     stream: _Stream
-    reached: int = 0
+    reached: int = -1
     since: float = field(default_factory=time.monotonic)
 
     def scored(self) -> int:
-        """How many events are committed. Raises `StreamError` when the service has ended or stands still."""
+        """As the stream says. Raises `StreamError` when the service has ended or stands still."""
         if self.process.poll() is not None:
             raise StreamError(f"the service ended with code {self.process.returncode}: {self._said()}")
         now = self.stream.scored()
         if now != self.reached or now == self.stream.sent:
             self.reached, self.since = now, time.monotonic()
-        if time.monotonic() - self.since > (SILENT_FOR_S if self.reached else STARTS_WITHIN_S):
+        if time.monotonic() - self.since > (SILENT_FOR_S if self.reached >= 0 else STARTS_WITHIN_S):
             raise StreamError(f"the service stands still at event {now} of {self.stream.sent}: {self._said()}")
         return now
 
@@ -322,18 +320,19 @@ def _bar(console: Console, text: str, total: int) -> Iterator[Any]:
         yield lambda done: progress.update(task, completed=done)
 
 
-def _catch_up(console: Console, watched: _Watched, events: int) -> float:
-    """Wait until the service has scored these; returns events/s between its first commit and its last."""
-    marks: list[tuple[float, int]] = []
+def _catch_up(console: Console, watched: _Watched, days: list[Day]) -> float:
+    """Once the service runs, give it these days at once; returns events/s from the first append to the last commit."""
+    while watched.scored() < 0:
+        time.sleep(0.05)
+    events = sum(map(len, days))
+    begun = time.monotonic()
+    for day in days:
+        watched.stream.produce(day.events)
     with _bar(console, "catching up", events) as show:
         while (done := watched.scored()) < events:
-            if done and (not marks or done != marks[-1][1]):
-                marks.append((time.monotonic(), done))
             watched.stream.alerts()
             show(done)
-    marks.append((time.monotonic(), events))
-    (first, least), (last, most) = marks[0], marks[-1]
-    rate = (most - least) / (last - first) if last > first else float("nan")
+    rate = events / (time.monotonic() - begun)
     console.print(f"caught up on the last {WARM_DAYS} days: {events:,} events at {rate:,.0f} events/s\n")
     return rate
 

@@ -107,6 +107,8 @@ def test_the_demo_shows_what_was_found_and_missed_on_real_servers() -> None:
     assert sum("(incident: unseen_binary)" in line for line in said.splitlines()) == 1
     assert "incidents found  1 of 12 (0 of 8 made of ordinary events alone, 1 of 4 with an odd one)" in said
     assert "false alarms     1 in the day" in said
+    throughput = next(line for line in said.splitlines() if line.startswith("throughput"))
+    assert int(throughput.split()[1].replace(",", "")) > 100
     latency = next(line for line in said.splitlines() if line.startswith("latency"))
     assert 1 <= int(latency.split()[2].replace(",", "")) < 5_000
 
