@@ -1,0 +1,130 @@
+"""What an operator sees: Prometheus metrics, /healthz (the loop is alive) and /readyz (assigned, loaded, connected).
+
+Promises names that stay, and figures that are cheap enough to be always on. Does not decide what is healthy: the
+service passes two functions that do.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from streamer.errors import ConfigurationError
+
+DAY_MS = 86_400_000
+_STAGE_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600)
+
+
+class Metrics:
+    """The metrics of one service, in a registry of its own so that several may live in one process."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"ripcurrent_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"ripcurrent_{name}", text, labels, registry=registry)
+
+        self.messages = counter("messages", "Messages read and committed")
+        self.events = counter("events", "Events scored and committed")
+        self.batches = counter("batches", "Micro-batches scored")
+        self.alerts = counter("alerts", "Alerts committed")
+        self.rejects = counter(
+            "rejects", "Messages or members of bundles that went to the dead-letter topic", "exception"
+        )
+        self.repairs = counter("repairs", "Repairs of events, by kind", "kind")
+        self.transactions = counter("transactions", "Groups of batches by how they ended", "outcome")
+        self.waits = counter("redis_waits", "Times that a batch had to wait for Redis")
+        self.stage = Histogram(
+            "ripcurrent_stage_seconds", "Time of one batch in a stage", ["stage"], registry=registry, buckets=_STAGE_S
+        )
+        self.latency = Histogram(
+            "ripcurrent_alert_latency_seconds",
+            "From the Kafka timestamp of the event to the commit of its alert",
+            registry=registry,
+            buckets=_LATENCY_S,
+        )
+        self.lag = gauge("lag_messages", "Messages behind the end of the partition", "topic", "partition")
+        self.line = gauge("line_p_value", "Events at or under this p-value are alerts")
+        self.promised = gauge("budget_promised_per_day", "Alerts a day that normal traffic may cost")
+        self.spent = gauge("budget_spent_today", "Alerts of the latest day of event time")
+        self._day = -1
+        self._lagging: set[tuple[str, int]] = set()
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        """Observe how long the block takes as one stage."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stage.labels(stage).observe(time.perf_counter() - began)
+
+    def spend(self, event_times: list[int]) -> None:
+        """Count alerts, by the event times (ms) of what they are about, against the budget of their day."""
+        for day in sorted(event_time // DAY_MS for event_time in event_times):
+            if day > self._day:
+                self._day = day
+                self.spent.set(0)
+            if day == self._day:
+                self.spent.inc()
+
+    def repaired(self, repairs: Mapping[str, int]) -> None:
+        """Count the repairs of a batch."""
+        for kind, count in repairs.items():
+            self.repairs.labels(kind).inc(count)
+
+    def set_lag(self, lag: Mapping[tuple[str, int], int]) -> None:
+        """Show the lag of these partitions and of no others."""
+        for topic, partition in self._lagging - set(lag):
+            self.lag.remove(topic, str(partition))
+        for (topic, partition), behind in lag.items():
+            self.lag.labels(topic, str(partition)).set(behind)
+        self._lagging = set(lag)
+
+
+def serve(metrics: Metrics, port: int, *, alive: Callable[[], str], ready: Callable[[], str]) -> ThreadingHTTPServer:
+    """Serve /metrics, /healthz and /readyz on a port, in a thread, until `shutdown()`.
+
+    alive and ready return why not, or an empty string.
+
+    Raises:
+        ConfigurationError: the port is taken.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/metrics":
+                self._answer(200, generate_latest(metrics.registry), "text/plain; version=0.0.4; charset=utf-8")
+            elif self.path in ("/healthz", "/readyz"):
+                problem = alive() if self.path == "/healthz" else alive() or ready()
+                self._answer(503 if problem else 200, f"{problem or 'ok'}\n".encode(), "text/plain; charset=utf-8")
+            else:
+                self._answer(404, b"/metrics, /healthz or /readyz\n", "text/plain; charset=utf-8")
+
+        def _answer(self, status: int, body: bytes, kind: str) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            """A scrape every few seconds is not worth a line."""
+
+    try:
+        server = ThreadingHTTPServer(("", port), Handler)
+    except OSError as error:
+        raise ConfigurationError(f"metrics_port {port} cannot be opened: {error.strerror}; 0 turns it off") from None
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+    return server

@@ -1,0 +1,370 @@
+"""The service: the loop from the events topic to the alerts topic.
+
+Promises: each message is committed once, together with what it gave (`exactly_once`), whatever dies in between; what
+cannot be read goes to the dead-letter topic and stops nothing; a store that is away is waited for while Kafka is
+polled. Does not know how the detector is made, nor what an alert looks like.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import numpy as np
+import orjson
+import structlog
+from numpy.typing import NDArray
+
+from encoder.events import Message, Reject
+from state.errors import Source as SourcePartition
+from state.errors import StateLostError, StoreFullError, StoreUnavailableError
+from streamer.dead_letters import dead_letter
+from streamer.detector import Explanation, ScoredBatch
+from streamer.errors import StreamError
+from streamer.kafka import (
+    Batch,
+    Offsets,
+    Output,
+    PlainPublisher,
+    Publisher,
+    Source,
+    TransactionAbortedError,
+    TransactionalPublisher,
+    claim_instance,
+)
+from streamer.metrics import Metrics, serve
+from streamer.settings import Settings
+
+ALIVE_S = 60.0
+"""How long the consumer may not poll before /healthz says so: longer than a rebalance waits for a batch."""
+DRAIN_S = 20.0
+
+T = TypeVar("T")
+_log = structlog.get_logger("ripcurrent.service")
+
+
+class Scorer(Protocol):
+    """What the loop needs of a `Detector`."""
+
+    def score(self, messages: Sequence[Message]) -> ScoredBatch: ...
+
+    def explain(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Explanation]: ...
+
+
+class Remembering(Protocol):
+    """What the loop needs of a `WindowStore`."""
+
+    def prepare(self, offsets: Mapping[SourcePartition, int]) -> None: ...
+
+    def committed(self, offsets: Mapping[SourcePartition, int]) -> None: ...
+
+    def check_epoch(self, offsets: Mapping[SourcePartition, int]) -> None: ...
+
+    def begin_rebuild(self, lost: StateLostError) -> None: ...
+
+
+class Written(Protocol):
+    """What the loop needs of an `Alert`."""
+
+    @property
+    def uid(self) -> str: ...
+    @property
+    def key(self) -> bytes: ...
+    @property
+    def value(self) -> bytes: ...
+    @property
+    def headers(self) -> Sequence[tuple[str, bytes]]: ...
+
+
+AlertBuilder = Callable[[ScoredBatch, NDArray[np.intp], list[Explanation]], Sequence[Written]]
+"""(scored, rows to alert on, their explanations) -> alerts, one a row, in the order of rows."""
+
+
+@dataclass
+class _Group:
+    """Batches that are scored and will be committed together."""
+
+    since: float = 0.0
+    batches: int = 0
+    events: int = 0
+    messages: int = 0
+    outputs: list[Output] = field(default_factory=list)
+    offsets: Offsets = field(default_factory=dict)
+    rejects: list[str] = field(default_factory=list)
+    alert_times: list[tuple[int, int]] = field(default_factory=list)  # (event time, Kafka timestamp), ms
+
+
+class _StoppingError(Exception):
+    """The service is asked to end while it waits."""
+
+
+class Service:
+    """Consume, score, explain, publish, commit; over and over, until `stop`.
+
+    Args:
+        detector: scores messages and explains rows.
+        build_alerts: makes the alerts of a batch.
+        line: p-value at or under which an event is an alert.
+        windows: is told what is committed; None where the detector remembers nothing outside this process.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        detector: Scorer,
+        build_alerts: AlertBuilder,
+        *,
+        line: float,
+        windows: Remembering | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.metrics = Metrics()
+        self.metrics.line.set(line)
+        self.metrics.promised.set(settings.alerts_per_day)
+        self._settings = settings
+        self._detector = detector
+        self._build_alerts = build_alerts
+        self._line = line
+        self._windows = windows
+        self._clock = clock
+        self._stop = threading.Event()
+        self._group = _Group()
+        self._waiting_for = ""
+        self._opened = False
+        self._aborts = 0
+        self._source = Source(settings, self._release)
+        self._publisher: Publisher = (
+            TransactionalPublisher(settings, self._source, claim_instance(settings))
+            if settings.delivery == "exactly_once"
+            else PlainPublisher(settings, self._source)
+        )
+
+    def stop(self) -> None:
+        """Ask `run` to commit what is scored and return; may be called from a signal handler or another thread."""
+        self._stop.set()
+        self._publisher.hurry()
+
+    def run(self) -> None:
+        """The loop.
+
+        Raises:
+            ConfigurationError: a port that is taken, a producer that cannot be opened.
+            StreamError: what needs a person; everything up to the last commit is done, and nothing after it.
+        """
+        with self._opened_edges():
+            while not self._stop.is_set():
+                self._source.wait(self._patience())
+                with self._source.guard:  # No rebalance goes through while a batch is in hand.
+                    try:
+                        self._check_windows()
+                        batch = self._source.take()
+                        if batch is not None:
+                            scored = self._score(batch)
+                            rows = np.flatnonzero(scored.p_value <= self._line)
+                            alerts = self._explain(scored, rows)
+                            self._add(batch, scored, rows, alerts)
+                        if self._due():
+                            self._commit()
+                    except TransactionAbortedError as reason:
+                        self._begin_again(reason)
+                    except _StoppingError:
+                        break
+                self.metrics.set_lag(self._source.lag)
+
+    @contextmanager
+    def _opened_edges(self) -> Iterator[None]:
+        port = self._settings.metrics_port
+        server = serve(self.metrics, port, alive=self.not_alive, ready=self.not_ready) if port else None
+        try:
+            self._publisher.open()
+            self._source.open()
+            self._opened = True
+            _log.info("running", topics=list(self._settings.events), delivery=self._settings.delivery)
+            yield
+            with self._source.guard:
+                try:
+                    self._commit()
+                except (TransactionAbortedError, _StoppingError) as reason:
+                    _log.warning("the last group is left to the next start", reason=str(reason))
+            _log.info("drained")
+        finally:
+            self._stop.set()
+            self._source.close(DRAIN_S)
+            if server is not None:
+                server.shutdown()
+                server.server_close()
+
+    def _patience(self) -> float:
+        """Seconds to wait for the next batch before the group that is open must be committed."""
+        if not self._group.batches:
+            return 0.2
+        latency = self._settings.transaction_latency_ms / 1000
+        return min(max(self._group.since + latency - time.monotonic(), 0.0), 0.2)
+
+    def _due(self) -> bool:
+        if not self._group.batches:
+            return bool(self._source.unrecorded())
+        age_ms = (time.monotonic() - self._group.since) * 1000
+        full = self._group.batches >= self._settings.batches_per_transaction
+        return full or age_ms >= self._settings.transaction_latency_ms
+
+    def _check_windows(self) -> None:
+        """Compare what the windows hold with what is committed of the partitions that are new here."""
+        resumed = self._source.take_resumed()
+        if not resumed or self._windows is None:
+            return
+        windows = self._windows
+        try:
+            self._waiting("check_epoch", lambda: windows.check_epoch(resumed))
+        except StateLostError as lost:
+            _log.error("windows were lost: scores are marked incomplete until they fill again", reason=str(lost))
+            windows.begin_rebuild(lost)
+
+    def _score(self, batch: Batch) -> ScoredBatch:
+        with self.metrics.time("score"):
+            scored = self._waiting("score", lambda: self._detector.score(batch.messages))
+        self.metrics.batches.inc()
+        return scored
+
+    def _explain(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> Sequence[Written]:
+        if not len(rows):
+            return []
+        with self.metrics.time("explain"):
+            explanations = self._waiting("explain", lambda: self._detector.explain(scored, rows))
+            return self._build_alerts(scored, rows, explanations)
+
+    def _add(self, batch: Batch, scored: ScoredBatch, rows: NDArray[np.intp], alerts: Sequence[Written]) -> None:
+        """Put a scored batch into the group: its outputs, its offsets, and what to count once they are committed."""
+        group, settings, refused = self._group, self._settings, self._publisher.refused
+        if not group.batches:
+            group.since = time.monotonic()
+        now_ms = int(self._clock() * 1000)
+        rejects = list(scored.rejects)
+        where = {(m.topic, m.partition, m.offset): i for i, m in enumerate(batch.messages)} if len(rows) else {}
+        for row, alert in zip(rows, alerts, strict=True):
+            topic, partition = scored.coordinates.sources[scored.coordinates.source[row]]
+            message = where[topic, partition, int(scored.coordinates.offset[row])]
+            if alert.uid in refused:
+                reason = f"alert {alert.uid} of {len(alert.value)} bytes is too large for topic {settings.alerts}"
+                index = int(scored.coordinates.index[row])
+                rejects.append(Reject(message, index, alert.value, "publish", "AlertTooLarge", reason))
+                continue
+            group.outputs.append(Output(settings.alerts, alert.key, alert.value, [*alert.headers], now_ms, alert.uid))
+            group.alert_times.append((int(scored.time[row]), batch.messages[message].timestamp))
+        for reject in rejects:
+            group.outputs.append(dead_letter(batch.raw[reject.message], reject, settings.dead_letters, refused))
+            group.rejects.append(reject.exception)
+        if settings.scores:
+            group.outputs.extend(_scores(scored, settings.scores, now_ms))
+        group.offsets |= batch.offsets
+        group.batches += 1
+        group.events += len(scored)
+        group.messages += len(batch.messages)
+        self.metrics.repaired(getattr(scored, "repairs", {}))
+
+    def _commit(self) -> None:
+        """Publish the group with its offsets. The order is the promise: windows are told of offsets before Kafka holds
+        them, and may forget what a redelivery needs only after."""
+        offsets = self._source.unrecorded() | self._group.offsets
+        if not offsets:
+            return
+        windows = self._windows
+        if windows is not None:
+            self._waiting("prepare", lambda: windows.prepare(offsets))
+        with self.metrics.time("publish"):
+            self._publisher.publish(self._group.outputs, offsets)
+        self._source.committed(offsets)
+        done, self._group, self._aborts = self._group, _Group(), 0
+        self._publisher.refused.clear()
+        self._count(done)
+        if windows is not None:
+            try:
+                windows.committed(offsets)
+            except (StoreUnavailableError, StoreFullError) as error:  # Only tidying up: the next commit covers it.
+                _log.warning("windows were not told of a commit", reason=str(error))
+
+    def _count(self, done: _Group) -> None:
+        self.metrics.transactions.labels("committed").inc()
+        self.metrics.messages.inc(done.messages)
+        self.metrics.events.inc(done.events)
+        self.metrics.alerts.inc(len(done.alert_times))
+        for exception in done.rejects:
+            self.metrics.rejects.labels(exception).inc()
+        now = self._clock() * 1000
+        for _, appended in done.alert_times:
+            if appended >= 0:
+                self.metrics.latency.observe(max(now - appended, 0) / 1000)
+        self.metrics.spend([event_time for event_time, _ in done.alert_times])
+
+    def _begin_again(self, reason: Exception) -> None:
+        """After an abort: forget the group and read it again from what is committed, later each time it fails."""
+        self._group = _Group()
+        self._source.rewind()
+        self._aborts += 1
+        self.metrics.transactions.labels("aborted").inc()
+        _log.warning("read again from the last commit", reason=str(reason), times=self._aborts)
+        self._stop.wait(min(0.05 * 2 ** min(self._aborts, 7), 5.0) if self._aborts > 1 else 0)
+
+    def _release(self, gone: set[SourcePartition], lost: bool) -> None:
+        """A rebalance takes partitions: finish what is scored of them, or throw it away if they are lost already."""
+        if lost:
+            if gone & set(self._group.offsets):
+                self._begin_again(TransactionAbortedError("partitions were lost"))
+            return
+        try:
+            self._commit()
+        except (TransactionAbortedError, _StoppingError) as reason:
+            self._begin_again(reason)
+
+    def _waiting(self, doing: str, call: Callable[[], T]) -> T:
+        """Call until the store answers: calls are idempotent, and the consumer's thread polls Kafka meanwhile."""
+        deadline = time.monotonic() + self._settings.redis.patience_s
+        pause = 0.1
+        while True:
+            try:
+                result = call()
+                self._waiting_for = ""
+                return result
+            except (StoreUnavailableError, StoreFullError) as error:
+                if time.monotonic() > deadline:
+                    patience = self._settings.redis.patience_s
+                    raise StreamError(f"{doing}: {error}; waited {patience:.0f} s (redis.patience_s)") from error
+                self._waiting_for = f"{doing}: {error}"
+                self.metrics.waits.inc()
+                _log.warning("waiting for redis", doing=doing, reason=str(error))
+            if self._stop.wait(pause):
+                raise _StoppingError
+            pause = min(pause * 2, 2.0)
+
+    def not_alive(self) -> str:
+        """Why /healthz fails, or an empty string."""
+        silent = time.monotonic() - self._source.polled_at
+        return f"Kafka was not polled for {silent:.0f} s" if self._opened and silent > ALIVE_S else ""
+
+    def not_ready(self) -> str:
+        """Why /readyz fails, or an empty string."""
+        if not self._source.assigned.is_set():
+            return "no partitions are assigned yet"
+        return self._waiting_for
+
+
+def _scores(scored: ScoredBatch, topic: str, now_ms: int) -> Iterator[Output]:
+    """One message an event: coordinates, p-value, severity. Its key is its coordinates."""
+    where = scored.coordinates
+    for row in range(len(scored)):
+        label = where.label(row)
+        source_topic, partition = where.sources[where.source[row]]
+        value = {
+            "topic": source_topic,
+            "partition": partition,
+            "offset": int(where.offset[row]),
+            "index": int(where.index[row]),
+            "p_value": float(scored.p_value[row]),
+            "severity": float(scored.severity[row]),
+        }
+        yield Output(topic, label.encode(), orjson.dumps(value), [], now_ms, label)

@@ -1,0 +1,224 @@
+"""What the tests of the loop share: topics, reading what subscribers see, and a detector that needs no bundle.
+
+Run as a program it is a service with that detector, to be killed: `python tests/stream.py '{"events": "topic", ...}'`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
+from numpy.typing import NDArray
+
+from encoder.events import Message, decode
+from streamer.detector import Explanation, ScoredBatch
+from streamer.service import Service
+from streamer.settings import Settings, load
+
+LINE = 0.02
+EVENT = {
+    "class_uid": 3002,
+    "type_uid": 300201,
+    "activity_id": 1,
+    "time": 1_700_000_000_000,
+    "metadata": {"version": "1.8.0"},
+}
+
+
+def p_value(label: str) -> float:
+    """What `HashDetector` gives an event: uniform in (0, 1), a function of its coordinates alone."""
+    return (int.from_bytes(hashlib.sha256(label.encode()).digest()[:7], "big") + 1) / (2**56 + 1)
+
+
+@dataclass(frozen=True)
+class Alert:
+    uid: str
+    key: bytes
+    value: bytes
+    headers: list[tuple[str, bytes]]
+
+
+class HashDetector:
+    """Scores events by a hash of their coordinates. before: called with each batch, to be slow or to fail."""
+
+    def __init__(self, before: Callable[[Sequence[Message]], None] = lambda _: None) -> None:
+        self.before = before
+        self.batches: list[list[Message]] = []
+
+    def score(self, messages: Sequence[Message]) -> ScoredBatch:
+        self.before(messages)
+        self.batches.append(list(messages))
+        batch, rejects = decode(messages)
+        n = len(batch)
+        p_values = np.array([p_value(batch.coordinates.label(row)) for row in range(n)], np.float64)
+        severity = np.full(n, 50, np.float32)
+        text = np.array(["user:a"] * n, object)
+        return ScoredBatch(batch.coordinates, batch.time, p_values, severity, text, text, batch.records, rejects)
+
+    def explain(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Explanation]:
+        return [Explanation((), (), 0.0, 0.0) for _ in rows]
+
+
+def build_alerts(scored: ScoredBatch, rows: NDArray[np.intp], explanations: list[Explanation]) -> list[Alert]:
+    assert len(rows) == len(explanations)
+    uids = [scored.coordinates.label(row) for row in rows]
+    return [Alert(uid, uid.encode(), orjson.dumps({"uid": uid}), [("schema", b"1.8.0")]) for uid in uids]
+
+
+@dataclass(frozen=True)
+class Topics:
+    """Fresh topics on a broker, and how to fill and read them."""
+
+    bootstrap: str
+    name: str
+    partitions: int
+
+    @property
+    def events(self) -> str:
+        return f"{self.name}-events"
+
+    def settings(self, **more: Any) -> Settings:
+        flags = {
+            "kafka.bootstrap_servers": self.bootstrap,
+            "kafka.group_id": self.name,
+            "kafka.instance_id": "one",
+            "kafka.properties": {"session.timeout.ms": 6000},
+            "events": self.events,
+            "alerts": f"{self.name}-alerts",
+            "dead_letters": f"{self.name}-dead",
+            "scores": f"{self.name}-scores",
+            "start": "earliest",
+            "batch_size": 50,
+            "linger_ms": 10,
+            "transaction_latency_ms": 50,
+            "metrics_port": 0,
+        }
+        return load({key: value for key, value in (flags | more).items() if value is not None})
+
+    def produce(self, values: Sequence[bytes | None], partition: int | None = None, **more: Any) -> None:
+        producer = Producer({"bootstrap.servers": self.bootstrap, "message.max.bytes": 10_000_000, "linger.ms": 5})
+        failed: list[Any] = []
+        for i, value in enumerate(values):
+            to = i % self.partitions if partition is None else partition
+            report = lambda error, _: failed.append(error) if error else None  # noqa: E731
+            producer.produce(self.events, value, partition=to, on_delivery=report, **more)
+            producer.poll(0)
+        assert producer.flush(30) == 0
+        assert not failed, failed
+
+    def produce_events(self, n: int) -> None:
+        self.produce([orjson.dumps(EVENT | {"time": EVENT["time"] + i}) for i in range(n)])
+
+    def produce_events_slowly(self, n: int, seconds: float = 4.0) -> None:
+        """`produce_events(n)`, spread over some seconds."""
+        steps = 40
+        per_step = n // steps
+        for _ in range(steps):
+            self.produce_events(per_step)
+            time.sleep(seconds / steps)
+
+    def read(self, suffix: str, isolation: str = "read_committed") -> list[Any]:
+        """All messages of a topic up to its end, as a subscriber sees them."""
+        topic = f"{self.name}-{suffix}"
+        properties = {"bootstrap.servers": self.bootstrap, "group.id": "reader", "enable.partition.eof": True}
+        consumer = Consumer(properties | {"isolation.level": isolation, "auto.offset.reset": "earliest"})
+        partitions = list(consumer.list_topics(topic, timeout=10).topics[topic].partitions)
+        consumer.assign([TopicPartition(topic, p, 0) for p in partitions])
+        found, ended = [], 0
+        deadline = time.monotonic() + 30
+        while ended < len(partitions) and time.monotonic() < deadline:
+            message = consumer.poll(1)
+            if message is None:
+                continue
+            if message.error():
+                ended += 1
+            else:
+                found.append(message)
+        consumer.close()
+        assert ended == len(partitions)
+        return found
+
+    def alerts(self) -> list[str]:
+        return sorted(orjson.loads(message.value())["uid"] for message in self.read("alerts"))
+
+    def committed(self) -> dict[int, int]:
+        """The group's committed offsets; -1001 where there is none."""
+        consumer = Consumer({"bootstrap.servers": self.bootstrap, "group.id": self.name, "log_level": 0})
+        partitions = [TopicPartition(self.events, p) for p in range(self.partitions)]
+        for _ in range(40):
+            try:
+                return {p.partition: p.offset for p in consumer.committed(partitions, timeout=20)}
+            except KafkaException:  # The coordinator of a fresh broker is still being made.
+                time.sleep(0.25)
+        raise AssertionError("committed offsets cannot be read")
+
+    def wait_until_read(self, n: int, seconds: float = 60) -> None:
+        """Until n messages in all are committed."""
+        until(lambda: sum(max(offset, 0) for offset in self.committed().values()) >= n, seconds)
+
+    def expected_alerts(self, n: int) -> list[str]:
+        """The alerts of an undisturbed run over `produce_events(n)`."""
+        labels = [f"{self.events}:{i % self.partitions}:{i // self.partitions}:0" for i in range(n)]
+        return sorted(label for label in labels if p_value(label) <= LINE)
+
+
+def create(bootstrap: str, name: str, partitions: int = 2, config: dict[str, str] | None = None) -> Topics:
+    admin = AdminClient({"bootstrap.servers": bootstrap})
+    sizes = {"events": (partitions, config or {"max.message.bytes": "8000000"})}
+    sizes |= {"alerts": (2, {}), "dead": (1, {"max.message.bytes": "6000000"}), "scores": (2, {})}
+    new = [NewTopic(f"{name}-{suffix}", count, 1, config=settings) for suffix, (count, settings) in sizes.items()]
+    for future in admin.create_topics(new).values():
+        future.result(20)
+    return Topics(bootstrap, name, partitions)
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+@contextmanager
+def running(service: Service) -> Iterator[list[BaseException]]:
+    """The service in a thread; yields what it raised."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            service.run()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield raised
+    finally:
+        service.stop()
+        thread.join(40)
+        assert not thread.is_alive()
+
+
+def main() -> None:
+    arguments = json.loads(sys.argv[1])
+    delay = arguments.pop("delay", 0.0)
+    service = Service(load(arguments), HashDetector(lambda _: time.sleep(delay)), build_alerts, line=LINE)
+    signal.signal(signal.SIGTERM, lambda *_: service.stop())
+    service.run()
+
+
+if __name__ == "__main__":
+    main()
