@@ -121,7 +121,8 @@ class RedisWindows:
         self.committed(read_before)
 
     def begin_rebuild(self, lost: StateLostError, others: Iterable[Source] = ()) -> None:
-        arguments = [str(self._epoch or 0), "1" if lost.wiped else "0", *map(_name, {*lost.resume, *others})]
+        waited_for = {*lost.resume, *(others if lost.wiped else ())}
+        arguments = [str(self._epoch or 0), "1" if lost.wiped else "0", *map(_name, waited_for)]
         self._take(self._server.retried(lambda: self._server.call("begin", self._marker, arguments)))
         if lost.wiped:
             self._progress.clear()

@@ -226,7 +226,8 @@ local function mark(keys, args)
 end
 
 -- Begin to refill sources. args: the epoch that was lost, '1' if nothing of it can be used, names of sources. Of
--- several consumers that notice at once the first begins a new epoch and the others join it. Returns as `mark`.
+-- several consumers that notice at once the first begins a new epoch and the others join it; what one of them has
+-- refilled already is not waited for again. Returns as `mark`.
 local function begin(keys, args)
   local key, lost = keys[1], tonumber(args[1])
   local current = state_of(key)[1]
@@ -236,7 +237,11 @@ local function begin(keys, args)
     redis.call('DEL', key)
     redis.call('HSET', key, 'epoch', string.format('%.0f', math.max(ms, lost + 1)))
   end
-  for i = 3, #args do redis.call('HSET', key, 'r|' .. args[i], 1) end
+  for i = 3, #args do
+    if args[2] == '0' or redis.call('HEXISTS', key, 'p|' .. args[i]) == 0 then
+      redis.call('HSET', key, 'r|' .. args[i], 1)
+    end
+  end
   return state_of(key)
 end
 

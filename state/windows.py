@@ -115,7 +115,8 @@ class WindowStore(Protocol):
 
     def begin_rebuild(self, lost: StateLostError, others: Iterable[Source] = ()) -> None:
         """From here on appended entries fill what was lost, and no window is complete until `finish_rebuild` was called
-        for all of `lost.resume` and, by the consumers that read those, for the `others` (partitions with commits)."""
+        for all of `lost.resume` and, where all was lost, for the `others` (partitions with commits) by the
+        consumers that read those."""
         ...
 
     def finish_rebuild(self, sources: Iterable[Source], horizon_ms: int = 0) -> None:

@@ -159,6 +159,8 @@ def test_no_window_is_complete_before_every_consumer_has_filled_its_part(server:
     for store, half in zip(stores, halves, strict=True):
         store.check_epoch({})
         store.append(entries(half))
+    third = connect(server.url)
+    third.check_epoch({})
     with redis.Redis.from_url(server.url) as client:
         client.flushall()
     for i, store in enumerate(stores):
@@ -170,6 +172,9 @@ def test_no_window_is_complete_before_every_consumer_has_filled_its_part(server:
     stores[0].finish_rebuild([SOURCES[0]])
     assert not stores[0].append(entries([("user:0", 400, 0, 40)])).complete.any()
     stores[1].finish_rebuild([SOURCES[1]])
+    with pytest.raises(StateLostError) as lost:  # a third that noticed late waits for nobody
+        third.prepare({})
+    third.begin_rebuild(lost.value, others=SOURCES[:2])
     windows = stores[0].append(entries([("user:0", 410, 0, 41)]))
     assert windows.complete.all()
     assert members(windows, 0) == model([*ROWS[:20], ("user:0", 400, 0, 40), ("user:0", 410, 0, 41)])[-1]
@@ -296,7 +301,19 @@ def test_users_and_permissions(server: ValkeyServer, connect: Open) -> None:
         connect(server.url).check_epoch({})
     with redis.Redis(port=server.port, password="sesame") as admin:
         admin.acl_setuser("weak", enabled=True, passwords=["+pw"], keys=["*"], commands=["+fcall", "+hgetall"])
-        rights = ["+fcall", "+hgetall", "+hkeys", "+hget", "+hset", "+hdel", "+del", "+get", "+set", "+time"]
+        rights = [
+            "+fcall",
+            "+hgetall",
+            "+hkeys",
+            "+hget",
+            "+hset",
+            "+hdel",
+            "+hexists",
+            "+del",
+            "+get",
+            "+set",
+            "+time",
+        ]
         rights.append("+function|load")
         admin.acl_setuser("windows", enabled=True, passwords=["+pw"], keys=["{t*"], commands=rights)
     with pytest.raises(StoreRefusedError, match="refuses"):
