@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -148,9 +148,58 @@ def test_what_a_lagging_consumer_wrote_after_a_wipe_does_not_count(server: Valke
         store.begin_rebuild(lost.value)
         for key, value in saved.items():
             client.restore(key, 0, value)
-    store.append(entries(ROWS[5:20]))
+    store.append(entries(ROWS[17:20]))
     store.finish_rebuild(lost.value.resume)
-    assert_tail(store.append(entries(ROWS[20:])), ROWS[5:])
+    assert_tail(store.append(entries(ROWS[20:])), ROWS[17:])
+
+
+def between_check_and_push(store: RedisWindows, happens: Callable[[], object]) -> None:
+    """Let something happen when the next batch is about to be pushed."""
+    execute = store._server.execute
+
+    def interrupted(commands: Sequence[tuple[object, ...]]) -> list[object]:
+        if len(commands) > 1:
+            store._server.execute = execute  # type: ignore[method-assign]
+            happens()
+        return execute(commands)
+
+    store._server.execute = interrupted  # type: ignore[method-assign,assignment]
+
+
+def test_a_wipe_in_the_middle_of_a_batch_is_noticed(server: ValkeyServer, connect: Open) -> None:
+    store = connect(server.url)
+    store.check_epoch({})
+    store.append(entries(ROWS[:20]))
+    with redis.Redis.from_url(server.url) as client:
+        between_check_and_push(store, client.flushall)
+        with pytest.raises(StateLostError) as lost:
+            store.append(entries(ROWS[20:30]))
+    store.begin_rebuild(lost.value)
+    store.append(entries(ROWS[:20]))
+    store.finish_rebuild(lost.value.resume)
+    assert_tail(store.append(entries(ROWS[20:])), ROWS)
+
+
+def test_what_was_written_over_a_gap_does_not_keep_it_from_being_filled(server: ValkeyServer, connect: Open) -> None:
+    store = connect(server.url)
+    store.check_epoch({})
+    store.append(entries(ROWS[:10]))
+    with redis.Redis.from_url(server.url) as client:
+        saved = {key: client.dump(key) for key in client.keys("*")}
+        store.append(entries(ROWS[10:20]))
+
+        def go_back() -> None:
+            for key, value in saved.items():
+                client.restore(key, 0, value, replace=True)
+
+        between_check_and_push(store, go_back)
+        with pytest.raises(StateLostError) as lost:
+            store.append(entries(ROWS[20:23]))
+    assert lost.value.resume == {SOURCES[0]: 9, SOURCES[1]: 10}
+    store.begin_rebuild(lost.value)
+    store.append(entries(ROWS[9:23]))
+    store.finish_rebuild(lost.value.resume)
+    assert_tail(store.append(entries(ROWS[23:])), ROWS)
 
 
 def test_no_window_is_complete_before_every_consumer_has_filled_its_part(server: ValkeyServer, connect: Open) -> None:
@@ -301,21 +350,10 @@ def test_users_and_permissions(server: ValkeyServer, connect: Open) -> None:
         connect(server.url).check_epoch({})
     with redis.Redis(port=server.port, password="sesame") as admin:
         admin.acl_setuser("weak", enabled=True, passwords=["+pw"], keys=["*"], commands=["+fcall", "+hgetall"])
-        rights = [
-            "+fcall",
-            "+hgetall",
-            "+hkeys",
-            "+hget",
-            "+hset",
-            "+hdel",
-            "+hexists",
-            "+del",
-            "+get",
-            "+set",
-            "+time",
-        ]
-        rights.append("+function|load")
-        admin.acl_setuser("windows", enabled=True, passwords=["+pw"], keys=["{t*"], commands=rights)
+        rights = "fcall function|load hgetall hkeys hget hset hdel hexists del get set time"
+        admin.acl_setuser(
+            "windows", enabled=True, passwords=["+pw"], keys=["{t*"], commands=[f"+{right}" for right in rights.split()]
+        )
     with pytest.raises(StoreRefusedError, match="refuses"):
         connect(f"redis://weak:pw@127.0.0.1:{server.port}/0").check_epoch({})
     store = connect(f"redis://windows:pw@127.0.0.1:{server.port}/0")
