@@ -376,7 +376,9 @@ class Source:
         if self._settings.on_missing_offsets == "stop":
             raise StreamError(f"{gap}{lost}. To go on at offset {low}: --on-missing-offsets continue")
         _log.error("offsets no longer exist, going on at the earliest", gap=gap + lost)
-        self._consumer.seek(TopicPartition(topic, partition, low))
+        # A partition that failed does not answer to seek().
+        self._consumer.incremental_unassign([TopicPartition(topic, partition)])
+        self._consumer.incremental_assign([TopicPartition(topic, partition, low)])
         with self._changed:
             self._positions[topic, partition] = low
 
@@ -450,9 +452,16 @@ class _Writer:
                         raise
                     self._delivered(error.args[0], output.origin)
                     break
-        while self._producer.flush(1):
+        # After a refusal the rest of a transaction is held back until it is aborted.
+        while self._flush() and self._failed is None:
             if self._out_of_patience(began):
                 raise StreamError(f"Kafka took no output for {self._patience_s:.0f} s; nothing is lost, start again")
+
+    def _flush(self) -> int:
+        try:
+            return int(self._producer.flush(0.5))
+        except SystemError:  # The client's way of saying that the producer is fenced: the next call says it properly.
+            return 0
 
     def _delivered(self, error: Any, origin: str) -> None:
         if error is not None:
@@ -508,7 +517,7 @@ class TransactionalPublisher(_Writer):
     def _abort(self) -> None:
         try:
             self._call("abort_transaction", self._producer.abort_transaction, 10.0)
-            self._producer.flush(1)  # Reports of purged messages must not be taken for the next transaction's.
+            self._flush()  # Reports of purged messages must not be taken for the next transaction's.
         except KafkaException as error:
             if error.args[0].code() == KafkaError._STATE:  # It had not begun, or is aborted already.
                 return
