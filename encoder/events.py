@@ -46,7 +46,8 @@ class Message(NamedTuple):
 class Coordinates:
     """Where n events stand in their streams: (topic, partition, offset, index in the message).
 
-    sources: the distinct (topic, partition) pairs; source: int32 [n], index into them; offset: int64 [n]; index: int32 [n].
+    sources: the distinct (topic, partition) pairs; source: int32 [n], index into them; offset: int64 [n]; index:
+    int32 [n].
     """
 
     sources: tuple[tuple[str, int], ...]

@@ -1,0 +1,122 @@
+"""Conditional rarity: how unusual a value is for events of this type, and for this type from this actor, by counting.
+
+Counting pairs is what a learned surprise has to beat on values seen a handful of times, so it is part of the encoder.
+Promises exact counts (64-bit keys, no buckets shared) and a fixed memory for a fixed vocabulary. Method: -log of the
+smoothed conditional frequency; what several attributes of one object say is taken once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from encoder.schema import UNKNOWN, Schema
+from encoder.vectorize import FeatureBatch, row_hash
+
+_HIT, _SEEN = 0.5, 5.0
+"""Added to the count of a value and of its context: an unseen value in a context seen often costs log(2 n)."""
+NEW_NAME_SURPRISE = 2.0
+"""At most this (nats) for a name of a user, host or address that training had not: new names come every day."""
+
+
+@dataclass(frozen=True)
+class Surprise:
+    """-log p in nats, float32 [n, discrete fields] each: given the event type, and given the type and who acts."""
+
+    by_type: Tensor
+    by_actor: Tensor
+
+
+class ContextRarity:
+    """Counts of (context, field, value) over training events.
+
+    keys: int64 [m], sorted; counts: float32 [m]. Numbers are not counted: their bins are no values.
+    """
+
+    def __init__(self, schema: Schema, keys: Tensor, counts: Tensor) -> None:
+        self.keys, self.counts = keys, counts
+        self.columns = [i for i, field in enumerate(schema.fields) if field.kind != "number"]
+        self.names = [schema.fields[i].name for i in self.columns]
+        groups = [schema.fields[i].group for i in self.columns]
+        self.groups = sorted(set(groups))
+        self._group_of = torch.tensor([self.groups.index(group) for group in groups])
+        self._identity = torch.tensor([schema.fields[i].kind == "identity" for i in self.columns])
+
+    def to(self, device: torch.device) -> ContextRarity:
+        for name in ("keys", "counts", "_group_of", "_identity"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    @classmethod
+    def fit(cls, schema: Schema, features: FeatureBatch, weights: NDArray[np.float64]) -> ContextRarity:
+        """features: distinct rows; weights: float64 [n], how many training events each stands for."""
+        rarity = cls(schema, torch.empty(0, dtype=torch.int64), torch.empty(0))
+        keys = []
+        counts = []
+        for context in _contexts(features):
+            for column in (None, *range(len(rarity.columns))):
+                k = rarity._keys(features, context, column)
+                distinct, inverse = np.unique(k, return_inverse=True)
+                keys.append(distinct)
+                counts.append(np.bincount(inverse.ravel(), weights=weights, minlength=len(distinct)))
+        all_keys = np.concatenate(keys)
+        order = np.argsort(all_keys, kind="stable")
+        rarity.keys = torch.from_numpy(all_keys[order])
+        rarity.counts = torch.from_numpy(np.concatenate(counts)[order].astype(np.float32))
+        return rarity
+
+    def _keys(self, features: FeatureBatch, context: NDArray[np.int32], column: int | None) -> NDArray[np.int64]:
+        """Of (context, field, value), or of the context alone."""
+        n = len(features)
+        what = np.full(n, -1 if column is None else column, np.int32)
+        value = np.zeros(n, np.int32) if column is None else features.codes[:, self.columns[column]]
+        return row_hash(np.column_stack([context, what, value])).view(np.int64)
+
+    def _count(self, keys: NDArray[np.int64]) -> Tensor:
+        wanted = torch.from_numpy(keys).to(self.keys.device)
+        at = torch.searchsorted(self.keys, wanted).clamp_(max=max(len(self.keys) - 1, 0))
+        return torch.where(self.keys[at] == wanted, self.counts[at], 0.0)
+
+    def __call__(self, features: FeatureBatch) -> Surprise:
+        """Surprise of every discrete field of n events."""
+        codes = torch.from_numpy(features.codes[:, self.columns]).to(self.keys.device)
+        new_name = self._identity & (codes == UNKNOWN)
+        found = []
+        for context in _contexts(features):
+            seen = self._count(self._keys(features, context, None))
+            hits = torch.stack([self._count(self._keys(features, context, c)) for c in range(len(self.columns))], 1)
+            surprise = -torch.log((hits + _HIT) / (seen[:, None] + _SEEN))
+            found.append(torch.where(new_name, surprise.clamp(max=NEW_NAME_SURPRISE), surprise))
+        return Surprise(*found)
+
+    def by_group(self, surprise: Tensor) -> Tensor:
+        """float32 [n, fields] to [n, groups]: the largest of each group, which says one thing in several ways."""
+        out = surprise.new_zeros(len(surprise), len(self.groups))
+        index = self._group_of.expand(len(surprise), -1)
+        return out.scatter_reduce(1, index, surprise, "amax", include_self=False)
+
+    def summary(self, surprise: Surprise) -> dict[str, Tensor]:
+        """The three record scores made of it, float32 [n] each: one very odd thing, three odd things, and all of it
+        given the actor (an actor that never did this makes every value of the event a little odd)."""
+        by_type = self.by_group(surprise.by_type)
+        k = min(3, by_type.shape[1])
+        return {
+            "odd_value": by_type.amax(1),
+            "odd_values": by_type.topk(k, dim=1).values.sum(1),
+            "odd_for_actor": self.by_group(surprise.by_actor).sum(1),
+        }
+
+
+def _contexts(features: FeatureBatch) -> list[NDArray[np.int32]]:
+    """The two contexts, each int32 [n, 4]: the event type alone, and the event type with who acts."""
+    kind = features.codes[:, 0]
+    nothing = np.zeros_like(kind)
+    actor = features.actor.view(np.int32).reshape(-1, 2)
+    return [
+        np.column_stack([nothing, kind, nothing, nothing]),
+        np.column_stack([nothing + 1, kind, actor[:, 0], actor[:, 1]]),
+    ]

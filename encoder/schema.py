@@ -1,0 +1,343 @@
+"""The feature schema: which attribute paths are read and as what, learned from events with OCSF's semantics as prior.
+
+Promises: every path that was seen is either a field or set aside with a reason; the same events give the same schema, and
+its hash names it. It is JSON that a person can read and edit. Does not promise that a path seen after training is used:
+such paths are counted, and their number is a field of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+
+from encoder.events import EncoderError, EventBatch
+
+Kind = Literal["category", "identity", "number", "presence"]
+MISSING, UNKNOWN, FIRST = 0, 1, 2
+"""Codes: the attribute is absent; its value was not seen in training; the first value of the vocabulary."""
+UNSEEN_PATHS = "#unseen_paths"
+"""The derived field that says how many attribute paths an event has that training had not."""
+FOLDER = "#folder"
+"""Suffix of the field derived from a path-like attribute: the folder, without the name."""
+
+MIN_PRESENT = 5
+MAX_VOCABULARY = 4096
+MAX_TRACKED = 50_000
+MAX_FIELDS = 512
+NUMBER_BINS = 24
+NUMBER_GRID = 1024
+
+_IDENTIFIER = re.compile(
+    r"(^|_)(id|ids|uid|uids|port|pid|ppid|tid|euid|auid|egid|gid|num|flags|permissions|code|sequence|masks?|offset|line|version|ip|mac)$"
+)
+_TIMESTAMP = re.compile(r"(^|\.)(time|timestamp|[a-z_]*_time|[a-z_]+_dt|timezone_offset)$")
+_UNIQUE = re.compile(r"(^|\.)(pid|tid|ppid|sequence|transaction_id|transaction_uid|raw_data|uid_alt|event_uid)$")
+_IN_TYPE = {"class_uid", "class_name", "category_uid", "category_name", "activity_id", "activity_name", "type_name"}
+_OWN_ID = {"metadata.uid", "metadata.correlation_uid", "metadata.original_time", "metadata.sequence"}
+_IDENTITY = re.compile(
+    r"(^|\.)((user|account)\.(name|uid|email_addr|full_name|credential_uid|domain)|(device|src_endpoint)\.(hostname|name|uid)"
+    r"|ip|intermediate_ips|mac|session\.(uid|issuer)|owner\.name|hostname)$"
+)
+"""Attributes that name who or where. A name never seen is a fact about the entity, not an anomaly of the record."""
+
+_GUID = re.compile(r"\{?[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f-]{18,}\}?")
+_HEX = re.compile(r"\b(0x)?(?=[0-9a-f]*\d)[0-9a-f]{8,}\b")
+_DIGITS = re.compile(r"\d+")
+_PROFILE = re.compile(r"(\\users\\|/home/|/users/|documents and settings\\)[^\\/]+")
+_SEPARATOR = re.compile(r"[\\/]+")
+EPHEMERAL_PORTS = 49152
+_MAX_TEXT = 200
+
+
+def normalise(value: Any, path: str) -> str:
+    """The form in which a value enters a vocabulary: text lower-cased with ids, hex and numbers templated away and home
+    folders without their owner; integers as they are, but ephemeral ports (RFC 6335) as one value; lists as sets."""
+    kind = type(value)
+    if kind is str:
+        text = _PROFILE.sub(r"\1*", value[: 4 * _MAX_TEXT].lower())
+        return _DIGITS.sub("0", _HEX.sub("#", _GUID.sub("{}", text)))[:_MAX_TEXT]
+    if kind is bool:
+        return "true" if value else "false"
+    if kind is int or kind is float:
+        if kind is float and value.is_integer() and abs(value) < 2**53:
+            value = int(value)
+        if path.endswith("port") and value >= EPHEMERAL_PORTS:
+            return "ephemeral"
+        return str(value)
+    if kind is list:
+        return "[" + ",".join(sorted({normalise(item, path) for item in value}))[: _MAX_TEXT - 2] + "]"
+    return _DIGITS.sub("0", str(value).lower())[:_MAX_TEXT]
+
+
+def folder(text: str) -> str:
+    """All of a normalised path but its last part."""
+    parts = _SEPARATOR.split(text)
+    return "/".join(parts[:-1]) if len(parts) > 1 else ""
+
+
+def number(value: Any) -> float | None:
+    """A quantity on a signed log scale, log1p(|x|) with the sign of x; None where the value is not a finite number."""
+    if type(value) is str:
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    elif type(value) is not int and type(value) is not float:
+        return None
+    if not -1e300 < value < 1e300:
+        return None
+    return float(np.sign(value) * np.log1p(abs(float(value))))
+
+
+@dataclass(frozen=True)
+class Field:
+    """One column of the features.
+
+    name: the attribute path, or path + `#folder`; group: the object that it describes (fields of one group say one
+    thing: a process by name and by path); present: events of training that had it; values: the vocabulary, most common
+    first, code of values[i] is i + 2; grid: of a number, up to 1024 sorted training values on the signed log scale (its
+    mid-rank in the grid is the encoding); edges: of a number, the borders of its bins.
+    """
+
+    name: str
+    path: str
+    kind: Kind
+    group: str
+    present: int
+    values: tuple[str, ...] = ()
+    grid: tuple[float, ...] = ()
+    edges: tuple[float, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """How many codes the field has."""
+        if self.kind == "number":
+            return FIRST + len(self.edges) + 1
+        return FIRST + (1 if self.kind == "presence" else len(self.values))
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The fields in order, what was set aside and why, and the attributes that say who acts."""
+
+    fields: tuple[Field, ...]
+    set_aside: dict[str, str]
+    actors: tuple[str, ...]
+    events: int
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the canonical JSON."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+    @property
+    def known_paths(self) -> set[str]:
+        return {field.path for field in self.fields} | set(self.set_aside)
+
+    def to_json(self) -> bytes:
+        return orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str = "schema.json") -> Schema:
+        try:
+            raw = orjson.loads(data)
+            fields = tuple(
+                Field(**{k: tuple(v) if isinstance(v, list) else v for k, v in field.items()})
+                for field in raw["fields"]
+            )
+            return cls(fields, dict(raw["set_aside"]), tuple(raw["actors"]), int(raw["events"]))
+        except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+            raise EncoderError(f"{where} is not a feature schema ({error}); fit the bundle again") from error
+
+
+ACTORS = (
+    "actor.process.name",
+    "actor.process.file.name",
+    "actor.app_name",
+    "actor.invoked_by",
+    "api.service.name",
+    "service.name",
+    "dst_endpoint.svc_name",
+    "actor.user.type",
+)
+"""Who or what acts, the first that an event has: the context in which its values are judged."""
+
+
+class _PathStatistics:
+    """What is learned of one path, in bounded memory: beyond MAX_TRACKED distinct values the rarest are forgotten."""
+
+    def __init__(self) -> None:
+        self.present = 0
+        self.values: Counter[str] = Counter()
+        self.forgotten = 0
+        self.numeric = 0
+        self.sample: list[float] = []
+
+    def add(self, path: str, values: list[Any]) -> None:
+        self.present += len(values)
+        try:
+            raw: Counter[Any] = Counter(value if type(value) is str else (type(value), value) for value in values)
+        except TypeError:
+            raw = Counter(("json", orjson.dumps(value)) for value in values)
+        for key, count in raw.items():
+            value = key if type(key) is str else orjson.loads(key[1]) if key[0] == "json" else key[1]
+            self.values[normalise(value, path)] += count
+            if type(value) is int or type(value) is float:
+                self.numeric += count
+                if len(self.sample) < MAX_TRACKED and (x := number(value)) is not None:
+                    self.sample.extend([x] * min(count, 64))
+        if len(self.values) > 2 * MAX_TRACKED:
+            kept = self.values.most_common(MAX_TRACKED)
+            self.forgotten += len(self.values) - len(kept)
+            self.values = Counter(dict(kept))
+
+    @property
+    def distinct(self) -> int:
+        return len(self.values) + self.forgotten
+
+
+class SchemaLearner:
+    """Learns a schema from batches of events, one pass."""
+
+    def __init__(self) -> None:
+        self._paths: dict[str, _PathStatistics] = {}
+        self._types: Counter[int] = Counter()
+        self._events = 0
+
+    def add(self, events: EventBatch) -> None:
+        self._events += len(events)
+        self._types.update(events.type_uid.tolist())
+        for path, column in events.columns.items():
+            if path not in self._paths and len(self._paths) >= 64 * MAX_FIELDS:
+                continue
+            self._paths.setdefault(path, _PathStatistics()).add(path, column.values)
+
+    def finish(self) -> Schema:
+        if not self._events:
+            raise EncoderError("no events to learn a schema from: the training files hold none that can be read")
+        set_aside: dict[str, str] = {}
+        fields = [Field("type_uid", "type_uid", "category", "type_uid", self._events, _vocabulary_of(self._types))]
+        ordered = sorted(self._paths.items(), key=lambda item: (-item[1].present, item[0]))
+        seen: dict[str, str] = {}
+        for path, statistics in ordered:
+            if path == "type_uid":
+                continue
+            reason = _reason_to_set_aside(path, statistics)
+            if reason is None and len(fields) >= MAX_FIELDS:
+                reason = f"more than {MAX_FIELDS} fields: this is one of the rarest"
+            if reason is None and (twin := seen.setdefault(_fingerprint(statistics), path)) != path:
+                reason = f"duplicate of {twin}" if _last(twin) == _last(path) or _is_caption(path, twin) else None
+            if reason is not None:
+                set_aside[path] = reason
+            else:
+                fields.extend(_fields_of(path, statistics))
+        fields.append(
+            Field(UNSEEN_PATHS, UNSEEN_PATHS, "category", UNSEEN_PATHS, self._events, ("0", "1", "2-3", "4+"))
+        )
+        actors = tuple(path for path in ACTORS if any(field.path == path for field in fields))
+        return Schema(tuple(fields), dict(sorted(set_aside.items())), actors, self._events)
+
+
+def _vocabulary_of(types: Counter[int]) -> tuple[str, ...]:
+    return tuple(str(uid) for uid, _ in sorted(types.items(), key=lambda item: (-item[1], item[0]))[:MAX_VOCABULARY])
+
+
+def _last(path: str) -> str:
+    return path.rsplit(".", 1)[-1]
+
+
+def _is_caption(path: str, twin: str) -> bool:
+    return {path, twin} in ({stem, f"{stem}_id"} for stem in (path.removesuffix("_id"), path.removesuffix("_name")))
+
+
+def _fingerprint(statistics: _PathStatistics) -> str:
+    """Equal for columns with the same values equally often; that they stand in the same rows is taken on trust, so only
+    same-named attributes and captions are set aside by it."""
+    counted = sorted(statistics.values.items())
+    return hashlib.sha256(orjson.dumps([statistics.present, counted])).hexdigest()
+
+
+def _reason_to_set_aside(path: str, statistics: _PathStatistics) -> str | None:
+    if path in _IN_TYPE:
+        return "said by type_uid"
+    if path in _OWN_ID or _UNIQUE.search(path):
+        return "identifies the record, not its behaviour"
+    if _TIMESTAMP.search(path):
+        return "timestamp: never used raw"
+    if statistics.present < MIN_PRESENT:
+        return f"seen fewer than {MIN_PRESENT} times"
+    return None
+
+
+def _is_number(path: str, statistics: _PathStatistics) -> bool:
+    last = _last(path)
+    if statistics.numeric < 0.99 * statistics.present or _IDENTIFIER.search(last):
+        return False
+    return statistics.distinct > 20
+
+
+def _group(path: str) -> str:
+    """`process.name`, `process.file.name` and `process.file.path` describe one thing; fields of `unmapped` and
+    `metadata`, which are bags, one each."""
+    if "." not in path or path.startswith(("unmapped", "metadata")):
+        return path
+    parent = path.rsplit(".", 1)[0]
+    while parent.endswith(".file"):
+        parent = parent.removesuffix(".file")
+    return parent
+
+
+def _fields_of(path: str, statistics: _PathStatistics) -> Iterable[Field]:
+    group = _group(path)
+    if _is_number(path, statistics):
+        values = np.sort(np.array(statistics.sample))
+        grid = (
+            values
+            if len(values) <= NUMBER_GRID
+            else np.quantile(values, np.linspace(0, 1, NUMBER_GRID), method="nearest")
+        )
+        yield Field(
+            path, path, "number", group, statistics.present, grid=tuple(grid.tolist()), edges=_number_edges(values)
+        )
+        return
+    distinct = statistics.distinct
+    if distinct > 200 and distinct > 0.5 * statistics.present:
+        yield Field(path, path, "presence", group, statistics.present)
+        return
+    common = sorted(statistics.values.items(), key=lambda item: (-item[1], item[0]))[:MAX_VOCABULARY]
+    values_ = tuple(value for value, _ in common)
+    kind: Kind = "identity" if _IDENTITY.search(path) else "category"
+    yield Field(path, path, kind, group, statistics.present, values_)
+    slashed = sum(count for value, count in statistics.values.items() if _SEPARATOR.search(value))
+    if kind == "category" and slashed > 0.3 * statistics.present and statistics.numeric == 0:
+        folders: Counter[str] = Counter()
+        for value, count in statistics.values.items():
+            folders[folder(value)] += count
+        kept = sorted(folders.items(), key=lambda item: (-item[1], item[0]))[:MAX_VOCABULARY]
+        yield Field(path + FOLDER, path, "category", group, statistics.present, tuple(value for value, _ in kept))
+
+
+def _number_edges(values: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, ...]:
+    """Bin borders: below and above the training range, quantiles between, and a bin of its own for each value that more
+    than 2 % of the events have."""
+    distinct, counts = np.unique(values, return_counts=True)
+    middles = (distinct[1:] + distinct[:-1]) / 2
+    if len(distinct) <= NUMBER_BINS:
+        inner = set(middles.tolist())
+    else:
+        inner = set(np.quantile(values, np.linspace(0, 1, NUMBER_BINS + 1)[1:-1]).tolist())
+        for i in np.flatnonzero(counts > 0.02 * len(values)):
+            inner.update(middles[max(i - 1, 0) : i + 1].tolist())
+    return tuple(sorted({float(distinct[0]) - 1e-6, *inner, float(distinct[-1]) + 1e-6}))
+
+
+def write_schema(schema: Schema, path: Path) -> None:
+    path.write_bytes(schema.to_json())

@@ -1,0 +1,188 @@
+"""Self-supervised training of the encoder by masked-field prediction, on events without labels.
+
+Promises: the same features and seed give the same weights on the same machine; the identity path is fitted first and never
+trained; the weights kept are those that predicted the latest slice best.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+from sklearn.decomposition import TruncatedSVD
+from torch import Tensor
+
+from encoder.resnet import TabularResNet
+from encoder.schema import FIRST, UNKNOWN, Schema
+from encoder.vectorize import FeatureBatch
+
+EMBEDDING = 64
+WIDTH = 128
+DEPTH = 3
+HEAD_VALUES = 128
+"""Values of a field that the network tells apart; the rarer ones share a code (rarity counts them one by one)."""
+BATCH = 512
+STEPS = 1500
+LEARNING_RATE = 2e-3
+NEW_NAMES = 0.15
+"""Share of events in training whose names are hidden as if never seen: an unseen host alone must not alarm."""
+RESIDUAL_PENALTY = 1.0
+"""How much the residual part of the embedding costs against the identity part, so that it adds and does not replace."""
+_NUMBER_SCALE = 2.0
+_COMMON = 5
+
+Progress = Callable[[int, int, float], None]
+"""Called with (step, steps, mean loss in nats a field)."""
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What is worth keeping of a training run: losses are nats a masked field, over steps."""
+
+    steps: int
+    losses: list[float]
+    validation: list[float]
+
+
+def network_sizes(schema: Schema) -> list[int]:
+    """How many codes of each field the network tells apart."""
+    return [min(field.size, FIRST + HEAD_VALUES + 1) for field in schema.fields]
+
+
+def network_codes(codes: NDArray[np.int32], sizes: list[int]) -> NDArray[np.int64]:
+    """Codes as the network reads them: the rare values of a field share its last code. int32 [n, fields] to int64."""
+    return np.minimum(codes, np.array(sizes, np.int32) - 1).astype(np.int64)
+
+
+def fit_identity(net: TabularResNet, schema: Schema, features: FeatureBatch, weights: NDArray[np.float64]) -> None:
+    """Fit the identity path: one-hot codes and scaled quantiles, projected on their principal directions.
+
+    features: distinct rows; weights: float64 [n], events each stands for. A value seen fewer than five times, and an
+    unknown name, take no part in the distance.
+    """
+    sizes = net.sizes
+    codes = network_codes(features.codes, sizes)
+    starts = net.offsets.cpu().numpy()
+    total = len(net.identity_codes)
+    index = codes + starts
+    counts = np.bincount(index.ravel(), weights=np.repeat(weights, codes.shape[1]), minlength=total)
+    scale = (counts >= _COMMON).astype(np.float64)
+    scale[(counts >= weights.sum())] = 0.0  # a value that all events have tells nothing apart
+    for position, field in enumerate(schema.fields):
+        if field.kind == "number":
+            scale[starts[position] : starts[position] + sizes[position] + 1] = 0.0  # the quantile stands for it
+        elif field.kind == "identity":
+            scale[starts[position] + UNKNOWN] = 0.0
+    n, fields = codes.shape
+    one_hot = sparse.csr_matrix((scale[index].ravel(), (np.repeat(np.arange(n), fields), index.ravel())), (n, total))
+    used = np.flatnonzero(scale)
+    x = sparse.hstack([one_hot[:, used], sparse.csr_matrix(_NUMBER_SCALE * features.quantiles)]).tocsr()
+    width = x.shape[1]
+    out = net.identity_codes.shape[1]
+    if width <= out:
+        directions = np.eye(width)
+    else:
+        directions = TruncatedSVD(min(out, n - 1), random_state=0).fit(x).components_.T
+    codes_map = np.zeros((total, out), np.float32)
+    codes_map[used, : directions.shape[1]] = directions[: len(used)] * scale[used, None]
+    numbers_map = np.zeros((features.quantiles.shape[1], out), np.float32)
+    numbers_map[:, : directions.shape[1]] = _NUMBER_SCALE * directions[len(used) :]
+    net.identity_codes.copy_(torch.from_numpy(codes_map))
+    net.identity_numbers.copy_(torch.from_numpy(numbers_map))
+    mean = np.average(x @ directions, axis=0, weights=weights)
+    bias = np.zeros(out, np.float32)
+    bias[: len(mean)] = -mean
+    net.identity_bias.copy_(torch.from_numpy(bias))
+
+
+def train(
+    schema: Schema,
+    features: FeatureBatch,
+    weights: NDArray[np.float64],
+    validation: FeatureBatch,
+    *,
+    seed: int,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> tuple[TabularResNet, TrainingReport]:
+    """Fit the encoder to distinct rows with their multiplicities; validation: rows of a later slice of time.
+
+    Rows are drawn with the square root of their multiplicity, so that the common does not drown the rare.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    sizes = network_sizes(schema)
+    net = TabularResNet(sizes=sizes, numbers=features.quantiles.shape[1], width=WIDTH, depth=DEPTH, embedding=EMBEDDING)
+    fit_identity(net, schema, features, weights)
+    net.to(device)
+    codes = torch.from_numpy(network_codes(features.codes, sizes)).to(device)
+    quantiles = torch.from_numpy(features.quantiles).to(device)
+    draw = torch.from_numpy(np.sqrt(weights))
+    masks = _Masks(schema, net, generator)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.1)
+    held = validation.take(np.linspace(0, len(validation) - 1, min(2048, len(validation))).astype(np.intp))
+    held_codes = torch.from_numpy(network_codes(held.codes, sizes)).to(device)
+    held_quantiles = torch.from_numpy(held.quantiles).to(device)
+    losses: list[float] = []
+    validations: list[float] = []
+    best = (float("inf"), copy.deepcopy(net.state_dict()))
+    running = 0.0
+    for step in range(1, STEPS + 1):
+        rows = torch.multinomial(draw, BATCH, replacement=True, generator=generator).to(device)
+        loss = masks.loss(net, codes[rows], quantiles[rows])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        running += float(loss.detach())
+        if step % 100 == 0:
+            losses.append(running / 100)
+            running = 0.0
+            if len(held):
+                fixed = _Masks(schema, net, torch.Generator().manual_seed(seed + 1))
+                with torch.no_grad():
+                    validations.append(float(fixed.loss(net, held_codes, held_quantiles)))
+                if validations[-1] < best[0]:
+                    best = (validations[-1], copy.deepcopy(net.state_dict()))
+            if progress is not None:
+                progress(step, STEPS, losses[-1])
+            if len(validations) > 6 and min(validations[-6:]) > best[0]:
+                break
+    if validations:
+        net.load_state_dict(best[1])
+    return net.eval().requires_grad_(False), TrainingReport(step, losses, validations)
+
+
+class _Masks:
+    """The training task: hide a random share of the fields and names, ask for them."""
+
+    def __init__(self, schema: Schema, net: TabularResNet, generator: torch.Generator) -> None:
+        device = net.offsets.device
+        self._tokens = net.mask_tokens
+        self._identity = torch.tensor([field.kind == "identity" for field in schema.fields], device=device)
+        numbers = [i for i, field in enumerate(schema.fields) if field.kind == "number"]
+        self._numbers = torch.tensor(numbers, dtype=torch.int64, device=device)
+        self._generator = generator
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self._generator).to(self._tokens.device)
+
+    def loss(self, net: TabularResNet, codes: Tensor, quantiles: Tensor) -> Tensor:
+        n, fields = codes.shape
+        forget = (self._random(n, 1) < NEW_NAMES) & self._identity & (codes >= FIRST)
+        codes = torch.where(forget, UNKNOWN, codes)
+        hidden = self._random(n, fields) < 0.6 * self._random(n, 1)
+        masked_quantiles = torch.where(hidden[:, self._numbers], 0.5, quantiles)
+        identity, residual = net.parts(torch.where(hidden, self._tokens, codes), masked_quantiles)
+        predicted = net.log_probabilities(identity + residual)
+        surprise = torch.stack([-p.gather(1, codes[:, i : i + 1])[:, 0] for i, p in enumerate(predicted)], 1)
+        share = hidden + 0.05
+        size = identity.detach().square().sum(1).mean() + 1e-6
+        return (surprise * share).sum() / share.sum() + RESIDUAL_PENALTY * residual.square().sum(1).mean() / size

@@ -1,0 +1,181 @@
+"""Events to features: one integer code an event and field, one quantile an event and number. Training and serving run it.
+
+Promises: never raises on a decoded event, never emits NaN or infinity, and gives the same features in every process and
+in whatever batches the events come. It knows nothing of what the codes are used for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from encoder.events import Column, EventBatch
+from encoder.schema import FIRST, MISSING, UNKNOWN, UNSEEN_PATHS, Field, Schema, folder, normalise, number
+
+_CACHE_LIMIT = 100_000
+_UNSEEN_STEPS = np.array([1, 2, 4])
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """n events as features.
+
+    codes: int32 [n, fields], 0 MISSING, 1 UNKNOWN, then the field's vocabulary or bins; quantiles: float32
+    [n, numbers], the number's mid-rank among training values in [0, 1], 0.5 where it is missing; actor: int64 [n], who
+    acts (0: nobody named).
+    """
+
+    codes: NDArray[np.int32]
+    quantiles: NDArray[np.float32]
+    actor: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def take(self, rows: NDArray[np.intp]) -> FeatureBatch:
+        return FeatureBatch(self.codes[rows], self.quantiles[rows], self.actor[rows])
+
+    def distinct(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Rows that stand for all (the first of each kind) and, for every event, which of them is its like: logs repeat
+        themselves, and nothing after the features needs to be computed twice."""
+        columns = np.concatenate([self.codes, self.quantiles.view(np.int32)], axis=1)
+        keys = row_hash(columns)
+        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        return first, inverse.ravel()
+
+
+def row_hash(rows: NDArray[np.int32]) -> NDArray[np.uint64]:
+    """A 64-bit hash a row: a random odd multiplier a column, mixed (the multiply-shift family of Dietzfelbinger et al.
+    1997); its seed is fixed, so that it is the same in every process. rows: int32 [n, c]."""
+    multipliers = np.random.default_rng(0x0C5F).integers(1, 2**63, size=rows.shape[1], dtype=np.uint64) | np.uint64(1)
+    keys = np.zeros(len(rows), np.uint64)
+    for column in range(rows.shape[1]):
+        keys += _mix(rows[:, column].astype(np.uint32).astype(np.uint64) * multipliers[column] + multipliers[column])
+    return keys
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of splitmix64 (Steele et al. 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class _CategoryColumn:
+    """Values of one path to codes of the fields made from it, each distinct raw value worked out once."""
+
+    def __init__(self, path: str, fields: list[tuple[int, Field]]) -> None:
+        self._path = path
+        self._fields = [
+            (position, field, {value: FIRST + i for i, value in enumerate(field.values)}) for position, field in fields
+        ]
+        self._cache: dict[Any, tuple[int, ...]] = {}
+
+    def _codes_of(self, value: Any) -> tuple[int, ...]:
+        text = normalise(value, self._path)
+        codes = []
+        for _, field, vocabulary in self._fields:
+            if field.kind == "presence":
+                codes.append(FIRST)
+            else:
+                codes.append(vocabulary.get(folder(text) if field.name != field.path else text, UNKNOWN))
+        return tuple(codes)
+
+    def put(self, column: Column, codes: NDArray[np.int32]) -> None:
+        # The type is part of the key: True, 1 and 1.0 are equal in a dict but not in an event.
+        keys = [v if v.__class__ is str else (v.__class__, v) for v in column.values]
+        cache = self._cache
+        if len(cache) > _CACHE_LIMIT:
+            cache.clear()
+        try:
+            found = [cache.get(key) for key in keys]
+        except TypeError:
+            keys = [v if v.__class__ is str else ("json", orjson.dumps(v)) for v in column.values]
+            found = [cache.get(key) for key in keys]
+        if None in found:
+            for i, known in enumerate(found):
+                if known is None:
+                    again = cache.get(keys[i])
+                    found[i] = cache[keys[i]] = again if again is not None else self._codes_of(column.values[i])
+        codes[column.rows[:, None], [position for position, _, _ in self._fields]] = np.array(found, np.int32)
+
+
+class Vectorizer:
+    """Turns event batches into feature batches by a schema."""
+
+    def __init__(self, schema: Schema) -> None:
+        self.schema = schema
+        self._known = schema.known_paths
+        by_path: dict[str, list[tuple[int, Field]]] = {}
+        self._numbers: dict[str, tuple[int, int, NDArray[np.float64], NDArray[np.float64]]] = {}
+        for position, field in enumerate(schema.fields):
+            if field.kind == "number":
+                entry = (position, len(self._numbers), np.array(field.grid), np.array(field.edges))
+                self._numbers[field.path] = entry
+            elif field.name not in ("type_uid", UNSEEN_PATHS):
+                by_path.setdefault(field.path, []).append((position, field))
+        self._columns = {path: _CategoryColumn(path, fields) for path, fields in by_path.items()}
+        types = schema.fields[0].values
+        self._types = np.array(sorted(int(value) for value in types), np.int64)
+        self._type_codes = np.array(
+            [FIRST + types.index(str(value)) for value in self._types.tolist()], np.int32
+        )  # a type's code by its rank among the sorted types
+        positions = {field.name: i for i, field in enumerate(schema.fields)}
+        self._actors = [positions[path] for path in schema.actors]
+
+    @property
+    def numbers(self) -> int:
+        """How many fields are numbers."""
+        return len(self._numbers)
+
+    def __call__(self, events: EventBatch) -> FeatureBatch:
+        n = len(events)
+        codes = np.full((n, len(self.schema.fields)), MISSING, np.int32)
+        quantiles = np.full((n, len(self._numbers)), 0.5, np.float32)
+        unseen = np.zeros(n, np.int64)
+        for path, column in events.columns.items():
+            if path in self._columns:
+                self._columns[path].put(column, codes)
+            elif path in self._numbers:
+                self._put_numbers(path, column, codes, quantiles)
+            elif path not in self._known:
+                unseen[column.rows] += 1
+        codes[:, 0] = self._code_types(events.type_uid)
+        codes[:, -1] = FIRST + np.searchsorted(_UNSEEN_STEPS, unseen, side="right")
+        return FeatureBatch(codes, quantiles, self._code_actors(codes))
+
+    def _code_types(self, type_uid: NDArray[np.int32]) -> NDArray[np.int32]:
+        at = np.minimum(np.searchsorted(self._types, type_uid), len(self._types) - 1)
+        return np.where(self._types[at] == type_uid, self._type_codes[at], UNKNOWN).astype(np.int32)
+
+    def _code_actors(self, codes: NDArray[np.int32]) -> NDArray[np.int64]:
+        actor = np.zeros(len(codes), np.int64)
+        for rank, position in reversed(list(enumerate(self._actors))):
+            present = codes[:, position] != MISSING
+            actor = np.where(present, (rank + 1) * 2**32 + codes[:, position].astype(np.int64), actor)
+        return actor
+
+    def _put_numbers(self, path: str, column: Column, codes: NDArray[np.int32], quantiles: NDArray[np.float32]) -> None:
+        position, place, grid, edges = self._numbers[path]
+        if set(map(type, column.values)) <= {int, float}:
+            try:
+                raw = np.array(column.values, np.float64)
+            except OverflowError:
+                raw = np.array([np.nan])
+        else:
+            raw = np.array([np.nan])
+        if len(raw) == len(column.values) and np.all(np.abs(raw) < 1e300):
+            x = np.sign(raw) * np.log1p(np.abs(raw))
+            readable = np.ones(len(x), bool)
+        else:
+            maybe = [number(value) for value in column.values]
+            readable = np.array([value is not None for value in maybe])
+            x = np.array([0.0 if value is None else value for value in maybe])
+        rows = column.rows
+        codes[rows, position] = np.where(readable, FIRST + np.searchsorted(edges, x), UNKNOWN)
+        rank = (np.searchsorted(grid, x, "left") + np.searchsorted(grid, x, "right")) / (2 * max(len(grid), 1))
+        quantiles[rows, place] = np.where(readable, rank, 0.5)
