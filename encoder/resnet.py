@@ -12,8 +12,8 @@ from torch.nn import functional
 
 
 class TabularBlock(nn.Module):
-    """Pre-norm residual block, x + W2 gelu(W1 norm(x)): float32 [n, width] to [n, width]. The last layer starts at zero,
-    so that an untrained block is the identity."""
+    """Pre-norm residual block, x + W2 gelu(W1 norm(x)): float32 [n, width] to the same. The last layer starts at zero, so
+    that an untrained block is the identity."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class TabularResNet(nn.Module):
         return torch.tensor(self.sizes, device=self.offsets.device)
 
     def parts(self, codes: Tensor, quantiles: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 [n, fields], float32 [n, numbers] to the identity and the residual part, float32 [n, embedding] each."""
+        """int64 [n, fields], float32 [n, numbers] to identity and residual part, float32 [n, embedding] each."""
         index = codes + self.offsets
         identity = functional.embedding_bag(index, self.identity_codes, mode="sum")
         identity = identity + quantiles @ self.identity_numbers + self.identity_bias

@@ -1,8 +1,8 @@
 """The feature schema: which attribute paths are read and as what, learned from events with OCSF's semantics as prior.
 
-Promises: every path that was seen is either a field or set aside with a reason; the same events give the same schema, and
-its hash names it. It is JSON that a person can read and edit. Does not promise that a path seen after training is used:
-such paths are counted, and their number is a field of its own.
+Promises: every path that was seen is either a field or set aside with a reason; the same events give the same schema,
+and its hash names it. It is JSON that a person can read and edit. Does not promise that a path seen after training is
+used: such paths are counted, and their number is a field of its own.
 """
 
 from __future__ import annotations
@@ -149,13 +149,24 @@ class Schema:
     def from_json(cls, data: bytes, where: str = "schema.json") -> Schema:
         try:
             raw = orjson.loads(data)
-            fields = tuple(
-                Field(**{k: tuple(v) if isinstance(v, list) else v for k, v in field.items()})
-                for field in raw["fields"]
-            )
+            fields = tuple(_field_from_json(field) for field in raw["fields"])
             return cls(fields, dict(raw["set_aside"]), tuple(raw["actors"]), int(raw["events"]))
         except (orjson.JSONDecodeError, KeyError, TypeError) as error:
             raise EncoderError(f"{where} is not a feature schema ({error}); fit the bundle again") from error
+
+
+def _field_from_json(raw: dict[str, Any]) -> Field:
+    """Raises KeyError or TypeError where something is missing or of another type."""
+    return Field(
+        name=str(raw["name"]),
+        path=str(raw["path"]),
+        kind=raw["kind"],
+        group=str(raw["group"]),
+        present=int(raw["present"]),
+        values=tuple(str(value) for value in raw["values"]),
+        grid=tuple(float(value) for value in raw["grid"]),
+        edges=tuple(float(value) for value in raw["edges"]),
+    )
 
 
 ACTORS = (

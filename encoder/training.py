@@ -1,7 +1,7 @@
 """Self-supervised training of the encoder by masked-field prediction, on events without labels.
 
-Promises: the same features and seed give the same weights on the same machine; the identity path is fitted first and never
-trained; the weights kept are those that predicted the latest slice best.
+Promises: the same features and seed give the same weights on the same machine; the identity path is fitted first and
+never trained; the weights kept are those that predicted the latest slice best.
 """
 
 from __future__ import annotations
@@ -84,10 +84,8 @@ def fit_identity(net: TabularResNet, schema: Schema, features: FeatureBatch, wei
     x = sparse.hstack([one_hot[:, used], sparse.csr_matrix(_NUMBER_SCALE * features.quantiles)]).tocsr()
     width = x.shape[1]
     out = net.identity_codes.shape[1]
-    if width <= out:
-        directions = np.eye(width)
-    else:
-        directions = TruncatedSVD(min(out, n - 1), random_state=0).fit(x).components_.T
+    few = width <= out
+    directions = np.eye(width) if few else TruncatedSVD(min(out, n), random_state=0).fit(x).components_.T
     codes_map = np.zeros((total, out), np.float32)
     codes_map[used, : directions.shape[1]] = directions[: len(used)] * scale[used, None]
     numbers_map = np.zeros((features.quantiles.shape[1], out), np.float32)
@@ -137,7 +135,7 @@ def train(
         rows = torch.multinomial(draw, BATCH, replacement=True, generator=generator).to(device)
         loss = masks.loss(net, codes[rows], quantiles[rows])
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         schedule.step()

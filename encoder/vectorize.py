@@ -1,4 +1,4 @@
-"""Events to features: one integer code an event and field, one quantile an event and number. Training and serving run it.
+"""Events to features: an integer code an event and field, a quantile an event and number, in training and serving.
 
 Promises: never raises on a decoded event, never emits NaN or infinity, and gives the same features in every process and
 in whatever batches the events come. It knows nothing of what the codes are used for.
@@ -51,7 +51,8 @@ class FeatureBatch:
 def row_hash(rows: NDArray[np.int32]) -> NDArray[np.uint64]:
     """A 64-bit hash a row: a random odd multiplier a column, mixed (the multiply-shift family of Dietzfelbinger et al.
     1997); its seed is fixed, so that it is the same in every process. rows: int32 [n, c]."""
-    multipliers = np.random.default_rng(0x0C5F).integers(1, 2**63, size=rows.shape[1], dtype=np.uint64) | np.uint64(1)
+    drawn = np.random.default_rng(0x0C5F).integers(1, 2**63, rows.shape[1], np.uint64)
+    multipliers: NDArray[np.uint64] = drawn | np.uint64(1)
     keys = np.zeros(len(rows), np.uint64)
     for column in range(rows.shape[1]):
         keys += _mix(rows[:, column].astype(np.uint32).astype(np.uint64) * multipliers[column] + multipliers[column])
