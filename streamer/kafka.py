@@ -48,6 +48,9 @@ TRANSACTION_S = 120.0
 """How long a broker that is down is waited for in mid-transaction."""
 DRAIN_S = 12.0
 """The same once the process is asked to end."""
+SEND_OFFSETS_S = 15.0
+"""How long offsets may take to be sent. The client ignores its own timeout there and can hang for ever once the group's
+coordinator has gone away (librdkafka issues 5456 and 5511), so the call is left behind with its producer."""
 
 _FENCED = {KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH}
 _HOPELESS = {
@@ -500,19 +503,36 @@ class TransactionalPublisher(_Writer):
             self._call("begin_transaction", self._producer.begin_transaction)
             self._write(outputs)
             self._check_delivery()
-            self._call(
-                "send_offsets_to_transaction",
-                self._producer.send_offsets_to_transaction,
-                _partitions(offsets),
-                metadata,
-                10.0,
-            )
+            self._call("send_offsets_to_transaction", self._send_offsets, offsets, metadata)
             self._call("commit_transaction", self._producer.commit_transaction, 10.0)
         except (TransactionAbortedError, KafkaException) as error:
             self._abort()
             if isinstance(error, KafkaException):
                 raise TransactionAbortedError(_text(error)) from error
             raise
+
+    def _send_offsets(self, offsets: Offsets, metadata: Any) -> None:
+        producer, done = self._producer, Future[None]()
+
+        def send() -> None:
+            try:
+                producer.send_offsets_to_transaction(_partitions(offsets), metadata, 10.0)
+                done.set_result(None)
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=send, name="send-offsets", daemon=True).start()
+        try:
+            done.result(SEND_OFFSETS_S)
+        except TimeoutError:
+            self._recreate("offsets were not taken in time")
+            raise TransactionAbortedError("send_offsets_to_transaction: no answer, with a new producer") from None
+
+    def _recreate(self, reason: str) -> None:
+        """A new producer with the same id aborts what the old one could not, and fences it."""
+        _log.warning("producer recreated", reason=reason)
+        self._producer = _build(Producer, self._properties)
+        self.open()
 
     def _abort(self) -> None:
         try:
@@ -521,10 +541,7 @@ class TransactionalPublisher(_Writer):
         except KafkaException as error:
             if error.args[0].code() == KafkaError._STATE:  # It had not begun, or is aborted already.
                 return
-            # A new producer with the same id aborts what the old one could not.
-            _log.warning("producer recreated", reason=_text(error))
-            self._producer = _build(Producer, self._properties)
-            self.open()
+            self._recreate(_text(error))
 
     def _call(self, doing: str, function: Callable[..., Any], *arguments: Any) -> None:
         """Call, with errors told apart: retriable (again), abortable (TransactionAbortedError), fatal (StreamError)."""
@@ -654,7 +671,7 @@ def _client(settings: Settings) -> dict[str, Any]:
     def report(error: Any) -> None:
         _log.warning("client", reason=error.str())
 
-    return {"client.id": "ripcurrent", "error_cb": report, "log_level": 3} | settings.kafka.connection()
+    return {"client.id": "ripcurrent", "error_cb": report, "log_level": 2} | settings.kafka.connection()
 
 
 def _build(kind: Any, properties: dict[str, Any]) -> Any:

@@ -1,0 +1,227 @@
+"""The `ripcurrent` command: settings as flags, and each subcommand as a thin door to what does the work.
+
+Promises: an error that a user can meet is one line on stderr and exit code 1; help is quick, for nothing heavy is
+imported before a command needs it. Does not contain any logic of the service.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any, get_origin
+
+import orjson
+import structlog
+import typer
+
+from streamer.errors import ConfigurationError, RipcurrentError
+from streamer.settings import Settings, is_secret, leaves, load, shown, variable
+
+app = typer.Typer(
+    name="ripcurrent",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Streaming anomaly detection for OCSF events on Kafka.\n\n"
+        "Settings come from flags, else RIPCURRENT_* variables (--kafka-group-id is RIPCURRENT_KAFKA_GROUP_ID), else "
+        "ripcurrent.toml (group_id under [kafka]), else defaults; `ripcurrent config` shows what they come to."
+    ),
+)
+
+_PANELS = {"kafka": "Kafka connection", "redis": "Redis connection"}
+_METAVARS = {str(int): "N", str(float): "N", str(float | None): "N", str(Path): "PATH"}
+
+
+def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command of `settings` a flag for each setting, and --config; other parameters stay as they are.
+
+    A secret has no flag: a command line can be read by everybody on the host.
+    """
+    names = {name.replace(".", "_"): name for name, field in leaves() if not is_secret(field)}
+
+    @functools.wraps(command)
+    def with_flags(config: Path | None = None, **given: Any) -> None:
+        flags = {full: _properties(given.pop(short)) for short, full in names.items()}
+        command(settings=load(flags, config), **given)
+
+    file = typer.Option(None, "--config", help="TOML file of settings (default: ripcurrent.toml where there is one)")
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
+    parameters.append(inspect.Parameter("config", keyword, default=file, annotation=Path | None))
+    for name, field in leaves():
+        if is_secret(field):
+            continue
+        section = name.rpartition(".")[0]
+        many = get_origin(field.annotation) is dict
+        option = typer.Option(
+            None,
+            "--" + (name.removesuffix("ies") + "y" if many else name).replace(".", "-").replace("_", "-"),
+            help=f"{field.description} (default: {_default(field.default)})",
+            metavar="KEY=VALUE" if many else _METAVARS.get(str(field.annotation), "TEXT"),
+            rich_help_panel=_PANELS.get(section, "Settings"),
+            show_default=False,
+        )
+        kind: Any = list[str] | None if many else str | None
+        parameters.append(inspect.Parameter(name.replace(".", "_"), keyword, default=option, annotation=kind))
+    with_flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_flags.__annotations__ = {p.name: p.annotation for p in parameters}
+    return with_flags
+
+
+def _default(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else "none" if value in (None, "", {}) else str(value)
+
+
+def _properties(given: Any) -> Any:
+    """KEY=VALUE words as a dict; anything else as it is. None was not given."""
+    if not isinstance(given, list):
+        return given
+    wrong = [word for word in given if "=" not in word]
+    if wrong:
+        raise typer.BadParameter(f"KEY=VALUE is needed, not {wrong[0]!r}")
+    return dict(word.split("=", 1) for word in given) or None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ripcurrent {installed_version('ripcurrent')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
+    ),
+) -> None:
+    pass
+
+
+@app.command()
+@takes_settings
+def run(settings: Settings) -> None:
+    """Read events from Kafka, write alerts to Kafka, until SIGTERM.
+
+    Progress is the group's committed offsets: start it again and it goes on where it was. Topics must exist. Secrets
+    (kafka.sasl_password, kafka.ssl_key_password, redis.password) come from variables or the file, not from flags.
+    """
+    configure_logging(settings)
+    _check_bundle(settings)
+    _check_redis(settings)
+    from streamer.kafka import check_topics
+
+    check_topics(settings)
+    # Only now what takes seconds to import and load.
+    from streamer.alerts import build_alerts
+    from streamer.bundle import open_detector
+    from streamer.service import Service
+
+    detector, windows = open_detector(settings)
+    line = settings.line if settings.line is not None else detector.bundle.line(settings.alerts_per_day)
+
+    def alerts(scored: Any, rows: Any, explanations: Any) -> Any:
+        return build_alerts(
+            scored,
+            rows,
+            explanations,
+            line=line,
+            bundle_version=detector.bundle.version,
+            tenant=settings.tenant,
+            now_ms=int(time.time() * 1000),
+        )
+
+    service = Service(settings, detector, alerts, line=line, windows=windows)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: service.stop())
+    service.run()
+
+
+@app.command()
+@takes_settings
+def config(
+    settings: Settings,
+    as_json: bool = typer.Option(False, "--json", help="As JSON."),
+) -> None:
+    """Print the effective settings, secrets hidden, with the variable that sets each."""
+    effective = shown(settings)
+    if as_json:
+        typer.echo(orjson.dumps(effective, option=orjson.OPT_INDENT_2).decode())
+        return
+    section = ""
+    for name, field in leaves():
+        prefix, _, key = name.rpartition(".")
+        if prefix != section:
+            section = prefix
+            typer.echo(f"\n[{section}]")
+        value = effective[name]
+        text = (
+            "{" + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+            if value is not None and (isinstance(value, dict))
+            else _toml(value)
+        )
+        line = f"{key} = {text}" if value is not None else f"# {key} ="
+        typer.echo(f"{line:<44} # {variable(name)}: {field.description}")
+
+
+def _toml(value: Any) -> str:
+    """A scalar or list as TOML: for these JSON is the same."""
+    return orjson.dumps(value).decode()
+
+
+def _check_bundle(settings: Settings) -> None:
+    if not (settings.bundle / "manifest.json").is_file():
+        raise ConfigurationError(
+            f"no bundle at {settings.bundle}; `ripcurrent fit FILES... --out {settings.bundle}` makes one"
+        )
+
+
+def _check_redis(settings: Settings) -> None:
+    import redis
+
+    url = shown(settings)["redis.url"]
+    try:
+        with redis.Redis.from_url(settings.redis.url, retry=None, **settings.redis.client_arguments()) as client:
+            client.ping()
+    except (redis.RedisError, OSError, ValueError, TypeError) as error:
+        raise ConfigurationError(f"no Redis at {url} (redis.url): {error}") from None
+
+
+def configure_logging(settings: Settings) -> None:
+    """Structured logs on stderr, as lines for people or as JSON."""
+    renderer: Any = (
+        structlog.processors.JSONRenderer()
+        if settings.log_format == "json"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.log_level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+def main() -> None:
+    """Entry point: errors that a user can meet become one line and exit code 1."""
+    from encoder.events import EncoderError
+    from state.errors import StateError
+
+    try:
+        app()
+    except (RipcurrentError, EncoderError, StateError) as error:
+        print(f"ripcurrent: {error}", file=sys.stderr)
+        sys.exit(1)

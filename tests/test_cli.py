@@ -1,0 +1,85 @@
+"""The command explains itself quickly, shows what it would do, and says in one line what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+from stream import create
+
+from streamer.settings import leaves
+
+COMMAND = [sys.executable, "-c", "from streamer.cli import main; main()"]
+
+
+def ripcurrent(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RIPCURRENT_")}
+    environment = kept | {"COLUMNS": "200"} | variables
+    return subprocess.run(
+        [*COMMAND, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_help_names_every_setting_and_imports_nothing_heavy(tmp_path: Path) -> None:
+    text = ripcurrent("run", "--help", cwd=tmp_path).stdout
+    for name, field in leaves():
+        flag = "--" + name.replace(".", "-").replace("_", "-").replace("properties", "property")
+        assert (flag in text) == ("password" not in name), flag
+        assert (field.description or "").split()[0] in text
+    program = "import sys, streamer.cli; print([m for m in ('torch', 'confluent_kafka', 'numpy') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
+
+
+def test_version(tmp_path: Path) -> None:
+    assert ripcurrent("--version", cwd=tmp_path).stdout.startswith("ripcurrent 0.")
+
+
+def test_config_prints_toml_that_gives_the_same_settings_and_hides_secrets(tmp_path: Path) -> None:
+    (tmp_path / "ripcurrent.toml").write_text("batch_size = 7\n[kafka]\nsasl_password = 'hunter2'\n")
+    flags = ["--events", "a,b", "--kafka-property", "fetch.min.bytes=5", "--line", "0.001"]
+    variables = {"RIPCURRENT_TENANT": "blue", "RIPCURRENT_REDIS_URL": "redis://me:hunter2@host/0"}
+    done = ripcurrent("config", *flags, cwd=tmp_path, **variables)
+    assert "hunter2" not in done.stdout
+    shown = tomllib.loads(done.stdout)
+    assert (shown["batch_size"], shown["events"], shown["tenant"], shown["line"]) == (7, ["a", "b"], "blue", 0.001)
+    assert shown["kafka"]["properties"] == {"fetch.min.bytes": "5"}
+    (tmp_path / "again.toml").write_text(done.stdout)
+    (tmp_path / "ripcurrent.toml").unlink()
+    again = ripcurrent("config", "--config", "again.toml", "--json", cwd=tmp_path)
+    first = ripcurrent("config", *flags, "--json", "--batch-size", "7", cwd=tmp_path, **variables)
+    assert json.loads(again.stdout) | {"kafka.sasl_password": ""} == json.loads(first.stdout)
+
+
+def test_wrong_settings_give_one_clear_line_within_seconds(
+    tmp_path: Path, kafka: str, redis_url: str, unique: Callable[[str], str]
+) -> None:
+    topics = create(kafka, unique("cli"))
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "manifest.json").write_text("{}")
+    servers = {"RIPCURRENT_KAFKA_BOOTSTRAP_SERVERS": kafka, "RIPCURRENT_REDIS_URL": redis_url}
+    cases: list[tuple[list[str], dict[str, str], str]] = [
+        ([], {"RIPCURRENT_BATCHSIZE": "1"}, "did you mean RIPCURRENT_BATCH_SIZE?"),
+        (["--batch-size", "many"], {}, "setting batch_size = 'many'"),
+        (["--bundle", "nowhere"], {}, "no bundle at nowhere"),
+        (["--redis-url", "redis://127.0.0.1:1/0"], {}, "no Redis at redis://127.0.0.1:1/0 (redis.url)"),
+        (["--kafka-bootstrap-servers", "127.0.0.1:1"], {}, "no Kafka answers at 127.0.0.1:1"),
+        (["--events", topics.events, "--alerts", "no-such-topic"], {}, "no-such-topic"),
+        (["--events", topics.events, "--alerts", topics.events], {}, "is both read and written"),
+        (["--kafka-property", "no.such.property=1"], {}, "no.such.property"),
+    ]
+    for arguments, variables, message in cases:
+        began = time.monotonic()
+        done = ripcurrent("run", *arguments, cwd=tmp_path, **(servers | variables))
+        assert time.monotonic() - began < 15
+        assert done.returncode == 1, (arguments, done)
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("ripcurrent: ")
+        assert message in last, (arguments, done.stderr)
+        assert "Traceback" not in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr

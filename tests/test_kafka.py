@@ -1,0 +1,123 @@
+"""The edge to Kafka: polling never stops, a rewind gives the same again, names are unique, outages are outlived."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+from stream import LINE, HashDetector, Topics, build_alerts, create, running, until
+
+from streamer.errors import ConfigurationError
+from streamer.kafka import Source, check_topics, claim_instance
+from streamer.servers import KafkaServer
+from streamer.service import Service
+
+
+@pytest.fixture
+def topics(kafka: str, unique: Callable[[str], str]) -> Topics:
+    return create(kafka, unique("kafka"))
+
+
+def test_polling_goes_on_while_nobody_takes_batches_and_nothing_is_lost_by_the_pause(topics: Topics) -> None:
+    topics.produce_events(1000)
+    source = Source(topics.settings(), lambda gone, lost: None)
+    source.open()
+    try:
+        until(lambda: len(source._queue) == 2)
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            assert time.monotonic() - source.polled_at < 1
+            time.sleep(0.05)
+        assert len(source._queue) <= 3
+        seen: list[tuple[int, int]] = []
+
+        def take() -> bool:
+            source.wait(0.1)
+            with source.guard:
+                batch = source.take()
+            seen.extend((m.partition, m.offset) for m in batch.messages) if batch else None
+            return len(seen) >= 1000
+
+        until(take)
+        assert [offset for partition, offset in seen if partition == 0] == list(range(500))
+        assert [offset for partition, offset in seen if partition == 1] == list(range(500))
+    finally:
+        source.close()
+
+
+def test_a_rewind_gives_again_what_is_not_committed(topics: Topics) -> None:
+    topics.produce_events(400)
+    source = Source(topics.settings(), lambda gone, lost: None)
+    source.open()
+    try:
+        wanted = {(0, offset) for offset in range(50, 200)} | {(1, offset) for offset in range(200)}
+        for _ in range(3):
+            seen: set[tuple[int, int]] = set()
+
+            def take(seen: set[tuple[int, int]] = seen) -> bool:
+                source.wait(0.1)
+                with source.guard:
+                    batch = source.take()
+                seen.update((m.partition, m.offset) for m in batch.messages) if batch else None
+                return seen >= wanted
+
+            source.committed({(topics.events, 0): 50})
+            until(take)
+            with source.guard:
+                source.rewind()
+    finally:
+        source.close()
+
+
+def test_a_broker_that_restarts_costs_nothing_but_time(unique: Callable[[str], str]) -> None:
+    with KafkaServer() as server:
+        topics = create(server.bootstrap, unique("restart"))
+        topics.produce_events(600)
+        detector = HashDetector(lambda _: time.sleep(0.05))
+        service = Service(topics.settings(), detector, build_alerts, line=LINE)
+        with running(service) as raised:
+            until(lambda: len(detector.batches) > 3)
+            server.restart(kill=True)
+            topics.produce_events(200)
+            topics.wait_until_read(800)
+        assert raised == []
+        assert topics.alerts() == topics.expected_alerts(800)
+        assert len({message.key() for message in topics.read("scores")}) == len(topics.read("scores")) == 800
+
+
+def test_processes_on_one_host_have_different_names_that_a_restart_keeps(topics: Topics) -> None:
+    settings = topics.settings(**{"kafka.instance_id": None})
+    group = settings.kafka.group_id
+    program = (
+        "import sys; from streamer.kafka import claim_instance; from streamer.settings import load\n"
+        "print(claim_instance(load({'kafka.group_id': sys.argv[1]})), flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, group]
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    with start() as first:
+        assert first.stdout is not None
+        name = first.stdout.readline().strip()
+        with start() as second:
+            assert second.stdout is not None
+            assert second.stdout.readline().strip() != name
+            second.kill()
+        first.kill()
+    with start() as again:
+        assert again.stdout is not None
+        assert again.stdout.readline().strip() == name
+        again.kill()
+    assert claim_instance(topics.settings()) == "one"
+
+
+def test_what_is_missing_or_wrong_is_named_before_anything_starts(topics: Topics) -> None:
+    check_topics(topics.settings())
+    with pytest.raises(ConfigurationError, match=r"no such topic .*: nowhere;"):
+        check_topics(topics.settings(events=f"{topics.events},nowhere"))
+    with pytest.raises(ConfigurationError, match="is both read and written"):
+        check_topics(topics.settings(alerts=topics.events))
