@@ -12,8 +12,8 @@ from torch.nn import functional
 
 
 class TabularBlock(nn.Module):
-    """Pre-norm residual block, x + W2 gelu(W1 norm(x)): float32 [n, width] to the same. The last layer starts at zero, so
-    that an untrained block is the identity."""
+    """Pre-norm residual block, x + W2 gelu(W1 norm(x)): float32 [n, width] to the same. The last layer starts at zero:
+    an untrained block is the identity."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()

@@ -1,14 +1,33 @@
-"""The detector: a function from a batch of raw events to a batch of scored events."""
+"""The detector: a function from a batch of raw events to a batch of scored events.
+
+It does not know where the events came from: the Kafka loop, `ripcurrent score`, replay, evaluation and the benchmark
+all call it. Promises that a score depends on the event, its entities' windows and the bundle alone, not on how the
+stream was cut into batches.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
-from encoder.events import Coordinates, Reject
+from encoder.entities import Entities
+from encoder.entities import entities as find_entities
+from encoder.events import Coordinates, EventBatch, Message, Reject, decode
+from encoder.runtime import Encoded
+from encoder.schema import Schema
+from encoder.vectorize import FeatureBatch
+from state.windows import WindowEntries, WindowStore
+from streamer.bundle import Bundle, load
+from streamer.scoring import DENSITY_TRUST, NEIGHBOURS, NOVELTY_TRUST, SURPRISE_TRUST, Parts, severity
+
+if TYPE_CHECKING:
+    from streamer.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -17,7 +36,8 @@ class ScoredBatch:
 
     coordinates, time: as in `EventBatch`; p_value: float64 [n] in (0, 1], how often normal data scores at least this;
     severity: float32 [n], 0 to 100; entity: str object [n] (`kind:value`, "" where the event names none); cause: str
-    object [n] (`record:ATTRIBUTE PATH` or `sequence:WHAT`); records: the n decoded events; rejects: what could not be read.
+    object [n] (`record:ATTRIBUTE PATH` or `sequence:WHAT`); records: the n decoded events; rejects: what could not be
+    read; repairs: how often each kind of repair was made.
     """
 
     coordinates: Coordinates
@@ -28,6 +48,7 @@ class ScoredBatch:
     cause: NDArray[np.object_]
     records: list[dict[str, Any]]
     rejects: list[Reject]
+    repairs: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -57,3 +78,149 @@ class Explanation:
     distance: float
     usual_distance: float
     window: tuple[tuple[int, str, str, float], ...] = ()
+
+
+EXPLAINED_FIELDS = 5
+EXPLAINED_NEIGHBOURS = 3
+
+
+class Detector:
+    """Joins encoder and state: decodes, encodes, appends to windows, scores, explains.
+
+    windows: where entities are remembered between batches; its vectors must be of the bundle's encoder.
+    """
+
+    def __init__(self, bundle: Bundle, windows: WindowStore, *, tenant: str = "default") -> None:
+        self.bundle = bundle
+        self.windows = windows
+        self.tenant = tenant
+        fields = bundle.encoder.schema.fields
+        self._causes = np.array([f"record:{field.path}" for field in fields], object)
+
+    def score(self, messages: Sequence[Message]) -> ScoredBatch:
+        """Score a batch of messages, whole messages in stream order within each partition."""
+        events, rejects = decode(messages)
+        encoder, scorer = self.bundle.encoder, self.bundle.scorer
+        features = encoder.vectorize(events)
+        first, like = features.distinct()
+        distinct = features.take(first)
+        encoded = encoder.encode(distinct)
+        types = distinct.codes[:, 0].astype(np.int64)
+        parts = scorer.parts(scorer.raw(encoded, types), types)
+        p_value = scorer.p_value(parts)
+        cause = self._causes[_causal_field(encoded, parts)]
+        entities = find_entities(events)
+        self._push(events, entities, encoded.vectors[like])
+        return ScoredBatch(
+            events.coordinates,
+            events.time,
+            p_value[like],
+            severity(p_value)[like],
+            np.array(entities.primary, object),
+            cause[like],
+            events.records,
+            rejects,
+            events.repairs,
+        )
+
+    def _push(self, events: EventBatch, entities: Entities, vectors: NDArray[np.float16]) -> None:
+        if len(entities.row):
+            self.windows.append(window_entries(events, entities, vectors))
+
+    def explain(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Explanation]:
+        """Why these events scored as they did. Costs milliseconds an event: for alerts."""
+        found = []
+        for row in rows.tolist():
+            message = Message("", 0, 0, int(scored.time[row]), orjson.dumps(scored.records[row]))
+            events, _ = decode([message])
+            found.append(self._explain_one(events))
+        return found
+
+    def _explain_one(self, events: EventBatch) -> Explanation:
+        encoder, scorer = self.bundle.encoder, self.bundle.scorer
+        features = encoder.vectorize(events)
+        encoded = encoder.encode(features)
+        distances, places = scorer.baseline.search(encoded.vectors, EXPLAINED_NEIGHBOURS)
+        usual = scorer.calibrations["novelty"].scores
+        return Explanation(
+            self._findings(events, features, encoded),
+            tuple(orjson.loads(self.bundle.exemplars[place]) for place in places[0].tolist()),
+            float(distances[0, :NEIGHBOURS].mean()),
+            float(np.median(usual)),
+        )
+
+    def _findings(self, events: EventBatch, features: FeatureBatch, encoded: Encoded) -> tuple[FieldFinding, ...]:
+        """The fields that mattered, one of each group, by how surprising the counts or the network find them."""
+        encoder = self.bundle.encoder
+        fields = encoder.schema.fields
+        surprise = encoder.rarity(features)
+        oddest = surprise.by_type[0].maximum(surprise.by_actor[0]).cpu().numpy()
+        by_field = dict(zip(encoder.rarity.columns, oddest.tolist(), strict=True))
+        numbers = [i for i, f in enumerate(fields) if f.kind == "number" and features.codes[0, i]]
+        likely = sorted(by_field, key=lambda i: -by_field[i])[: 2 * EXPLAINED_FIELDS]
+        asked = np.array(likely + numbers, np.int32)
+        expectations = encoder.expectations(features, 0, asked)
+        ranked = sorted(expectations, key=lambda e: -max(e.surprise, by_field.get(e.field, 0.0)))
+        findings: list[FieldFinding] = []
+        groups: set[str] = set()
+        for expectation in ranked:
+            field_ = fields[expectation.field]
+            if field_.group in groups or field_.name.startswith("#"):
+                continue
+            groups.add(field_.group)
+            column = events.columns.get(field_.path)
+            observed = _shown(column.values[0]) if column is not None else ""
+            surprise_ = max(expectation.surprise, by_field.get(expectation.field, 0.0))
+            findings.append(FieldFinding(field_.path, observed, expectation.expected, surprise_))
+            if len(findings) == EXPLAINED_FIELDS:
+                break
+        return tuple(findings)
+
+
+def window_entries(events: EventBatch, entities: Entities, vectors: NDArray[np.float16]) -> WindowEntries:
+    """The (event, entity) pairs of a batch as the window store takes them. vectors: float16 [n, d], one an event."""
+    rows, at = entities.row, events.coordinates
+    return WindowEntries(
+        entities.entity,
+        np.maximum(events.time[rows], 0),
+        vectors[rows],
+        at.sources,
+        at.source[rows],
+        at.offset[rows],
+        at.index[rows],
+    )
+
+
+def _causal_field(encoded: Encoded, parts: Parts) -> NDArray[np.int32]:
+    """int32 [n]: the field that says most about the strongest part: the furthest number where density speaks, else the
+    least expected value."""
+    others = np.maximum(SURPRISE_TRUST * parts.surprise, NOVELTY_TRUST * parts.novelty)
+    by_density = (DENSITY_TRUST * parts.density > others) & (encoded.far_number >= 0)
+    return np.where(by_density, encoded.far_number, encoded.odd_field)
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else orjson.dumps(value).decode()
+
+
+def compact(record: dict[str, Any], schema: Schema) -> dict[str, Any]:
+    """The attributes of an event that the schema reads, flat, for exemplars."""
+    events, _ = decode([Message("", 0, 0, -1, orjson.dumps(record))])
+    read = {field.path for field in schema.fields}
+    return {path: column.values[0] for path, column in events.columns.items() if path in read}
+
+
+def open_detector(settings: Settings) -> tuple[Detector, WindowStore]:
+    """The detector of the service: the settings' bundle, and windows in its Redis."""
+    from state.redis_windows import RedisWindows
+
+    bundle = load(settings.bundle, settings.device)
+    windows = RedisWindows(
+        settings.redis.url,
+        encoder=bundle.encoder_hash,
+        dim=bundle.scorer.baseline.dim,
+        tenant=settings.tenant,
+        retries=settings.redis.retries,
+        **settings.redis.client_arguments(),
+    )
+    return Detector(bundle, windows, tenant=settings.tenant), windows

@@ -1,0 +1,154 @@
+"""The encoder at work: features in, vectors and surprises out, on one device.
+
+Promises: an event's vector does not depend on the batch it came in. Rows go through the network in padded chunks of one
+fixed size, so that the same row meets the same matrix shapes, and vectors are rounded to fp16 before any use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from encoder.events import EncoderError
+from encoder.rarity import ContextRarity
+from encoder.resnet import TabularResNet
+from encoder.schema import FIRST, MISSING, UNKNOWN, Schema
+from encoder.training import DEPTH, EMBEDDING, WIDTH, network_codes, network_sizes
+from encoder.vectorize import FeatureBatch, Vectorizer
+
+CHUNK = 256
+"""Rows a pass through the network. One event or a thousand, the matrices have this many rows."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """n events as the encoder sees them.
+
+    vectors: float16 [n, 64]; oddness: name of a record score to float32 [n], in nats; odd_field: int32 [n], the field
+    (its place in the schema) whose value is the least expected for the event type; far_number: int32 [n], the number
+    that lies furthest out in training's range, -1 where the event has none.
+    """
+
+    vectors: NDArray[np.float16]
+    oddness: dict[str, NDArray[np.float32]]
+    odd_field: NDArray[np.int32]
+    far_number: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What one field of one event was expected to be: -log p of what it was, and the likeliest values with their p."""
+
+    field: int
+    surprise: float
+    expected: tuple[tuple[str, float], ...]
+
+
+class Encoder:
+    """Schema, vectorizer, rarity counts and network as one, on `device`."""
+
+    def __init__(self, schema: Schema, net: TabularResNet, rarity: ContextRarity, device: torch.device) -> None:
+        self.schema = schema
+        self.device = device
+        self.vectorize = Vectorizer(schema)
+        self.net = net.to(device).eval().requires_grad_(False)
+        self.rarity = rarity.to(device)
+        numbers = [i for i, field in enumerate(schema.fields) if field.kind == "number"]
+        self._numbers = np.array(numbers, np.int32)
+        self._discrete = np.array(rarity.columns, np.int32)
+
+    @classmethod
+    def from_state(cls, schema: Schema, state: dict[str, Tensor], device: torch.device) -> Encoder:
+        """From what `state` gave. Raises EncoderError where the weights are those of another schema."""
+        sizes = network_sizes(schema)
+        numbers = sum(field.kind == "number" for field in schema.fields)
+        net = TabularResNet(sizes=sizes, numbers=numbers, width=WIDTH, depth=DEPTH, embedding=EMBEDDING)
+        weights = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
+        try:
+            net.load_state_dict(weights)
+            rarity = ContextRarity(schema, state["rarity.keys"], state["rarity.counts"])
+        except (RuntimeError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise EncoderError(f"the weights do not fit the feature schema ({reason}); fit the bundle again") from error
+        return cls(schema, net, rarity, device)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that, with the schema, make the encoder again."""
+        tensors = {f"net.{name}": value.cpu().contiguous() for name, value in self.net.state_dict().items()}
+        return tensors | {"rarity.keys": self.rarity.keys.cpu(), "rarity.counts": self.rarity.counts.cpu()}
+
+    def encode(self, features: FeatureBatch) -> Encoded:
+        """Vectors and surprises of n events. Meant for distinct rows: see `FeatureBatch.distinct`."""
+        surprise = self.rarity(features)
+        oddness = {name: score.cpu().numpy() for name, score in self.rarity.summary(surprise).items()}
+        odd_field = self._discrete[surprise.by_type.argmax(1).cpu().numpy()]
+        return Encoded(self._vectors(features), oddness, odd_field, self._far_number(features))
+
+    def _far_number(self, features: FeatureBatch) -> NDArray[np.int32]:
+        if not len(self._numbers):
+            return np.full(len(features), -1, np.int32)
+        present = features.codes[:, self._numbers] != MISSING
+        out = np.where(present, np.abs(features.quantiles - 0.5), -1.0)
+        return np.where(present.any(1), self._numbers[out.argmax(1)], -1).astype(np.int32)
+
+    def _vectors(self, features: FeatureBatch) -> NDArray[np.float16]:
+        codes, quantiles = self._tensors(features)
+        found = torch.empty(len(features), EMBEDDING, dtype=torch.float16, device=self.device)
+        with torch.inference_mode():
+            for start in range(0, len(features), CHUNK):
+                rows = slice(start, start + CHUNK)
+                short = CHUNK - len(codes[rows])
+                vectors = self.net(
+                    functional.pad(codes[rows], (0, 0, 0, short)), functional.pad(quantiles[rows], (0, 0, 0, short))
+                )
+                found[rows] = vectors[: CHUNK - short].half()
+        return found.cpu().numpy()
+
+    def _tensors(self, features: FeatureBatch) -> tuple[Tensor, Tensor]:
+        codes = torch.from_numpy(network_codes(features.codes, self.net.sizes)).to(self.device)
+        return codes, torch.from_numpy(features.quantiles).to(self.device)
+
+    def expectations(self, features: FeatureBatch, row: int, fields: NDArray[np.int32]) -> list[Expectation]:
+        """For one event: hide each of the fields in turn and ask the network for it."""
+        one = features.take(np.array([row], np.intp))
+        codes, quantiles = (tensor.repeat(len(fields), 1) for tensor in self._tensors(one))
+        place = {int(position): i for i, position in enumerate(self._numbers)}
+        for i, position in enumerate(fields.tolist()):
+            codes[i, position] = self.net.sizes[position]
+            if position in place:
+                quantiles[i, place[position]] = 0.5
+        with torch.inference_mode():
+            predicted = self.net.log_probabilities(self.net(codes, quantiles))
+        found = []
+        for i, position in enumerate(fields.tolist()):
+            field, p = self.schema.fields[position], predicted[position][i].exp().cpu().numpy()
+            code = int(network_codes(one.codes, self.net.sizes)[0, position])
+            likely = np.argsort(-p)[:3]
+            expected = tuple((self._name(position, int(c)), float(p[c])) for c in likely if p[c] >= 0.05)
+            found.append(Expectation(position, float(-np.log(max(p[code], 1e-12))), expected))
+            del field
+        return found
+
+    def _name(self, position: int, code: int) -> str:
+        """A code in words: `` for absent, a range for a number."""
+        field = self.schema.fields[position]
+        if code == MISSING:
+            return ""
+        if code == UNKNOWN:
+            return "a value not seen in training"
+        if field.kind == "number":
+            borders = [float(np.sign(edge) * np.expm1(abs(edge))) for edge in field.edges]
+            place = code - FIRST
+            if place == 0:
+                return f"below {borders[0]:.4g}"
+            if place >= len(borders):
+                return f"above {borders[-1]:.4g}"
+            return f"{borders[place - 1]:.4g} to {borders[place]:.4g}"
+        if field.kind == "presence":
+            return "present"
+        return field.values[code - FIRST] if code - FIRST < self.net.sizes[position] - FIRST - 1 else "a rare value"

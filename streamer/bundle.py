@@ -1,0 +1,179 @@
+"""Bundles: a directory with everything that a detector needs, versioned as one.
+
+`manifest.json` names every file with its sha256; schema and exemplars are JSON, arrays are safetensors, the index is
+hnswlib's. Nothing is pickled. Written beside its place and renamed, so that a bundle is either whole or not there;
+every hash is checked on load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
+
+from encoder.runtime import Encoder
+from encoder.schema import Schema
+from state.baseline import Baseline, Density
+from state.calibration import Calibration
+from streamer.errors import RipcurrentError
+from streamer.scoring import RecordScorer
+
+FORMAT = 1
+_MANIFEST, _SCHEMA, _ENCODER = "manifest.json", "schema.json", "encoder.safetensors"
+_INDEX, _SCORES, _EXEMPLARS = "baseline.hnsw", "scores.safetensors", "exemplars.ndjson"
+
+
+class BundleError(RipcurrentError):
+    """A bundle that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What a detector needs. exemplars: for each vector of the baseline, the normal event that it stands for, compact
+    and redacted; manifest: what `manifest.json` says."""
+
+    encoder: Encoder
+    scorer: RecordScorer
+    exemplars: list[bytes]
+    manifest: dict[str, Any]
+
+    @property
+    def version(self) -> str:
+        """Name and hash: two bundles with the same version score alike."""
+        return str(self.manifest["version"])
+
+    @property
+    def encoder_hash(self) -> str:
+        """Windows of vectors made by another encoder are never mixed with this one's."""
+        return str(self.manifest["files"][_ENCODER])[:16]
+
+    def line(self, alerts_per_day: float, events_per_day: float | None = None) -> float:
+        """The p-value at which normal traffic gives that many alerts a day, at the rate of training unless told."""
+        return min(0.5, alerts_per_day / max(events_per_day or float(self.manifest["training"]["events_per_day"]), 1.0))
+
+
+def save(
+    path: Path, *, encoder: Encoder, scorer: RecordScorer, exemplars: list[bytes], training: dict[str, Any]
+) -> Bundle:
+    """Write a bundle; what stands at `path` is replaced only once the new one is whole."""
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        (temporary / _SCHEMA).write_bytes(encoder.schema.to_json())
+        save_tensors(encoder.state(), temporary / _ENCODER)
+        index = scorer.baseline.save(temporary / _INDEX)
+        save_arrays(_scorer_arrays(scorer), temporary / _SCORES)
+        (temporary / _EXEMPLARS).write_bytes(b"".join(line + b"\n" for line in exemplars))
+        files = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
+        name = hashlib.sha256(orjson.dumps(files)).hexdigest()[:12]
+        manifest = {
+            "format": FORMAT,
+            "version": f"{path.name}-{name}",
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "schema_hash": encoder.schema.hash,
+            "files": files,
+            "baseline": index,
+            "training": training,
+        }
+        (temporary / _MANIFEST).write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+        temporary.chmod(0o755)
+        _swap(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return Bundle(encoder, scorer, exemplars, manifest)
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Put `new` in the place of `path`. A directory cannot be renamed over one that is not empty."""
+    if not path.exists():
+        os.rename(new, path)
+        return
+    if not (path / _MANIFEST).exists():
+        raise BundleError(f"{path} exists and is not a bundle; choose another --out or remove it")
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    os.rename(path, old)
+    os.rename(new, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _scorer_arrays(scorer: RecordScorer) -> dict[str, NDArray[Any]]:
+    arrays: dict[str, NDArray[Any]] = {
+        "baseline.members": scorer.baseline.members,
+        "density.vectors": scorer.density.vectors,
+        "density.weights": scorer.density.weights,
+        "density.starts": scorer.density.starts,
+        "density.types": scorer.density.types,
+    }
+    for name, calibration in scorer.calibrations.items():
+        arrays[f"calibration.{name}"] = calibration.scores
+        arrays[f"tail.{name}"] = np.array([calibration.start, calibration.scale])
+    return arrays
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load(path: Path, device: str = "cpu") -> Bundle:
+    """Raises BundleError: not there, not whole, changed, or of a schema that its weights do not fit."""
+    manifest = read_manifest(path)
+    for name, digest in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise BundleError(f"bundle {path} lacks {name}; fit it again or restore the file")
+        if _digest(file) != digest:
+            raise BundleError(f"{file} was changed or cut off since the bundle was written; fit it again or restore it")
+    schema = Schema.from_json((path / _SCHEMA).read_bytes(), str(path / _SCHEMA))
+    if schema.hash != manifest["schema_hash"]:
+        raise BundleError(
+            f"{path / _SCHEMA} has hash {schema.hash[:12]}, the bundle was fitted with {manifest['schema_hash'][:12]}; "
+            "fit a bundle with this schema"
+        )
+    try:
+        encoder = Encoder.from_state(schema, load_tensors(path / _ENCODER), torch.device(device))
+        arrays = load_arrays(path / _SCORES)
+        baseline = Baseline.load(path / _INDEX, manifest["baseline"], arrays["baseline.members"])
+        density = Density(*(arrays[f"density.{name}"] for name in ("vectors", "weights", "starts", "types")))
+    except (SafetensorError, KeyError) as error:
+        raise BundleError(f"bundle {path} does not hold what its manifest says ({error}); fit it again") from error
+    calibrations = {
+        name.removeprefix("calibration."): Calibration(
+            scores, *(float(x) for x in arrays["tail." + name.removeprefix("calibration.")])
+        )
+        for name, scores in arrays.items()
+        if name.startswith("calibration.")
+    }
+    exemplars = (path / _EXEMPLARS).read_bytes().splitlines()
+    return Bundle(encoder, RecordScorer(baseline, density, calibrations), exemplars, manifest)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the bundle at `path`. Raises BundleError."""
+    file = path / _MANIFEST
+    try:
+        manifest = orjson.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise BundleError(f"there is no bundle at {path}; make one: ripcurrent fit FILES --out {path}") from error
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise BundleError(f"{file} cannot be read ({error}); fit the bundle again or restore the file") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise BundleError(f"{path} has bundle format {found}, this version reads {FORMAT}; fit the bundle again")
+    return manifest
