@@ -122,7 +122,7 @@ def run(settings: Settings) -> None:
     check_topics(settings)
     # Only now what takes seconds to import and load.
     from streamer.alerts import build_alerts
-    from streamer.bundle import open_detector
+    from streamer.detector import open_detector
     from streamer.service import Service
 
     detector, windows = open_detector(settings)
@@ -187,9 +187,10 @@ def _check_bundle(settings: Settings) -> None:
 def _check_redis(settings: Settings) -> None:
     import redis
 
-    url = shown(settings)["redis.url"]
+    url, wait = shown(settings)["redis.url"], min(settings.redis.timeout_s, 5.0)
+    arguments = settings.redis.client_arguments() | {"socket_timeout": wait, "socket_connect_timeout": wait}
     try:
-        with redis.Redis.from_url(settings.redis.url, retry=None, **settings.redis.client_arguments()) as client:
+        with redis.Redis.from_url(settings.redis.url, retry=None, **arguments) as client:
             client.ping()
     except (redis.RedisError, OSError, ValueError, TypeError) as error:
         raise ConfigurationError(f"no Redis at {url} (redis.url): {error}") from None

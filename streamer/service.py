@@ -265,7 +265,7 @@ class Service:
         group.batches += 1
         group.events += len(scored)
         group.messages += len(batch.messages)
-        self.metrics.repaired(getattr(scored, "repairs", {}))
+        self.metrics.repaired(scored.repairs)
 
     def _commit(self) -> None:
         """Publish the group with its offsets. The order is the promise: windows are told of offsets before Kafka holds

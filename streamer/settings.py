@@ -96,8 +96,7 @@ class RedisSettings(BaseModel):
     tls_ca: str = Field(default="", description="PEM file of the authorities to trust; empty: the system's")
     tls_certificate: str = Field(default="", description="PEM file of this client's certificate")
     tls_key: str = Field(default="", description="PEM file of this client's private key")
-    connect_timeout_s: float = Field(default=2.0, gt=0, description="seconds to wait for a connection")
-    timeout_s: float = Field(default=5.0, gt=0, description="seconds to wait for an answer")
+    timeout_s: float = Field(default=5.0, gt=0, description="seconds to wait for a connection, and for an answer")
     retries: int = Field(
         default=3, ge=0, description="tries after the first, with exponential backoff of at most a second"
     )
@@ -115,7 +114,7 @@ class RedisSettings(BaseModel):
         return url
 
     def client_arguments(self) -> dict[str, Any]:
-        """Keyword arguments for `redis.Redis.from_url(url, ...)`, without retries."""
+        """Keyword arguments for `redis.Redis.from_url(url, ...)`: who we are and whom we trust."""
         given: dict[str, Any] = {
             "username": self.username,
             "password": self.password.get_secret_value(),
@@ -123,8 +122,7 @@ class RedisSettings(BaseModel):
             "ssl_certfile": self.tls_certificate,
             "ssl_keyfile": self.tls_key,
         }
-        given = {key: value for key, value in given.items() if value}
-        return given | {"socket_connect_timeout": self.connect_timeout_s, "socket_timeout": self.timeout_s}
+        return {key: value for key, value in given.items() if value}
 
 
 class Settings(BaseSettings):

@@ -65,7 +65,9 @@ class HashDetector:
         p_values = np.array([p_value(batch.coordinates.label(row)) for row in range(n)], np.float64)
         severity = np.full(n, 50, np.float32)
         text = np.array(["user:a"] * n, object)
-        return ScoredBatch(batch.coordinates, batch.time, p_values, severity, text, text, batch.records, rejects)
+        return ScoredBatch(
+            batch.coordinates, batch.time, p_values, severity, text, text, batch.records, rejects, batch.repairs
+        )
 
     def explain(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Explanation]:
         return [Explanation((), (), 0.0, 0.0) for _ in rows]

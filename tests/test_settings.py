@@ -131,9 +131,4 @@ def test_tls_and_sasl_reach_librdkafka_and_redis() -> None:
         "enable.metrics.push": "false",
         "fetch.min.bytes": "3",
     }
-    assert settings.redis.client_arguments() == {
-        "username": "acl",
-        "ssl_ca_certs": "/ca.pem",
-        "socket_connect_timeout": 2.0,
-        "socket_timeout": 5.0,
-    }
+    assert settings.redis.client_arguments() == {"username": "acl", "ssl_ca_certs": "/ca.pem"}
