@@ -76,17 +76,17 @@ RULES = (
 class Entities:
     """The m (event, entity) pairs of n events, in stream order.
 
-    row: int32 [m], ascending, the event; kind: int8 [m], index into `KINDS`; name: m strings `kind:value`; primary: n
+    row: int32 [m], ascending, the event; kind: int8 [m], index into `KINDS`; entity: m strings `kind:value`; primary: n
     strings, the entity that an alert on the event is about, "" where it names none.
     """
 
     row: NDArray[np.int32]
     kind: NDArray[np.int8]
-    name: list[str]
+    entity: list[str]
     primary: list[str]
 
     def __len__(self) -> int:
-        return len(self.name)
+        return len(self.entity)
 
 
 @lru_cache(maxsize=262_144)

@@ -24,7 +24,7 @@ def batch(*records: dict[str, Any]) -> EventBatch:
 
 
 def names(found: Entities, row: int = 0) -> set[str]:
-    return {name for at, name in zip(found.row.tolist(), found.name, strict=True) if at == row}
+    return {name for at, name in zip(found.row.tolist(), found.entity, strict=True) if at == row}
 
 
 def test_an_event_names_several_entities_in_stream_order() -> None:
@@ -34,13 +34,13 @@ def test_an_event_names_several_entities_in_stream_order() -> None:
     assert names(found, 1) == {"user:ann", "address:10.0.0.7", "host:fs01"}
     assert found.primary == ["", "user:ann", "user:ann"]
     kinds = [KINDS[kind] for kind in found.kind]
-    assert all(name.startswith(f"{kind}:") for kind, name in zip(kinds, found.name, strict=True))
+    assert all(name.startswith(f"{kind}:") for kind, name in zip(kinds, found.entity, strict=True))
 
 
 def test_who_logs_on_is_the_user_and_who_acts_is_the_user_elsewhere() -> None:
     people = {"actor": {"user": {"name": "admin1"}}, "user": {"name": "bob"}}
     found = entities(batch({"class_uid": 3002, **people}, {"class_uid": 3001, **people}))
-    assert found.name == ["user:bob", "user:admin1"]
+    assert found.entity == ["user:bob", "user:admin1"]
 
 
 def test_an_account_of_the_machine_is_not_one_person_on_all_machines() -> None:
@@ -65,32 +65,32 @@ def test_a_process_is_its_own_id_or_its_name_on_its_host() -> None:
             {"actor": {"process": {"uid": 4711}}, **on},
         )
     )
-    assert found.name == [f"process:{uid}", "host:h", "process:cmd.exe@h", "host:h", "process:4711@h", "host:h"]
+    assert found.entity == [f"process:{uid}", "host:h", "process:cmd.exe@h", "host:h", "process:4711@h", "host:h"]
 
 
 def test_a_launch_begins_the_history_of_what_it_starts() -> None:
     event = {"class_uid": 1007, "actor": {"process": {"uid": "p"}}, "process": {"uid": "c"}}
     found = entities(batch({**event, "activity_id": 1}, {**event, "activity_id": 3}))
-    assert found.name == ["process:p", "process:c", "process:p"]
+    assert found.entity == ["process:p", "process:c", "process:p"]
 
 
 @pytest.mark.parametrize("nobody", ["", "-", " N/A ", "NULL SID", "(null)", None])
 def test_placeholders_name_nobody_and_the_next_attribute_is_asked(nobody: str | None) -> None:
     found = entities(batch({"actor": {"user": {"name": nobody, "uid": "S-1-5-21-7"}}, "src_endpoint": {"ip": "::"}}))
-    assert found.name == ["user:s-1-5-21-7"]
+    assert found.entity == ["user:s-1-5-21-7"]
 
 
 def test_addresses_have_one_spelling() -> None:
     spelled = ("fe80:0:0:0:1:2:3:4", "FE80::1:2:3:4%eth0", "::ffff:10.1.1.1", "10.1.1.1", "AWS Internal")
     found = entities(batch(*({"src_endpoint": {"ip": ip}} for ip in spelled)))
-    assert found.name == ["address:fe80::1:2:3:4"] * 2 + ["address:10.1.1.1"] * 2 + ["address:aws internal"]
+    assert found.entity == ["address:fe80::1:2:3:4"] * 2 + ["address:10.1.1.1"] * 2 + ["address:aws internal"]
 
 
 def test_long_names_are_cut_and_stay_distinct() -> None:
     long = "x" * 5000
     found = entities(batch({"user": {"uid": long + "1"}}, {"user": {"uid": long + "2"}}))
-    assert len(set(found.name)) == 2
-    assert max(map(len, found.name)) <= MAX_LENGTH + len("user:")
+    assert len(set(found.entity)) == 2
+    assert max(map(len, found.entity)) <= MAX_LENGTH + len("user:")
 
 
 def test_an_event_names_at_most_four_and_keeps_the_narrowest() -> None:
@@ -101,7 +101,7 @@ def test_an_event_names_at_most_four_and_keeps_the_narrowest() -> None:
     }  # fmt: skip
     found = entities(batch(event))
     assert len(found) == MAX_PER_EVENT
-    assert found.name == ["correlation:run-1", "process:p@h", "process:c@h", "user:u"]
+    assert found.entity == ["correlation:run-1", "process:p@h", "process:c@h", "user:u"]
     assert found.primary == ["correlation:run-1"]
 
 
@@ -132,10 +132,10 @@ def test_whatever_the_values_are_names_are_bounded_and_no_batch_changes_them(
     found = entities(decode(dumped)[0])
     assert np.all(np.diff(found.row) >= 0)
     assert np.bincount(found.row, minlength=1).max() <= MAX_PER_EVENT
-    assert all(len(name) <= 2 * MAX_LENGTH + 20 and name == name.lower() for name in found.name)
+    assert all(len(name) <= 2 * MAX_LENGTH + 20 and name == name.lower() for name in found.entity)
     assert len(found.primary) == len(records)
     alone = [entities(decode([message])[0]) for message in dumped]
-    assert [name for one in alone for name in one.name] == found.name
+    assert [name for one in alone for name in one.entity] == found.entity
     assert [one.primary[0] for one in alone] == found.primary
 
 
