@@ -34,6 +34,8 @@ NEW_NAMES = 0.15
 RESIDUAL_PENALTY = 1.0
 """How much the residual part of the embedding costs against the identity part, so that it adds and does not replace."""
 _NUMBER_SCALE = 2.0
+_FLAG_SCALE = 0.5
+"""Of two flags that differ, against 1 for two names: there are many flags, and most of them go together."""
 _COMMON = 5
 
 Progress = Callable[[int, int, float], None]
@@ -78,6 +80,8 @@ def fit_identity(net: TabularResNet, schema: Schema, features: FeatureBatch, wei
             scale[starts[position] : starts[position] + sizes[position] + 1] = 0.0  # the quantile stands for it
         elif field.kind == "identity":
             scale[starts[position] + UNKNOWN] = 0.0
+        elif all(value.lstrip("-").isdecimal() for value in field.values):
+            scale[starts[position] : starts[position] + sizes[position] + 1] *= _FLAG_SCALE
     n, fields = codes.shape
     one_hot = sparse.csr_matrix((scale[index].ravel(), (np.repeat(np.arange(n), fields), index.ravel())), (n, total))
     used = np.flatnonzero(scale)

@@ -21,6 +21,7 @@ import orjson
 import structlog
 import typer
 
+from streamer import commands
 from streamer.errors import ConfigurationError, RipcurrentError
 from streamer.settings import Settings, is_secret, leaves, load, shown, variable
 
@@ -104,6 +105,10 @@ def _root(
     ),
 ) -> None:
     pass
+
+
+for _command in (commands.fit, commands.score, commands.evaluate, commands.simulate, commands.demo):
+    app.command()(_command)
 
 
 @app.command()

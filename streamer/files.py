@@ -29,7 +29,7 @@ def messages(path: Path) -> Iterator[Message]:
     """The lines or rows of a file; offset is the line or row from 0, topic the file's name, timestamp -1 (none)."""
     read = _parquet if path.suffix == ".parquet" else _lines
     try:
-        for offset, value in enumerate(read(path)):
+        for offset, value in read(path):
             yield Message(path.name, 0, offset, -1, value)
     except (OSError, EOFError) as error:
         raise FileError(f"{path} cannot be read: {error}") from error
@@ -43,24 +43,26 @@ def batches(paths: Sequence[Path], size: int = BATCH) -> Iterator[list[Message]]
             yield batch
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
     with gzip.open(path, "rb") if zipped else path.open("rb") as lines:
-        for line in lines:
+        for number, line in enumerate(lines):
             if line.strip():
-                yield line.rstrip(b"\r\n")
+                yield number, line.rstrip(b"\r\n")
 
 
-def _parquet(path: Path) -> Iterator[bytes]:
+def _parquet(path: Path) -> Iterator[tuple[int, bytes]]:
     import pyarrow
     from pyarrow import parquet
 
+    number = 0
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(BATCH):
                 for row in batch.to_pylist(maps_as_pydicts="lossy"):
-                    yield orjson.dumps(row, default=_plain, option=orjson.OPT_NON_STR_KEYS)
+                    yield number, orjson.dumps(row, default=_plain, option=orjson.OPT_NON_STR_KEYS)
+                    number += 1
     except pyarrow.ArrowException as error:
         raise FileError(f"{path} is not a Parquet file that can be read: {error}") from error
 
