@@ -48,7 +48,7 @@ TRANSACTION_S = 120.0
 """How long a broker that is down is waited for in mid-transaction."""
 DRAIN_S = 12.0
 """The same once the process is asked to end."""
-SEND_OFFSETS_S = 15.0
+SEND_OFFSETS_S = 10.0
 """How long offsets may take to be sent. The client ignores its own timeout there and can hang for ever once the group's
 coordinator has gone away (librdkafka issues 5456 and 5511), so the call is left behind with its producer."""
 
@@ -302,15 +302,12 @@ class Source:
                 self._changed.notify_all()
 
     def _seek_back(self) -> None:
+        """To what is committed. By assigning anew: seek() does nothing for a partition that is not being fetched."""
         with self._changed:
             owned = dict(self._owned)
-        for (topic, partition), offset in owned.items():
-            try:
-                self._consumer.seek(TopicPartition(topic, partition, offset))
-            except KafkaException as error:
-                _log.debug("cannot seek yet", topic=topic, partition=partition, reason=_text(error))
-                self._consumer.consume(1, 0.1)  # Just assigned: let it begin, drop what comes, and try again.
-                return
+        if owned:
+            self._consumer.incremental_unassign(_partitions(owned))
+            self._consumer.incremental_assign(_partitions(owned))
         with self._changed:
             self._positions.update(owned)
             self._rewinding = False
@@ -324,6 +321,8 @@ class Source:
                 starts[key] = low if self._settings.start == "earliest" else high
                 _log.info("first start", topic=key[0], partition=key[1], start=self._settings.start, offset=starts[key])
         consumer.incremental_assign(_partitions(committed | starts))
+        # The client remembers a pause beyond the loss of a partition.
+        consumer.resume(_partitions(committed | starts))
         with self._changed:
             self._owned |= committed | starts
             self._positions |= committed | starts
@@ -342,7 +341,7 @@ class Source:
         if not gone:
             return
         # Without the guard the batch in hand is doomed, even if its partitions come back before it is done.
-        deadline = time.monotonic() + REVOKE_S
+        deadline = time.monotonic() + (0.0 if lost else REVOKE_S)
         while not (held := self.guard.acquire(timeout=0.05)) and time.monotonic() < deadline:
             self._serve()  # Whoever holds the guard may be waiting for the consumer.
         try:
@@ -709,6 +708,6 @@ def _batch_bytes(settings: Settings) -> int:
     with contextlib.suppress(KafkaException):  # Not everybody may describe topics.
         wanted = [ConfigResource(ResourceType.TOPIC, topic) for topic in topics]
         for found in _build(AdminClient, _client(settings)).describe_configs(wanted, request_timeout=5).values():
-            with contextlib.suppress(KafkaException, KeyError):
+            with contextlib.suppress(KafkaException, KeyError, TimeoutError):
                 limits.append(int(found.result(6)["max.message.bytes"].value) - 1024)
     return max(min(limits), 1024)
