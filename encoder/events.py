@@ -7,11 +7,15 @@ event is valid OCSF.
 
 from __future__ import annotations
 
+import gc
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +28,15 @@ MAX_FIELDS = 4096
 """Attributes read of one event: an event with more is hostile or broken, and must not cost its batch."""
 MAX_LIST = 32
 """Elements read of one list."""
+MAX_KEY = 256
+"""Characters of a key that enter its path."""
+MAX_NESTING = 200
+"""What is nested deeper than this is emptied, so that a record can be written as JSON again (orjson writes 254 levels
+and reads 1024)."""
 FUTURE_TOLERANCE_MS = 5 * 60 * 1000
+_SURROGATE = re.compile(rb"\\(?:\\|u[dD][89abAB]..\\u[dD][c-fC-F]..|u[dD][89a-fA-F]..)")
+"""An escaped backslash, an escaped pair of surrogates, or half a pair."""
+_INTEGER = re.compile(r"\s*-?[0-9]{1,10}\s*")
 _SAME_MEANING = {("1.0.0-rc.2", 3005): 6003, ("1.0.0-rc.1", 3005): 6003}
 
 
@@ -78,7 +90,8 @@ class EventBatch:
 
     time: int64 [n], epoch ms, repaired; class_uid and type_uid: int32 [n], of the current OCSF numbering; columns: by
     attribute path (`actor.user.name`; a list of objects gives `resources[].uid` with a list as value; null is absence);
-    records: the n decoded objects, for alerts; repairs: how often each kind of repair was made.
+    records: the n decoded objects, repaired, for alerts: each can be written as JSON, and decoding that gives the same
+    columns; repairs: how often each kind of repair was made.
     """
 
     coordinates: Coordinates
@@ -109,9 +122,10 @@ class Reject:
 class _Node:
     """A trie of attribute paths, so that a path is built once a batch and not once an event."""
 
-    __slots__ = ("children", "path", "rows", "values")
+    __slots__ = ("children", "keys", "path", "rows", "values")
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, keys: tuple[str, ...], path: str) -> None:
+        self.keys = keys
         self.path = path
         self.children: dict[str, _Node] = {}
         self.rows: list[int] = []
@@ -120,7 +134,9 @@ class _Node:
     def child(self, key: str) -> _Node:
         node = self.children.get(key)
         if node is None:
-            node = self.children[key] = _Node(f"{self.path}.{key}" if self.path else key)
+            name = key[:MAX_KEY]
+            path = f"{self.path}.{name}" if self.path else name
+            node = self.children[key] = _Node((*self.keys, key), path)
         return node
 
     def put(self, row: int, value: Any) -> None:
@@ -129,9 +145,9 @@ class _Node:
 
 
 class _Flattener:
-    def __init__(self) -> None:
-        self.root = _Node("")
-        self.repairs: Counter[str] = Counter()
+    def __init__(self, repairs: Counter[str]) -> None:
+        self.root = _Node((), "")
+        self.repairs = repairs
         self.left = 0
 
     def add(self, row: int, record: dict[str, Any]) -> None:
@@ -142,23 +158,23 @@ class _Flattener:
 
     def _object(self, node: _Node, row: int, record: dict[str, Any], depth: int) -> None:
         children = node.children
-        for key, value in record.items():
-            if value is None:
-                continue
-            self.left -= 1
-            if self.left < 0:
-                return
+        left = self.left
+        self.left = left - len(record)
+        for key, value in record.items() if self.left >= 0 else islice(record.items(), max(left, 0)):
             child = children.get(key) or node.child(key)
             kind = type(value)
-            if kind is dict:
+            if kind is str or kind is int:
+                child.rows.append(row)
+                child.values.append(value)
+            elif kind is dict:
                 if depth == MAX_DEPTH:
                     self.repairs["too_deep"] += 1
-                    child.put(row, orjson.dumps(value)[:256].decode("utf-8", "replace"))
+                    child.put(row, _text(value))
                 else:
                     self._object(child, row, value, depth + 1)
             elif kind is list:
                 self._list(child, row, value)
-            else:
+            elif value is not None:
                 child.rows.append(row)
                 child.values.append(value)
 
@@ -174,27 +190,37 @@ class _Flattener:
                 for path, value in _leaves(item):
                     inner.setdefault(path, []).append(value)
             elif type(item) is list:
-                scalars.append(orjson.dumps(item)[:256].decode("utf-8", "replace"))
+                scalars.append(_text(item))
             elif item is not None:
                 scalars.append(item)
         if scalars or not inner:
             node.put(row, scalars)
-        for path, values in inner.items():
-            self.left -= 1
-            if self.left < 0:
-                return
+        left = self.left
+        self.left = left - len(inner)
+        for path, values in inner.items() if self.left >= 0 else islice(inner.items(), max(left, 0)):
             node.child("[]").child(path).put(row, values)
 
     def columns(self) -> dict[str, Column]:
-        found: dict[str, Column] = {}
+        """By path, sorted. Keys with dots may spell one path in two ways: its values are one column, and of two values
+        of one event that of the first spelling (in the order of the keys) stands."""
+        spelled: dict[str, list[_Node]] = {}
         stack = [self.root]
         while stack:
             node = stack.pop()
             stack.extend(node.children.values())
             if node.rows:
-                path = node.path.replace(".[].", "[].")
-                found[path] = Column(np.array(node.rows, np.int32), node.values)
-        return dict(sorted(found.items()))
+                spelled.setdefault(node.path.replace(".[].", "[]."), []).append(node)
+        return {path: _column(nodes) for path, nodes in sorted(spelled.items())}
+
+
+def _column(nodes: list[_Node]) -> Column:
+    if len(nodes) == 1:
+        return Column(np.array(nodes[0].rows, np.int32), nodes[0].values)
+    by_row: dict[int, Any] = {}
+    for node in sorted(nodes, key=lambda node: node.keys, reverse=True):
+        by_row.update(zip(node.rows, node.values, strict=True))
+    rows = sorted(by_row)
+    return Column(np.array(rows, np.int32), [by_row[row] for row in rows])
 
 
 def _leaves(record: dict[str, Any]) -> Iterable[tuple[str, Any]]:
@@ -203,13 +229,18 @@ def _leaves(record: dict[str, Any]) -> Iterable[tuple[str, Any]]:
         prefix, value = stack.pop()
         if type(value) is dict:
             if prefix.count(".") > MAX_DEPTH:
-                yield prefix, orjson.dumps(value)[:256].decode("utf-8", "replace")
+                yield prefix, _text(value)
             else:
                 stack.extend((f"{prefix}.{k}" if prefix else k, v) for k, v in reversed(value.items()))
         elif type(value) is list:
-            yield prefix, orjson.dumps(value)[:256].decode("utf-8", "replace")
+            yield prefix, _text(value)
         elif value is not None:
             yield prefix, value
+
+
+def _text(value: Any) -> str:
+    """The start of a value's JSON."""
+    return orjson.dumps(value)[:256].decode("utf-8", "replace")
 
 
 @lru_cache(maxsize=65536)
@@ -218,7 +249,7 @@ def _parse_iso(text: str) -> int | None:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:
         return None
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
+    return round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
 def _number_to_ms(value: float) -> tuple[int | None, str]:
@@ -226,7 +257,7 @@ def _number_to_ms(value: float) -> tuple[int | None, str]:
     if not 0 < value < 1e20:
         return None, "time_unreadable"
     if value < 1e11:
-        return int(value * 1000), "time_seconds"
+        return round(value * 1000), "time_seconds"
     if value < 1e14:
         return int(value), ""
     return (int(value // 1000), "time_microseconds") if value < 1e17 else (int(value // 1_000_000), "time_nanoseconds")
@@ -237,12 +268,12 @@ def _read_time(value: Any) -> tuple[int | None, str]:
         return _number_to_ms(value)
     if type(value) is str:
         iso = _parse_iso(value) if not value.replace(".", "", 1).isdigit() else None
-        if iso is not None:
-            return iso, "time_text"
         try:
-            return _number_to_ms(float(value))[0], "time_text"
+            time = _number_to_ms(float(value))[0] if iso is None else iso
         except ValueError:
-            return None, "time_unreadable"
+            time = None
+        # Some senders write the first day of the year 1 where they have no time.
+        return (time, "time_text") if time is not None and time > 0 else (None, "time_unreadable")
     return None, "time_unreadable"
 
 
@@ -251,7 +282,7 @@ def _integer(value: Any) -> int | None:
         return value if abs(value) < 2**31 else None
     if type(value) is float and value.is_integer():
         return _integer(int(value))
-    if type(value) is str and value.strip().lstrip("-").isdecimal() and len(value) < 12:
+    if type(value) is str and _INTEGER.fullmatch(value):
         return _integer(int(value))
     return None
 
@@ -282,7 +313,8 @@ def _repair(record: dict[str, Any], timestamp: int, repairs: Counter[str]) -> tu
     metadata = record.get("metadata")
     if type(metadata) is not dict:
         repairs["metadata_missing"] += 1
-        record["metadata"] = metadata = {} if metadata is None else {"labels": [str(metadata)[:256]]}
+        text = metadata if type(metadata) is str else _text(metadata)
+        record["metadata"] = metadata = {} if metadata is None else {"labels": [text[:256]]}
     given_type, given_activity = _integer(record.get("type_uid")), _integer(record.get("activity_id"))
     class_uid = _integer(record.get("class_uid"))
     if class_uid is None:
@@ -291,12 +323,12 @@ def _repair(record: dict[str, Any], timestamp: int, repairs: Counter[str]) -> tu
         given_type = None if given_type is None else class_uid * 100 + given_type % 100
     version = metadata.get("version")
     renumbered = _SAME_MEANING.get((version, class_uid)) if type(version) is str else None
+    if given_activity is None:
+        given_activity = max(given_type, 0) % 100 if given_type is not None else 0
     if renumbered is not None:
         repairs["class_renumbered"] += 1
         class_uid, given_type = renumbered, None
         record["category_uid"] = renumbered // 1000
-    if given_activity is None:
-        given_activity = max(given_type, 0) % 100 if given_type is not None else 0
     if not 0 <= given_activity < 100:
         repairs["activity_out_of_range"] += 1
         given_activity = 99
@@ -311,7 +343,7 @@ def _repair(record: dict[str, Any], timestamp: int, repairs: Counter[str]) -> tu
     if type(unmapped) is str:
         repairs["unmapped_text"] += 1
         try:
-            parsed = orjson.loads(unmapped)
+            parsed = _loads(unmapped.encode(), repairs)
         except orjson.JSONDecodeError:
             parsed = None
         record["unmapped"] = parsed if type(parsed) is dict else {"text": unmapped}
@@ -319,16 +351,41 @@ def _repair(record: dict[str, Any], timestamp: int, repairs: Counter[str]) -> tu
 
 
 def _loads(value: bytes, repairs: Counter[str]) -> Any:
+    """JSON that can be written again. Raises orjson.JSONDecodeError."""
     try:
-        return orjson.loads(value)
+        document = orjson.loads(value)
     except orjson.JSONDecodeError:
-        try:
-            value.decode()
-        except UnicodeDecodeError:
-            document = orjson.loads(value.decode("utf-8", "replace"))
-            repairs["invalid_utf8"] += 1
-            return document
-        raise
+        document = _loads_mended(value, repairs)
+    if value.count(b"{") + value.count(b"[") > MAX_NESTING:
+        _flatten_abyss(document, repairs)
+    return document
+
+
+def _loads_mended(value: bytes, repairs: Counter[str]) -> Any:
+    """JSON with bytes that are no UTF-8, or with halves of surrogate pairs (text cut by its sender), made readable."""
+    text = value.decode("utf-8", "replace").encode()
+    mended = _SURROGATE.sub(lambda m: m[0] if len(m[0]) in (2, 12) else b"\\ufffd", text)
+    document = orjson.loads(mended)
+    if text != value:
+        repairs["invalid_utf8"] += 1
+    if mended != text:
+        repairs["half_surrogate"] += 1
+    return document
+
+
+def _flatten_abyss(document: Any, repairs: Counter[str]) -> None:
+    """Empty what is nested too deep to be written again, in place."""
+    level = [document] if type(document) in (dict, list) else []
+    for _ in range(MAX_NESTING):
+        level = [
+            item
+            for container in level
+            for item in (container.values() if type(container) is dict else container)
+            if type(item) is dict or type(item) is list
+        ]
+    for container in level:
+        container.clear()
+    repairs.update({"emptied_abyss": 1} if level else ())
 
 
 def _members(
@@ -386,9 +443,29 @@ def _members(
 
 
 def decode(messages: Sequence[Message]) -> tuple[EventBatch, list[Reject]]:
-    """Decode messages to one columnar batch, in the order given, and the list of what could not be read."""
-    flattener = _Flattener()
-    repairs = flattener.repairs
+    """Decode messages to one columnar batch, in the order given, with the list of what could not be read. Never raises
+    on bad data."""
+    with _collector_paused():
+        return _decode(messages)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Without the cycle collector: it would walk the new objects again and again, and decoding makes no cycles. It is
+    half of the time of decoding 1,000 events."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _decode(messages: Sequence[Message]) -> tuple[EventBatch, list[Reject]]:
+    repairs: Counter[str] = Counter()
+    flattener = _Flattener(repairs)
     rejects: list[Reject] = []
     records: list[dict[str, Any]] = []
     times: list[int] = []
