@@ -293,6 +293,7 @@ def _event_time(record: dict[str, Any], timestamp: int, repairs: Counter[str]) -
     if value is None:
         dt = record.get("time_dt")
         time = _parse_iso(dt) if type(dt) is str else None
+        time = time if time is not None and time > 0 else None
         repairs["time_missing" if time is None else "time_from_dt"] += 1
     elif type(value) is int and 100_000_000_000 <= value < 100_000_000_000_000:
         time = value
@@ -334,11 +335,9 @@ def _repair(record: dict[str, Any], timestamp: int, repairs: Counter[str]) -> tu
         given_activity = 99
     class_uid = min(max(class_uid, 0), (2**31 - 100) // 100)
     type_uid = class_uid * 100 + given_activity
-    if given_type != type_uid:
-        if given_type is not None:
-            repairs["type_uid_mismatch"] += 1
-        record["type_uid"] = type_uid
-    record["class_uid"], record["activity_id"] = class_uid, given_activity
+    if given_type is not None and given_type != type_uid:
+        repairs["type_uid_mismatch"] += 1
+    record["type_uid"], record["class_uid"], record["activity_id"] = type_uid, class_uid, given_activity
     unmapped = record.get("unmapped")
     if type(unmapped) is str:
         repairs["unmapped_text"] += 1
