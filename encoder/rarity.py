@@ -99,16 +99,10 @@ class ContextRarity:
         index = self._group_of.expand(len(surprise), -1)
         return out.scatter_reduce(1, index, surprise, "amax", include_self=False)
 
-    def summary(self, surprise: Surprise) -> dict[str, Tensor]:
-        """The three record scores made of it, float32 [n] each: one very odd thing, three odd things, and all of it
-        given the actor (an actor that never did this makes every value of the event a little odd)."""
-        by_type = self.by_group(surprise.by_type)
-        k = min(3, by_type.shape[1])
-        return {
-            "odd_value": by_type.amax(1),
-            "odd_values": by_type.topk(k, dim=1).values.sum(1),
-            "odd_for_actor": self.by_group(surprise.by_actor).sum(1),
-        }
+    def summary(self, surprise: Surprise) -> tuple[Tensor, Tensor]:
+        """float32 [n] each: the oddest value of the event for its type, and all of it given who acts (an actor that
+        never did this makes every value of the event a little odd)."""
+        return self.by_group(surprise.by_type).amax(1), self.by_group(surprise.by_actor).sum(1)
 
 
 def _contexts(features: FeatureBatch) -> list[NDArray[np.int32]]:

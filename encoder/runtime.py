@@ -29,13 +29,14 @@ CHUNK = 256
 class Encoded:
     """n events as the encoder sees them.
 
-    vectors: float16 [n, 64]; oddness: name of a record score to float32 [n], in nats; odd_field: int32 [n], the field
-    (its place in the schema) whose value is the least expected for the event type; far_number: int32 [n], the number
-    that lies furthest out in training's range, -1 where the event has none.
+    vectors: float16 [n, 64]; odd_value and odd_for_actor: float32 [n], nats (`ContextRarity.summary`); odd_field: int32
+    [n], the field (its place in the schema) whose value is the least expected for the event type; far_number: int32
+    [n], the number that lies furthest out in training's range, -1 where the event has none.
     """
 
     vectors: NDArray[np.float16]
-    oddness: dict[str, NDArray[np.float32]]
+    odd_value: NDArray[np.float32]
+    odd_for_actor: NDArray[np.float32]
     odd_field: NDArray[np.int32]
     far_number: NDArray[np.int32]
 
@@ -85,9 +86,9 @@ class Encoder:
     def encode(self, features: FeatureBatch) -> Encoded:
         """Vectors and surprises of n events. Meant for distinct rows: see `FeatureBatch.distinct`."""
         surprise = self.rarity(features)
-        oddness = {name: score.cpu().numpy() for name, score in self.rarity.summary(surprise).items()}
+        odd_value, odd_for_actor = (score.cpu().numpy() for score in self.rarity.summary(surprise))
         odd_field = self._discrete[surprise.by_type.argmax(1).cpu().numpy()]
-        return Encoded(self._vectors(features), oddness, odd_field, self._far_number(features))
+        return Encoded(self._vectors(features), odd_value, odd_for_actor, odd_field, self._far_number(features))
 
     def _far_number(self, features: FeatureBatch) -> NDArray[np.int32]:
         if not len(self._numbers):

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-TAIL = 0.05
+TAIL = 0.1
 """The share of the sample that the tail is fitted to."""
+FEW = 20
+"""Of the sample's largest scores: beyond them, counting says little and the tail takes over."""
 MIN_TAIL = 10
 """Fewer scores than this in the tail and there is no tail: p-values then end at 1 / (n + 1)."""
 SMALLEST = 1e-300
@@ -29,12 +31,14 @@ class Calibration:
     scale: float
 
     @classmethod
-    def fit(cls, scores: NDArray[np.floating]) -> Calibration:
-        """Raises ValueError where there are no scores or one is not finite."""
+    def fit(cls, scores: NDArray[np.floating], *, tail_from: int | None = None) -> Calibration:
+        """tail_from: the tail begins at the score that so many exceed; by default, TAIL of them. Raises ValueError
+        where there are no scores or one is not finite."""
         ordered = np.sort(scores.astype(np.float64))
         if not len(ordered) or not np.isfinite(ordered).all():
             raise ValueError(f"cannot calibrate on {len(ordered)} scores, of which {np.sum(~np.isfinite(ordered))} NaN")
-        start = float(np.quantile(ordered, 1 - TAIL))
+        share = TAIL if tail_from is None else min(TAIL, tail_from / len(ordered))
+        start = float(np.quantile(ordered, 1 - share))
         excess = ordered[ordered > start] - start
         if len(excess) < MIN_TAIL:
             return cls(ordered, np.nan, np.nan)

@@ -34,7 +34,7 @@ app = typer.Typer(
     help=(
         "Streaming anomaly detection for OCSF events on Kafka.\n\n"
         "Settings come from flags, else RIPCURRENT_* variables (--kafka-group-id is RIPCURRENT_KAFKA_GROUP_ID), else "
-        "ripcurrent.toml (group_id under [kafka]), else defaults; `ripcurrent config` shows what they come to."
+        "ripcurrent.toml (group_id in its section kafka), else defaults; `ripcurrent config` shows what they come to."
     ),
 )
 

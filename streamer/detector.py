@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
+import torch
 from numpy.typing import NDArray
 
 from encoder.entities import Entities
@@ -24,7 +25,7 @@ from encoder.schema import Schema
 from encoder.vectorize import FeatureBatch
 from state.windows import WindowEntries, WindowStore
 from streamer.bundle import Bundle, load
-from streamer.scoring import DENSITY_TRUST, NEIGHBOURS, NOVELTY_TRUST, SURPRISE_TRUST, Parts, severity
+from streamer.scoring import DENSITY_TRUST, NEIGHBOURS, Parts, severity
 
 if TYPE_CHECKING:
     from streamer.settings import Settings
@@ -194,8 +195,7 @@ def window_entries(events: EventBatch, entities: Entities, vectors: NDArray[np.f
 def _causal_field(encoded: Encoded, parts: Parts) -> NDArray[np.int32]:
     """int32 [n]: the field that says most about the strongest part: the furthest number where density speaks, else the
     least expected value."""
-    others = np.maximum(SURPRISE_TRUST * parts.surprise, NOVELTY_TRUST * parts.novelty)
-    by_density = (DENSITY_TRUST * parts.density > others) & (encoded.far_number >= 0)
+    by_density = (DENSITY_TRUST * parts.density > parts.surprise) & (encoded.far_number >= 0)
     return np.where(by_density, encoded.far_number, encoded.odd_field)
 
 
@@ -214,12 +214,16 @@ def open_detector(settings: Settings) -> tuple[Detector, WindowStore]:
     """The detector of the service: the settings' bundle, and windows in its Redis."""
     from state.redis_windows import RedisWindows
 
-    bundle = load(settings.bundle, settings.device)
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    bundle = load(settings.bundle, device)
     windows = RedisWindows(
         settings.redis.url,
         encoder=bundle.encoder_hash,
         dim=bundle.scorer.baseline.dim,
         tenant=settings.tenant,
+        timeout_s=settings.redis.timeout_s,
         retries=settings.redis.retries,
         **settings.redis.client_arguments(),
     )

@@ -13,33 +13,30 @@ from numpy.typing import NDArray
 
 from encoder.runtime import Encoded
 from state.baseline import Baseline, Density
-from state.calibration import Calibration
+from state.calibration import FEW, Calibration
 
-DENSITY_TRUST, SURPRISE_TRUST, NOVELTY_TRUST = 2.0, 1.0, 0.5
-"""How far each part is trusted. Density speaks only where events carry quantities, and there it is the best; novelty
-(nobody like it, ever) is fooled by one unlabelled attack in training. Measured in docs/detection.md."""
+DENSITY_TRUST = 2.0
+"""How much more density is trusted than surprise: it speaks only where events carry quantities, and there it is the
+best, most of all where training held unlabelled attacks. Measured in docs/detection.md."""
 BLEND = 0.01
-"""How much the other parts add to the strongest: an order among events that it puts level."""
+"""How much the weaker part adds to the stronger: an order among events that it puts level."""
 NEIGHBOURS = 3
 SEVERITY_PER_DECADE = 12.5
+_SURPRISES = ("odd_value", "odd_for_actor", "novelty")
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Evidence against each of n events, float64 [n] in nats, 0 for nothing: `density`, `surprise`, `novelty`."""
+    """Evidence against each of n events, float64 [n] in nats, 0 for nothing. density: it lies apart from events of its
+    type; surprise: its values are odd, by themselves or for who acts, or there was never an event like it."""
 
     density: NDArray[np.float64]
     surprise: NDArray[np.float64]
-    novelty: NDArray[np.float64]
 
     def combined(self) -> NDArray[np.float64]:
-        """The strongest, weighed."""
-        weighed = np.stack([DENSITY_TRUST * self.density, SURPRISE_TRUST * self.surprise, NOVELTY_TRUST * self.novelty])
-        strongest: NDArray[np.float64] = weighed.max(0) + BLEND * (self.density + self.surprise + self.novelty)
-        return strongest
-
-    def take(self, rows: NDArray[np.intp]) -> Parts:
-        return Parts(self.density[rows], self.surprise[rows], self.novelty[rows])
+        """The stronger, weighed."""
+        stronger: NDArray[np.float64] = np.maximum(DENSITY_TRUST * self.density, self.surprise)
+        return stronger + BLEND * (self.density + self.surprise)
 
 
 @dataclass
@@ -52,31 +49,28 @@ class RecordScorer:
 
     def raw(self, encoded: Encoded, types: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
         """The uncalibrated scores of n distinct events, float64 [n] by name."""
-        found: dict[str, NDArray[np.float64]] = {
-            f"oddness.{name}": score.astype(np.float64) for name, score in encoded.oddness.items()
+        return {
+            "odd_value": encoded.odd_value.astype(np.float64),
+            "odd_for_actor": encoded.odd_for_actor.astype(np.float64),
+            "novelty": self.baseline.search(encoded.vectors, NEIGHBOURS)[0].mean(1).astype(np.float64),
+            "density": self.density(encoded.vectors, types),
         }
-        found["novelty"] = self.baseline.search(encoded.vectors, NEIGHBOURS)[0].mean(1).astype(np.float64)
-        found["density"] = self.density(encoded.vectors, types)
-        return found
 
     def fit(self, raw: dict[str, NDArray[np.float64]], types: NDArray[np.int64]) -> None:
         """Calibrate on the raw scores of held-out events."""
-        calibrations = self.calibrations
-        for name in raw:
-            if name != "density":
-                calibrations[name] = Calibration.fit(raw[name])
+        for name in _SURPRISES:
+            self.calibrations[name] = Calibration.fit(raw[name])
         density = raw["density"]
         for kind in self.density.types.tolist():
             scores = density[(types == kind) & np.isfinite(density)]
             if len(scores):
-                calibrations[f"density.{kind}"] = Calibration.fit(scores)
-        calibrations["surprise"] = Calibration.fit(self._oddness(raw))
-        calibrations["record"] = Calibration.fit(self.parts(raw, types).combined())
+                self.calibrations[f"density.{kind}"] = Calibration.fit(scores)
+        self.calibrations["surprise"] = Calibration.fit(self._surprise(raw))
+        self.calibrations["record"] = Calibration.fit(self.parts(raw, types).combined(), tail_from=FEW)
 
-    def _oddness(self, raw: dict[str, NDArray[np.float64]]) -> NDArray[np.float64]:
-        """The evidence of all oddness scores added (Fisher's method, but for their dependence: calibrated after)."""
-        names = [name for name in raw if name.startswith("oddness.")]
-        total: NDArray[np.float64] = np.sum([self.calibrations[name].evidence(raw[name]) for name in names], axis=0)
+    def _surprise(self, raw: dict[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+        """The evidence of the three added up: Fisher's method, but for their dependence, and so calibrated after."""
+        total: NDArray[np.float64] = np.sum([self.calibrations[n].evidence(raw[n]) for n in _SURPRISES], axis=0)
         return total
 
     def parts(self, raw: dict[str, NDArray[np.float64]], types: NDArray[np.int64]) -> Parts:
@@ -86,8 +80,7 @@ class RecordScorer:
             rows = types == kind
             if (calibration := self.calibrations.get(f"density.{kind}")) is not None:
                 density[rows] = calibration.evidence(raw["density"][rows])
-        surprise = self.calibrations["surprise"].evidence(self._oddness(raw))
-        return Parts(density, surprise, self.calibrations["novelty"].evidence(raw["novelty"]))
+        return Parts(density, self.calibrations["surprise"].evidence(self._surprise(raw)))
 
     def p_value(self, parts: Parts) -> NDArray[np.float64]:
         """float64 [n] in (0, 1]."""
