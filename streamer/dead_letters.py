@@ -13,7 +13,7 @@ import orjson
 from confluent_kafka import TIMESTAMP_NOT_AVAILABLE
 
 from encoder.events import Reject
-from streamer.kafka import Output
+from streamer.publishing import Output
 
 PREFIX = "__connect.errors."
 STUB_HEADER = "ripcurrent.stub"

@@ -25,19 +25,11 @@ from state.errors import StateLostError, StoreFullError, StoreUnavailableError
 from streamer.dead_letters import dead_letter
 from streamer.detector import Explanation, ScoredBatch
 from streamer.errors import StreamError
-from streamer.kafka import (
-    Batch,
-    Offsets,
-    Output,
-    PlainPublisher,
-    Publisher,
-    Source,
-    TransactionAbortedError,
-    TransactionalPublisher,
-    claim_instance,
-)
+from streamer.kafka import Offsets, TransactionAbortedError, claim_instance
 from streamer.metrics import Metrics, serve
+from streamer.publishing import Output, PlainPublisher, Publisher, TransactionalPublisher
 from streamer.settings import Settings
+from streamer.source import Batch, Source
 
 ALIVE_S = 60.0
 """How long the consumer may not poll before /healthz says so: longer than a rebalance waits for a batch."""

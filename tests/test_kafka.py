@@ -11,9 +11,10 @@ import pytest
 from stream import LINE, HashDetector, Topics, build_alerts, create, running, until
 
 from streamer.errors import ConfigurationError
-from streamer.kafka import Source, check_topics, claim_instance
+from streamer.kafka import check_topics, claim_instance
 from streamer.servers import KafkaServer
 from streamer.service import Service
+from streamer.source import Source
 
 
 @pytest.fixture
