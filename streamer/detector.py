@@ -124,6 +124,16 @@ class Detector:
             events.repairs,
         )
 
+    def remember(self, messages: Sequence[Message]) -> None:
+        """Append a batch to the windows without scoring it: to fill windows that were lost."""
+        events, _ = decode(messages)
+        features = self.bundle.encoder.vectorize(events)
+        first, like = features.distinct()
+        vectors = self.bundle.encoder.encode(features.take(first)).vectors[like]
+        entities = find_entities(events)
+        if len(entities.row):
+            self.windows.append(window_entries(events, entities, vectors))
+
     def _push(self, events: EventBatch, entities: Entities, vectors: NDArray[np.float16]) -> None:
         if len(entities.row):
             self.windows.append(window_entries(events, entities, vectors))
