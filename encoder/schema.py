@@ -1,8 +1,10 @@
 """The feature schema: which attribute paths are read and as what, learned from events with OCSF's semantics as prior.
 
-Promises: every path that was seen is either a field or set aside with a reason; the same events give the same schema,
-and its hash names it. It is JSON that a person can read and edit. Does not promise that a path seen after training is
-used: such paths are counted, and their number is a field of its own.
+Promises: every path that was seen is either a field or set aside with a reason; the same events in whatever batches
+give the same schema (up to MAX_TRACKED distinct values a path: beyond, the rarest are forgotten batch by batch), its
+hash names it, and memory is bounded however many values and paths there are. It is JSON that a person can read and
+edit. Does not promise that a path seen after training is used: such paths are counted, and their number is a field of
+its own.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from encoder.events import EncoderError, EventBatch
 
@@ -31,7 +34,12 @@ FOLDER = "#folder"
 MIN_PRESENT = 5
 MAX_VOCABULARY = 4096
 MAX_TRACKED = 50_000
+"""Distinct values of one path that are counted; twice as many for a moment."""
+MAX_TRACKED_IN_ALL = 5_000_000
+"""Distinct values that are counted over all paths: about 1 GB, for a moment 2."""
 MAX_FIELDS = 512
+MAX_PATHS = 64 * MAX_FIELDS
+MORE_PATHS = "#more_paths"
 NUMBER_BINS = 24
 NUMBER_GRID = 1024
 
@@ -52,17 +60,22 @@ _GUID = re.compile(r"\{?[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f-]{18,}\}?")
 _HEX = re.compile(r"\b(0x)?(?=[0-9a-f]*\d)[0-9a-f]{8,}\b")
 _DIGITS = re.compile(r"\d+")
 _PROFILE = re.compile(r"(\\users\\|/home/|/users/|documents and settings\\)[^\\/]+")
+_EXACT = re.compile(r"(^|[._])(code|id|ip|ips|mac|port|version|cidr)$")
+"""Attributes whose digits are the value: codes and addresses, not text that counts or dates something."""
 _SEPARATOR = re.compile(r"[\\/]+")
 EPHEMERAL_PORTS = 49152
 _MAX_TEXT = 200
 
 
 def normalise(value: Any, path: str) -> str:
-    """The form in which a value enters a vocabulary: text lower-cased with ids, hex and numbers templated away and home
-    folders without their owner; integers as they are, but ephemeral ports (RFC 6335) as one value; lists as sets."""
+    """The form in which a value enters a vocabulary: text lower-cased with ids, hex and numbers templated away (codes
+    and addresses as they are) and home folders without their owner; integers as they are, but ephemeral ports (RFC
+    6335) as one value; lists as sets."""
     kind = type(value)
     if kind is str:
         text = _PROFILE.sub(r"\1*", value[: 4 * _MAX_TEXT].lower())
+        if _EXACT.search(path):
+            return text[:_MAX_TEXT]
         return _DIGITS.sub("0", _HEX.sub("#", _GUID.sub("{}", text)))[:_MAX_TEXT]
     if kind is bool:
         return "true" if value else "false"
@@ -104,7 +117,8 @@ class Field:
     name: the attribute path, or path + `#folder`; group: the object that it describes (fields of one group say one
     thing: a process by name and by path); present: events of training that had it; values: the vocabulary, most common
     first, code of values[i] is i + 2; grid: of a number, up to 1024 sorted training values on the signed log scale (its
-    mid-rank in the grid is the encoding); edges: of a number, the borders of its bins.
+    mid-rank in the grid is the encoding); edges: of a number, the borders of its bins; left_out: how many distinct
+    values of training (to 3 % where there were many) have no code of their own and count as unknown.
     """
 
     name: str
@@ -115,6 +129,7 @@ class Field:
     values: tuple[str, ...] = ()
     grid: tuple[float, ...] = ()
     edges: tuple[float, ...] = ()
+    left_out: int = 0
 
     @property
     def size(self) -> int:
@@ -150,9 +165,31 @@ class Schema:
         try:
             raw = orjson.loads(data)
             fields = tuple(_field_from_json(field) for field in raw["fields"])
-            return cls(fields, dict(raw["set_aside"]), tuple(raw["actors"]), int(raw["events"]))
-        except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+            schema = cls(fields, dict(raw["set_aside"]), tuple(raw["actors"]), int(raw["events"]))
+            _check(schema)
+        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise EncoderError(f"{where} is not a feature schema ({error}); fit the bundle again") from error
+        return schema
+
+
+def _check(schema: Schema) -> None:
+    """What an editing hand may have broken. Raises ValueError."""
+    names = [field.name for field in schema.fields]
+    if len(set(names)) != len(names):
+        raise ValueError("two fields have one name")
+    if not names or (names[0], names[-1]) != ("type_uid", UNSEEN_PATHS):
+        raise ValueError(f"the first field has to be type_uid and the last {UNSEEN_PATHS}")
+    if not set(schema.actors) <= set(names):
+        raise ValueError(f"the actors {sorted(set(schema.actors) - set(names))} are no fields")
+    for field in schema.fields:
+        if field.kind not in get_args(Kind):
+            raise ValueError(f"{field.name} has the kind {field.kind!r}; there are {', '.join(get_args(Kind))}")
+        if any(list(numbers) != sorted(numbers) for numbers in (field.grid, field.edges)):
+            raise ValueError(f"grid and edges of {field.name} have to ascend")
+        if field.kind == "number" and not field.edges:
+            raise ValueError(f"{field.name} is a number without edges")
+    if not schema.fields[0].values or not all(value.isdecimal() for value in schema.fields[0].values):
+        raise ValueError("the values of type_uid have to be numbers, one or more")
 
 
 def _field_from_json(raw: dict[str, Any]) -> Field:
@@ -166,6 +203,7 @@ def _field_from_json(raw: dict[str, Any]) -> Field:
         values=tuple(str(value) for value in raw["values"]),
         grid=tuple(float(value) for value in raw["grid"]),
         edges=tuple(float(value) for value in raw["edges"]),
+        left_out=int(raw.get("left_out", 0)),
     )
 
 
@@ -182,37 +220,80 @@ ACTORS = (
 """Who or what acts, the first that an event has: the context in which its values are judged."""
 
 
+class _DistinctCount:
+    """How many distinct texts there were, to about 3 %, from the 1,024 least of their hashes (k minimum values,
+    Bar-Yossef et al. 2002)."""
+
+    def __init__(self) -> None:
+        self._least: NDArray[np.uint64] = np.empty(0, np.uint64)
+
+    def add(self, texts: Iterable[str]) -> None:
+        hashes = [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") for text in texts]
+        self._least = np.unique(np.concatenate([self._least, np.array(hashes, np.uint64)]))[:1024]
+
+    @property
+    def estimate(self) -> int:
+        n = len(self._least)
+        return n if n < 1024 else round((n - 1) * 2.0**64 / float(self._least[-1]))
+
+
 class _PathStatistics:
-    """What is learned of one path, in bounded memory: beyond MAX_TRACKED distinct values the rarest are forgotten."""
+    """What is learned of one path, in bounded memory: beyond a limit of distinct values the rarest are forgotten, and
+    how many there were is estimated."""
 
     def __init__(self) -> None:
         self.present = 0
         self.values: Counter[str] = Counter()
-        self.forgotten = 0
+        self.sketch: _DistinctCount | None = None
         self.numeric = 0
-        self.sample: list[float] = []
+        self.numbers: Counter[float] = Counter()
 
-    def add(self, path: str, values: list[Any]) -> None:
+    def add(self, path: str, values: list[Any], limit: int) -> None:
         self.present += len(values)
         try:
             raw: Counter[Any] = Counter(value if type(value) is str else (type(value), value) for value in values)
         except TypeError:
             raw = Counter(("json", orjson.dumps(value)) for value in values)
+        added: list[str] = []
         for key, count in raw.items():
             value = key if type(key) is str else orjson.loads(key[1]) if key[0] == "json" else key[1]
-            self.values[normalise(value, path)] += count
+            text = normalise(value, path)
+            self.values[text] += count
+            if self.sketch is not None:
+                added.append(text)
             if type(value) is int or type(value) is float:
                 self.numeric += count
-                if len(self.sample) < MAX_TRACKED and (x := number(value)) is not None:
-                    self.sample.extend([x] * min(count, 64))
-        if len(self.values) > 2 * MAX_TRACKED:
-            kept = self.values.most_common(MAX_TRACKED)
-            self.forgotten += len(self.values) - len(kept)
-            self.values = Counter(dict(kept))
+                if (x := number(value)) is not None:
+                    self.numbers[x] += count
+        if self.sketch is not None:
+            self.sketch.add(added)
+        if len(self.values) > 2 * limit:
+            if self.sketch is None:
+                self.sketch = _DistinctCount()
+                self.sketch.add(self.values)
+            self.values = Counter(dict(self.values.most_common(limit)))
+        while len(self.numbers) > 2 * limit:
+            self._thin_numbers()
+
+    def _thin_numbers(self) -> None:
+        """Of the values seen least, every second goes and its neighbour counts for it: the distribution stays."""
+        ordered = sorted(self.numbers.items())
+        rare = np.median([count for _, count in ordered])
+        kept: Counter[float] = Counter()
+        left = 0
+        for value, count in ordered:
+            if count > rare or left:
+                kept[value] = count + left
+                left = 0
+            else:
+                left = count
+        if left:
+            kept[ordered[-1][0]] = left
+        self.numbers = kept
 
     @property
     def distinct(self) -> int:
-        return len(self.values) + self.forgotten
+        return len(self.values) if self.sketch is None else max(self.sketch.estimate, len(self.values))
 
 
 class SchemaLearner:
@@ -222,19 +303,24 @@ class SchemaLearner:
         self._paths: dict[str, _PathStatistics] = {}
         self._types: Counter[int] = Counter()
         self._events = 0
+        self._more_paths = False
 
     def add(self, events: EventBatch) -> None:
         self._events += len(events)
         self._types.update(events.type_uid.tolist())
         for path, column in events.columns.items():
-            if path not in self._paths and len(self._paths) >= 64 * MAX_FIELDS:
+            if path not in self._paths and len(self._paths) >= MAX_PATHS:
+                self._more_paths = True
                 continue
-            self._paths.setdefault(path, _PathStatistics()).add(path, column.values)
+            statistics = self._paths.setdefault(path, _PathStatistics())
+            statistics.add(path, column.values, min(MAX_TRACKED, MAX_TRACKED_IN_ALL // len(self._paths)))
 
     def finish(self) -> Schema:
         if not self._events:
             raise EncoderError("no events to learn a schema from: the training files hold none that can be read")
         set_aside: dict[str, str] = {}
+        if self._more_paths:
+            set_aside[MORE_PATHS] = f"paths that came after the first {MAX_PATHS:,} were not read"
         fields = [Field("type_uid", "type_uid", "category", "type_uid", self._events, _vocabulary_of(self._types))]
         ordered = sorted(self._paths.items(), key=lambda item: (-item[1].present, item[0]))
         seen: dict[str, str] = {}
@@ -277,6 +363,8 @@ def _fingerprint(statistics: _PathStatistics) -> str:
 
 
 def _reason_to_set_aside(path: str, statistics: _PathStatistics) -> str | None:
+    if path.startswith("#") or path.endswith(FOLDER):
+        return "named as derived fields are"
     if path in _IN_TYPE:
         return "said by type_uid"
     if path in _OWN_ID or _UNIQUE.search(path):
@@ -292,7 +380,7 @@ def _is_number(path: str, statistics: _PathStatistics) -> bool:
     last = _last(path)
     if statistics.numeric < 0.99 * statistics.present or _IDENTIFIER.search(last):
         return False
-    return statistics.distinct > 20
+    return statistics.distinct > 20 and bool(statistics.numbers)
 
 
 def _group(path: str) -> str:
@@ -309,24 +397,20 @@ def _group(path: str) -> str:
 def _fields_of(path: str, statistics: _PathStatistics) -> Iterable[Field]:
     group = _group(path)
     if _is_number(path, statistics):
-        values = np.sort(np.array(statistics.sample))
-        grid = (
-            values
-            if len(values) <= NUMBER_GRID
-            else np.quantile(values, np.linspace(0, 1, NUMBER_GRID), method="nearest")
-        )
-        yield Field(
-            path, path, "number", group, statistics.present, grid=tuple(grid.tolist()), edges=_number_edges(values)
-        )
+        ordered = sorted(statistics.numbers.items())
+        values, counts = np.array([x for x, _ in ordered]), np.array([count for _, count in ordered])
+        places = np.linspace(0, counts.sum() - 1, min(int(counts.sum()), NUMBER_GRID)).round()
+        grid, edges = _order_statistics(values, counts, places).tolist(), _number_edges(values, counts)
+        yield Field(path, path, "number", group, statistics.present, grid=tuple(grid), edges=edges)
         return
     distinct = statistics.distinct
     if distinct > 200 and distinct > 0.5 * statistics.present:
-        yield Field(path, path, "presence", group, statistics.present)
+        yield Field(path, path, "presence", group, statistics.present, left_out=distinct)
         return
     common = sorted(statistics.values.items(), key=lambda item: (-item[1], item[0]))[:MAX_VOCABULARY]
     values_ = tuple(value for value, _ in common)
     kind: Kind = "identity" if _IDENTITY.search(path) else "category"
-    yield Field(path, path, kind, group, statistics.present, values_)
+    yield Field(path, path, kind, group, statistics.present, values_, left_out=distinct - len(values_))
     slashed = sum(count for value, count in statistics.values.items() if _SEPARATOR.search(value))
     if kind == "category" and slashed > 0.3 * statistics.present and statistics.numeric == 0:
         folders: Counter[str] = Counter()
@@ -336,18 +420,30 @@ def _fields_of(path: str, statistics: _PathStatistics) -> Iterable[Field]:
         yield Field(path + FOLDER, path, "category", group, statistics.present, tuple(value for value, _ in kept))
 
 
-def _number_edges(values: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, ...]:
+def _order_statistics(
+    values: NDArray[np.float64], counts: NDArray[np.int64], places: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """What stands at these places (from 0, between two of them interpolated) of the row that has each of the ascending
+    values as often as its count."""
+    ends = np.cumsum(counts)
+    low = values[np.searchsorted(ends, np.floor(places), "right")]
+    high = values[np.searchsorted(ends, np.ceil(places), "right")]
+    found: NDArray[np.float64] = low + (high - low) * (places - np.floor(places))
+    return found
+
+
+def _number_edges(values: NDArray[np.float64], counts: NDArray[np.int64]) -> tuple[float, ...]:
     """Bin borders: below and above the training range, quantiles between, and a bin of its own for each value that more
-    than 2 % of the events have."""
-    distinct, counts = np.unique(values, return_counts=True)
-    middles = (distinct[1:] + distinct[:-1]) / 2
-    if len(distinct) <= NUMBER_BINS:
+    than 2 % of the events have. values: ascending, each once."""
+    middles = (values[1:] + values[:-1]) / 2
+    if len(values) <= NUMBER_BINS:
         inner = set(middles.tolist())
     else:
-        inner = set(np.quantile(values, np.linspace(0, 1, NUMBER_BINS + 1)[1:-1]).tolist())
-        for i in np.flatnonzero(counts > 0.02 * len(values)):
+        places = np.linspace(0, 1, NUMBER_BINS + 1)[1:-1] * (counts.sum() - 1)
+        inner = set(_order_statistics(values, counts, places).tolist())
+        for i in np.flatnonzero(counts > 0.02 * counts.sum()):
             inner.update(middles[max(i - 1, 0) : i + 1].tolist())
-    return tuple(sorted({float(distinct[0]) - 1e-6, *inner, float(distinct[-1]) + 1e-6}))
+    return tuple(sorted({float(values[0]) - 1e-6, *inner, float(values[-1]) + 1e-6}))
 
 
 def write_schema(schema: Schema, path: Path) -> None:

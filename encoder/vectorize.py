@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from encoder.events import Column, EventBatch
 from encoder.schema import FIRST, MISSING, UNKNOWN, UNSEEN_PATHS, Field, Schema, folder, normalise, number
 
-_CACHE_LIMIT = 100_000
+_CACHE_LIMIT = 32_768
+_CACHED_LENGTH = 1024
+"""Longer values are worked out again each time: the cache of a path stays under some 40 MB."""
 _UNSEEN_STEPS = np.array([1, 2, 4])
 
 
@@ -86,6 +88,13 @@ class _CategoryColumn:
                 codes.append(vocabulary.get(folder(text) if field.name != field.path else text, UNKNOWN))
         return tuple(codes)
 
+    def _remember(self, key: Any, value: Any) -> tuple[int, ...]:
+        codes = self._codes_of(value)
+        text = key if key.__class__ is str else key[1] if key[0] == "json" else ""
+        if len(text) <= _CACHED_LENGTH:
+            self._cache[key] = codes
+        return codes
+
     def put(self, column: Column, codes: NDArray[np.int32]) -> None:
         # The type is part of the key: True, 1 and 1.0 are equal in a dict but not in an event.
         keys = [v if v.__class__ is str else (v.__class__, v) for v in column.values]
@@ -100,8 +109,7 @@ class _CategoryColumn:
         if None in found:
             for i, known in enumerate(found):
                 if known is None:
-                    again = cache.get(keys[i])
-                    found[i] = cache[keys[i]] = again if again is not None else self._codes_of(column.values[i])
+                    found[i] = cache.get(keys[i]) or self._remember(keys[i], column.values[i])
         codes[column.rows[:, None], [position for position, _, _ in self._fields]] = np.array(found, np.int32)
 
 

@@ -1,0 +1,309 @@
+"""The promises of the feature schema: every path is a field or set aside with a reason, the cut into batches and the
+order of paths do not matter, memory is bounded, and the file can be read, edited and trusted."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from test_events import events as any_event
+
+from encoder import schema as schema_module
+from encoder.events import EncoderError, EventBatch, Message, decode
+from encoder.schema import (
+    FOLDER,
+    MAX_VOCABULARY,
+    MORE_PATHS,
+    UNSEEN_PATHS,
+    Schema,
+    SchemaLearner,
+    _DistinctCount,
+    _order_statistics,
+    folder,
+    normalise,
+    number,
+)
+from streamer.schema_table import schema_table
+
+EVENT: dict[str, Any] = {"class_uid": 1007, "activity_id": 1, "type_uid": 100701, "time": 1_750_000_000_000}
+
+
+def decoded(events: Sequence[dict[str, Any]]) -> EventBatch:
+    lines = [json.dumps({**EVENT, **event}).encode() for event in events]
+    return decode([Message("t", 0, i, -1, line) for i, line in enumerate(lines)])[0]
+
+
+def learn(events: Sequence[dict[str, Any]], batch: int = 10_000) -> Schema:
+    learner = SchemaLearner()
+    for start in range(0, len(events), batch):
+        learner.add(decoded(events[start : start + batch]))
+    return learner.finish()
+
+
+def feed() -> list[dict[str, Any]]:
+    """200 events with an attribute of every kind."""
+    return [
+        {
+            "activity_id": i % 3,
+            "process": {
+                "name": f"app{chr(97 + i % 5)}.exe",
+                "pid": i,
+                "file": {"path": f"C:\\Windows\\{'x' * (i % 4)}\\app.exe"},
+                "cmd_line": "run " + "".join(chr(97 + (i * k) % 26) for k in range(1, 9)),
+            },
+            "actor": {"user": {"name": f"user{chr(97 + i % 7)}"}, "process": {"name": "explorer.exe"}},
+            "unmapped": {"bytes_in": (i * 7919) % 1000, "ratio": i / 7, "flag": i % 2 == 0, "port": 50_000 + i},
+            "device": {"ip": f"10.0.0.{i}"},
+            "rare": i if i < 2 else None,
+        }
+        for i in range(200)
+    ]
+
+
+def by_name(schema: Schema) -> dict[str, schema_module.Field]:
+    return {field.name: field for field in schema.fields}
+
+
+def test_every_path_is_a_field_or_set_aside_with_a_reason() -> None:
+    schema = learn(feed())
+    assert set(decoded(feed()).columns) <= schema.known_paths
+    assert all(schema.set_aside.values())
+    assert not {field.name for field in schema.fields} & set(schema.set_aside)
+
+
+def test_kinds_follow_what_ocsf_says_and_the_data_show() -> None:
+    fields = by_name(learn(feed()))
+    assert fields["unmapped.bytes_in"].kind == fields["unmapped.ratio"].kind == "number"
+    assert fields["actor.user.name"].kind == fields["device.ip"].kind == "identity"
+    assert fields["process.name"].kind == fields["unmapped.flag"].kind == "category"
+    assert fields["unmapped.port"].values == ("ephemeral",)  # an identifier though its values are integers
+    folders = {"c:/windows/", "c:/windows/x", "c:/windows/xx", "c:/windows/xxx"}
+    assert {f.rstrip("/") for f in fields["process.file.path" + FOLDER].values} == {f.rstrip("/") for f in folders}
+    assert fields["process.file.path"].group == fields["process.name"].group == "process"
+
+
+def test_what_is_set_aside() -> None:
+    schema = learn([{**event, "#odd": 1, "a#folder": 2} for event in feed()])
+    assert schema.set_aside["process.pid"] == "identifies the record, not its behaviour"
+    assert schema.set_aside["time"] == "timestamp: never used raw"
+    assert schema.set_aside["rare"] == "seen fewer than 5 times"
+    assert schema.set_aside["class_uid"] == "said by type_uid"
+    assert schema.set_aside["#odd"] == schema.set_aside["a#folder"] == "named as derived fields are"
+
+
+def test_a_caption_of_an_id_is_a_duplicate() -> None:
+    schema = learn([{"severity_id": i % 2, "severity": "low" if i % 2 else "high"} for i in range(100)])
+    told = {"severity_id", "severity"}
+    assert len(told & set(by_name(schema))) >= 1
+
+
+def test_the_first_field_is_the_type_and_the_last_the_unseen_paths() -> None:
+    names = [field.name for field in learn(feed()).fields]
+    assert (names[0], names[-1]) == ("type_uid", UNSEEN_PATHS)
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64, 199])
+def test_several_batches_teach_what_one_does(batch: int) -> None:
+    assert learn(feed(), batch).to_json() == learn(feed()).to_json()
+
+
+@given(st.lists(any_event, min_size=1, max_size=12), st.integers(1, 12))
+def test_any_events_can_be_learned_in_any_batches(given: list[dict[str, Any]], batch: int) -> None:
+    given = given * 5
+    assert learn(given, batch) == learn(given)
+
+
+@given(st.lists(any_event, min_size=1, max_size=8))
+def test_a_schema_written_and_read_is_the_same_schema(given: list[dict[str, Any]]) -> None:
+    schema = learn(given * 5)
+    again = Schema.from_json(schema.to_json())
+    assert again == schema and again.hash == schema.hash
+
+
+def test_the_hash_is_the_same_in_another_process() -> None:
+    program = "from test_schema import feed, learn; print(learn(feed()).hash)"
+    for seed in ("1", "2"):
+        out = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=Path(__file__).parent,
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[1])},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert out.stdout.strip() == learn(feed()).hash
+
+
+def test_no_events_is_an_error_in_words() -> None:
+    with pytest.raises(EncoderError, match="no events"):
+        SchemaLearner().finish()
+
+
+def edited(**changes: Any) -> bytes:
+    return orjson.dumps(orjson.loads(learn(feed()).to_json()) | changes)
+
+
+FIELDS = orjson.loads(learn(feed()).to_json())["fields"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"garbage", "not a feature schema"),
+        (b"[]", "not a feature schema"),
+        (b"{}", "fields"),
+        (edited(fields=FIELDS[1:]), "type_uid"),
+        (edited(fields=[*FIELDS, FIELDS[1]]), "one name"),
+        (edited(actors=["nobody"]), "nobody"),
+        (edited(fields=[FIELDS[0], FIELDS[1] | {"kind": "colour"}, FIELDS[-1]], actors=[]), "colour"),
+        (edited(fields=[FIELDS[0], FIELDS[1] | {"edges": [2, 1]}, FIELDS[-1]], actors=[]), "ascend"),
+        (edited(fields=[FIELDS[0], FIELDS[1] | {"grid": [None]}, FIELDS[-1]], actors=[]), "not a feature schema"),
+        (edited(fields=[FIELDS[0] | {"values": ["logon"]}, FIELDS[-1]], actors=[]), "numbers"),
+    ],
+)
+def test_a_schema_that_an_edit_broke_is_refused(data: bytes, message: str) -> None:
+    with pytest.raises(EncoderError, match=message):
+        Schema.from_json(data, "schema.json")
+
+
+def test_a_field_can_be_taken_out_by_hand() -> None:
+    schema = Schema.from_json(edited(fields=[FIELDS[0], FIELDS[-1]], actors=[]))
+    assert len(schema.fields) == 2
+
+
+# Many values
+
+
+def test_many_values_are_bounded_and_what_was_left_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema_module, "MAX_TRACKED", 2_000)
+    n = 15_000  # 10,000 names that come once, and 10 that make up the rest
+    events = [
+        {"user": {"name": f"user-{_letters(i)}" if i % 3 else f"often{chr(97 + i % 10)}"}, "unmapped": {"x": i * 7.0}}
+        for i in range(n)
+    ]
+    learner = SchemaLearner()
+    for start in range(0, n, 1_000):
+        learner.add(decoded(events[start : start + 1_000]))
+        assert all(max(len(p.values), len(p.numbers)) <= 2 * 2_000 for p in learner._paths.values())
+    fields = by_name(learner.finish())
+    assert fields["user.name"].kind == "presence"
+    assert fields["user.name"].left_out == pytest.approx(10_010, rel=0.1)
+    found = np.expm1(np.quantile(fields["unmapped.x"].grid, [0.1, 0.5, 0.9])) / (7 * n)
+    assert len(fields["unmapped.x"].grid) <= 1024 and found == pytest.approx([0.1, 0.5, 0.9], abs=0.02)
+
+
+def test_common_values_outlive_the_many_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema_module, "MAX_TRACKED", 4_500)
+    often = [f"often-{_letters(i)}" for i in range(50)]
+    events = [{"user": {"name": f"u-{_letters(i)}" if i % 3 == 0 else often[i % 50]}} for i in range(30_000)]
+    field = by_name(learn(events, 1_000))["user.name"]
+    assert field.kind == "identity" and len(field.values) == MAX_VOCABULARY
+    assert set(field.values[:50]) == set(often)
+    assert field.left_out + len(field.values) == pytest.approx(10_050, rel=0.1)
+
+
+def test_all_paths_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema_module, "MAX_TRACKED_IN_ALL", 5_000)
+    learner = SchemaLearner()
+    for start in range(0, 1_000, 100):
+        rows = range(start, start + 100)
+        learner.add(decoded([{"unmapped": {f"k{k}": _letters(i * 41 + k) for k in range(40)}} for i in rows]))
+        assert sum(len(p.values) for p in learner._paths.values()) <= 2 * 5_000 + 4_000  # and one batch
+
+
+def test_paths_beyond_the_bound_are_said_to_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema_module, "MAX_PATHS", 50)
+    schema = learn([{"unmapped": {f"k{i}": i}} for i in range(100)])
+    assert "first 50" in schema.set_aside[MORE_PATHS]
+    assert len(schema.known_paths) <= 60
+
+
+@pytest.mark.parametrize("n", [0, 1, 1_000, 1_100, 20_000])
+def test_distinct_values_are_counted_to_a_tenth(n: int) -> None:
+    count = _DistinctCount()
+    for start in range(0, n, 4_000):
+        count.add(str(i) for i in range(start, min(start + 4_000, n)))
+        count.add(str(i) for i in range(start, min(start + 100, n)))
+    assert count.estimate == pytest.approx(n, rel=0.12)
+
+
+@given(st.lists(st.integers(-20, 20), min_size=1, max_size=60))
+def test_counted_values_have_the_quantiles_of_the_values(given: list[int]) -> None:
+    values, counts = np.unique(np.array(given, np.float64), return_counts=True)
+    q = np.linspace(0, 1, 11)
+    assert _order_statistics(values, counts, q * (len(given) - 1)) == pytest.approx(np.quantile(given, q))
+
+
+def _letters(i: int) -> str:
+    """i in letters, which are not templated away as digits are."""
+    return "".join(chr(97 + int(digit)) for digit in str(i))
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("value", "path", "text"),
+    [
+        ("C:\\Users\\Ann\\a.EXE", "p", "c:\\users\\*\\a.exe"),
+        ("/home/ann/x1", "p", "/home/*/x0"),
+        ("pid 4711 of {0B5AD3F5-65AF-5F5D-6E00-000000000C00}", "p", "pid 0 of {}"),
+        ("deadbeef1 and 0xdeadbeef1", "p", "# and #"),
+        (443, "dst_endpoint.port", "443"),
+        (49152, "dst_endpoint.port", "ephemeral"),
+        (1.0, "p", "1"),
+        (1.5, "p", "1.5"),
+        (True, "p", "true"),
+        (["b", "a", "b"], "p", "[a,b]"),
+        ([], "p", "[]"),
+    ],
+)
+def test_values_are_templated(value: Any, path: str, text: str) -> None:
+    assert normalise(value, path) == text
+
+
+@given(st.text(max_size=2000))
+def test_templates_are_short_and_their_folder_is_a_part_of_them(text: str) -> None:
+    template = normalise(text, "p")
+    assert len(template) <= 200 and len(folder(template)) <= len(template)
+
+
+@given(st.floats() | st.integers() | st.text(max_size=9) | st.booleans() | st.none())
+def test_a_number_is_finite_or_none(value: Any) -> None:
+    x = number(value)
+    assert x is None or np.isfinite(x)
+
+
+def test_a_column_of_immense_numbers_is_no_number() -> None:
+    fields = by_name(learn([{"unmapped": {"x": 1e301 + i * 1e299}} for i in range(100)]))
+    assert fields["unmapped.x"].kind != "number"
+
+
+# The table
+
+
+def test_the_table_names_every_field_and_why_a_path_is_set_aside() -> None:
+    schema = learn(feed())
+    odd = replace(schema.fields[1], name="[x]", kind="category", values=("a",), left_out=7)
+    schema = replace(schema, fields=(*schema.fields[:-1], odd, schema.fields[-1]))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(schema_table(schema))
+    text = console.export_text()
+    for field in schema.fields:
+        assert field.name in text
+    for path, reason in schema.set_aside.items():
+        assert path in text and reason in text
+    assert "the 7 rarest count as unknown" in text and schema.hash[:12] in text

@@ -1,0 +1,208 @@
+"""The promises of the vectorizer: any event has features, which are codes in range and finite fractions, the same in
+every process, batch and state of the caches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_events import events as any_event
+from test_schema import decoded, feed, learn
+
+from encoder import vectorize as vectorize_module
+from encoder.events import Message, decode
+from encoder.schema import FIRST, FOLDER, MISSING, UNKNOWN, UNSEEN_PATHS, Schema
+from encoder.vectorize import FeatureBatch, Vectorizer, row_hash
+
+DATA = os.environ.get("RIPCURRENT_EVAL_DATA")
+SCHEMA = learn(feed())
+VECTORIZER = Vectorizer(SCHEMA)
+
+
+def features(events: Sequence[dict[str, Any]], vectorizer: Vectorizer | None = None) -> FeatureBatch:
+    return (vectorizer or Vectorizer(SCHEMA))(decoded(events))
+
+
+def code(name: str, event: dict[str, Any], schema: Schema = SCHEMA) -> int:
+    position = [field.name for field in schema.fields].index(name)
+    return int(features([event], Vectorizer(schema)).codes[0, position])
+
+
+def value(name: str, event: dict[str, Any], schema: Schema = SCHEMA) -> str:
+    """The value of the vocabulary that an event's code stands for."""
+    field = next(field for field in schema.fields if field.name == name)
+    return field.values[code(name, event, schema) - FIRST]
+
+
+def same(a: FeatureBatch, b: FeatureBatch) -> bool:
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("codes", "quantiles", "actor"))
+
+
+def joined(parts: Sequence[FeatureBatch]) -> FeatureBatch:
+    return FeatureBatch(
+        np.concatenate([part.codes for part in parts]),
+        np.concatenate([part.quantiles for part in parts]),
+        np.concatenate([part.actor for part in parts]),
+    )
+
+
+def check(batch: FeatureBatch, schema: Schema, n: int) -> None:
+    assert batch.codes.shape == (n, len(schema.fields)) and batch.codes.dtype == np.int32
+    assert batch.quantiles.dtype == np.float32 and batch.actor.dtype == np.int64
+    assert np.all(np.isfinite(batch.quantiles)) and np.all((batch.quantiles >= 0) & (batch.quantiles <= 1))
+    assert np.all(batch.codes >= 0) and np.all(batch.codes < [field.size for field in schema.fields])
+    assert np.all(batch.codes[:, 0] != MISSING) and np.all(batch.codes[:, -1] >= FIRST)
+
+
+@given(st.lists(any_event, max_size=8))
+def test_any_event_has_features_by_any_schema(given: list[dict[str, Any]]) -> None:
+    check(features(given, VECTORIZER), SCHEMA, len(given))
+    if given:
+        schema = learn(given * 5)
+        check(features(given, Vectorizer(schema)), schema, len(given))
+
+
+@given(st.lists(any_event | st.sampled_from(feed()), min_size=1, max_size=10), st.integers(0, 10))
+def test_features_do_not_depend_on_the_batch_or_on_what_came_before(given: list[dict[str, Any]], cut: int) -> None:
+    fresh = features(given)
+    assert same(fresh, features(given, VECTORIZER))
+    assert same(fresh, joined([features(given[:cut]), features(given[cut:])]))
+    assert same(fresh, joined([features([event], VECTORIZER) for event in given]))
+
+
+def test_features_do_not_depend_on_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = [*feed(), {"process": {"name": "x" * 5_000}}, {"process": {"name": ["y" * 5_000, 1]}}]
+    fresh = features(events)
+    monkeypatch.setattr(vectorize_module, "_CACHE_LIMIT", 3)
+    small = Vectorizer(SCHEMA)
+    for batch in (1, 17, 202):
+        parts = [features(events[start : start + batch], small) for start in range(0, len(events), batch)]
+        assert same(joined(parts), fresh)
+
+
+def test_the_caches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectorize_module, "_CACHE_LIMIT", 100)
+    vectorizer = Vectorizer(SCHEMA)
+    for start in range(0, 2_000, 50):
+        features([{"process": {"name": f"{i}{'x' * (i % 2 * 5_000)}"}} for i in range(start, start + 50)], vectorizer)
+    cache = vectorizer._columns["process.name"]._cache
+    assert len(cache) <= 150 and max(map(len, cache)) <= 1024
+
+
+def test_features_are_the_same_in_every_process() -> None:
+    program = (
+        "from test_vectorize import features, feed; import hashlib; f = features(feed());"
+        "print(hashlib.sha256(f.codes.tobytes() + f.quantiles.tobytes() + f.actor.tobytes()).hexdigest(),"
+        " f.distinct()[1].sum())"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=Path(__file__).parent,
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[1])},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "1", "77")
+    }
+    assert len(outputs) == 1
+
+
+def test_a_schema_from_its_file_gives_the_same_features() -> None:
+    again = Vectorizer(Schema.from_json(SCHEMA.to_json()))
+    assert same(features(feed(), again), features(feed()))
+
+
+# Codes
+
+
+def test_missing_null_unknown_and_known_are_told_apart() -> None:
+    assert code("process.name", {}) == code("process.name", {"process": {"name": None}}) == MISSING
+    assert code("process.name", {"process": {"name": "never seen"}}) == UNKNOWN
+    assert value("process.name", {"process": {"name": "APPA.exe"}}) == "appa.exe"
+
+
+def test_a_value_of_another_type_is_another_value() -> None:
+    assert value("unmapped.flag", {"unmapped": {"flag": True}}) == "true"
+    assert code("unmapped.flag", {"unmapped": {"flag": 1}}) == UNKNOWN
+    assert code("unmapped.flag", {"unmapped": {"flag": "true"}}) != UNKNOWN  # some senders write it so
+    together = features([{"unmapped": {"flag": flag}} for flag in (True, 1, 1.0, "true")])
+    position = [field.name for field in SCHEMA.fields].index("unmapped.flag")
+    assert (together.codes[:, position] == UNKNOWN).tolist() == [False, True, True, False]
+
+
+def test_a_new_name_in_a_known_folder() -> None:
+    event = {"process": {"file": {"path": "c:\\windows\\x\\evil.exe"}}}
+    assert code("process.file.path", event) == UNKNOWN
+    assert value("process.file.path" + FOLDER, event) == "c:/windows/x"
+
+
+def test_types_never_seen_are_unknown() -> None:
+    assert value("type_uid", {"activity_id": 2, "type_uid": 100702}) == "100702"
+    for class_uid in (0, 1, 99_999_999):
+        assert code("type_uid", {"class_uid": class_uid, "type_uid": None}) == UNKNOWN
+
+
+def test_zero_and_other_are_values_like_any() -> None:
+    schema = learn([{"severity_id": i % 3 * 33 + i % 3 // 2 * 33} for i in range(30)])
+    assert {value("severity_id", {"severity_id": i}, schema) for i in (0, 33, 99)} == {"0", "33", "99"}
+    assert code("severity_id", {}, schema) == MISSING and code("severity_id", {"severity_id": 5}, schema) == UNKNOWN
+
+
+@pytest.mark.parametrize(("paths", "steps"), [(0, "0"), (1, "1"), (3, "2-3"), (4, "4+"), (50, "4+")])
+def test_paths_that_training_had_not_are_counted(paths: int, steps: str) -> None:
+    assert value(UNSEEN_PATHS, {f"new{i}": i for i in range(paths)}) == steps
+
+
+def test_numbers_have_their_rank_among_training_values() -> None:
+    values = [-1e9, 0, 499, 999, 1e9, 10**30, True, "500", "text", [1]]
+    found = features([{"unmapped": {"bytes_in": v}} for v in values])
+    names = [field.name for field in SCHEMA.fields]
+    place = [field.name for field in SCHEMA.fields if field.kind == "number"].index("unmapped.bytes_in")
+    rank = found.quantiles[:, place].tolist()
+    assert rank[0] == 0 and rank[4] == rank[5] == 1
+    assert rank[1] < 0.01 and rank[2] == pytest.approx(0.5, abs=0.02) and rank[3] > 0.98
+    assert rank[6] == rank[8] == rank[9] == 0.5 and rank[7] == pytest.approx(0.5, abs=0.02)
+    codes = found.codes[:, names.index("unmapped.bytes_in")].tolist()
+    assert codes[0] == FIRST and codes[4] == SCHEMA.fields[names.index("unmapped.bytes_in")].size - 1
+    assert codes[6] == codes[8] == codes[9] == UNKNOWN
+
+
+def test_who_acts_is_the_first_that_an_event_names() -> None:
+    by_process, nobody, other = features(
+        [{"actor": {"process": {"name": "explorer.exe"}}}, {}, {"actor": {"process": {"name": "new"}}}]
+    ).actor.tolist()
+    assert nobody == 0 and by_process not in (0, other)
+
+
+def test_equal_rows_are_found_and_stand_for_each_other() -> None:
+    events = [*feed()[:50], *feed()[:50], {}, {}]
+    batch = features(events)
+    first, like = batch.distinct()
+    assert len(first) == 51 and same(batch.take(first[like]), batch)
+
+
+def test_row_hashes_are_fixed_for_ever() -> None:
+    """They are keys of what a bundle holds."""
+    rows = np.array([[0, 1], [1, 0], [-1, 7]], np.int32)
+    assert row_hash(rows).tolist() == [10779193844106824015, 15284367022781557966, 16370784898697504513]
+    assert len(np.unique(row_hash(np.indices((100, 100)).reshape(2, -1).T.astype(np.int32)))) == 10_000
+
+
+@pytest.mark.skipif(not DATA, reason="RIPCURRENT_EVAL_DATA names no folder")
+def test_the_example_events_of_the_schema_project_have_features() -> None:
+    lines = (Path(DATA or "") / "ocsf-examples.ndjson").read_bytes().splitlines()
+    batch, _ = decode([Message("t", 0, i, -1, line) for i, line in enumerate(lines)])
+    schema = learn([json.loads(line) for line in lines])
+    check(Vectorizer(schema)(batch), schema, 93)
+    check(VECTORIZER(batch), SCHEMA, 93)
