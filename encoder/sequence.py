@@ -26,11 +26,11 @@ from encoder.vectorize import row_hash
 
 WIDTH = 32
 """Members of a window: what the network can see, and a power of two."""
-FEATURES = 64
+FEATURES = 32
 EMBEDDING = 64
 CODES = 512
 """Records told apart as outcomes: the commonest and, of the rest, clusters."""
-STEPS = 1500
+STEPS = 800
 BATCH = 96
 LEARNING_RATE = 2e-3
 MIN_ENDINGS = 50
@@ -40,15 +40,21 @@ ORDER = 3
 """Outcomes before the one that is counted."""
 AGE_MS = 7 * 86_400_000
 
+_LEAST = 1e-12
+_ODD = np.int64(0x1E3779B97F4A7C15)
+
 Progress = Callable[[int, int, float], None]
 
 
 class Pairs(Protocol):
     """The (event, entity) pairs of n events, as `encoder.entities.entities` finds them."""
 
-    row: NDArray[np.int32]
-    kind: NDArray[np.int8]
-    entity: list[str]
+    @property
+    def row(self) -> NDArray[np.int32]: ...
+    @property
+    def kind(self) -> NDArray[np.int8]: ...
+    @property
+    def entity(self) -> list[str]: ...
 
 
 class CausalBlock(nn.Module):
@@ -193,8 +199,9 @@ class RunCounts:
     """-log p of an outcome after the runs of up to ORDER outcomes before it, by counting, with Witten-Bell backoff
     (Bell et al. 1990): what a network has to beat on routines.
 
-    keys: int64 [k], sorted; counts: float32 [k, 2], of (kind, run, outcome) how often, and of (kind, run) how often and
-    with how many distinct outcomes.
+    An entity counts once for each run and outcome: what one machine does a thousand times a day is one observation of
+    what machines do. keys: int64 [k], sorted; counts: float32 [k, 2], of (kind, run, outcome) how many entities, and of
+    (kind, run) their sum and the number of distinct outcomes.
     """
 
     def __init__(self, keys: NDArray[np.int64], counts: NDArray[np.float32], outcomes: int) -> None:
@@ -202,14 +209,23 @@ class RunCounts:
 
     @classmethod
     def fit(
-        cls, kind: NDArray[np.int64], runs: NDArray[np.int64], outcome: NDArray[np.int64], outcomes: int
+        cls,
+        entity: NDArray[np.int64],
+        kind: NDArray[np.int64],
+        runs: NDArray[np.int64],
+        outcome: NDArray[np.int64],
+        outcomes: int,
     ) -> RunCounts:
-        """kind: int64 [m]; runs: int64 [m, ORDER], latest first, -1 where there was nothing; outcome: int64 [m]."""
+        """entity, kind: int64 [m]; runs: int64 [m, ORDER], latest first, -1 where there was nothing; outcome: int64
+        [m]."""
         keys: list[NDArray[np.int64]] = []
         counts: list[NDArray[np.float64]] = []
         for order in range(ORDER + 1):
-            pair, first, count = np.unique(_run_keys(kind, runs, order, outcome), return_index=True, return_counts=True)
-            run, inverse = np.unique(_run_keys(kind[first], runs[first], order, None), return_inverse=True)
+            wanted = _run_keys(kind, runs, order, outcome)
+            _, once = np.unique(wanted ^ (entity * _ODD), return_index=True)
+            pair, first, count = np.unique(wanted[once], return_index=True, return_counts=True)
+            at = once[first]
+            run, inverse = np.unique(_run_keys(kind[at], runs[at], order, None), return_inverse=True)
             totals = np.bincount(inverse, weights=count)
             keys += [pair, run]
             counts += [np.column_stack([count, count]), np.column_stack([totals, np.bincount(inverse)])]
@@ -297,12 +313,14 @@ class _History:
 class SequenceScores:
     """Of m windows, each about its newest member; nats.
 
-    surprise: float32 [m], -log p(newest record | those before); broken: float32 [m], -log p(the window is whole: not
+    surprise: float32 [m], -log p(newest record | those before); usual: float32 [m], -log p(newest record) among all of
+    its kind of entity: what is beyond it is the order's doing; broken: float32 [m], -log p(the window is whole: not
     shuffled, spliced or with a piece left out); ending: float32 [m], -log p(nothing follows for the kind's silence), 0
-    for kinds that do not end: counts only once the entity has fallen silent; embedding: float32 [m, EMBEDDING].
+    for kinds that do not end: counts only once the entity has fallen silent; embedding: float32 [m, FEATURES].
     """
 
     surprise: NDArray[np.float32]
+    usual: NDArray[np.float32]
     broken: NDArray[np.float32]
     ending: NDArray[np.float32]
     embedding: NDArray[np.float32]
@@ -310,15 +328,14 @@ class SequenceScores:
 
 @dataclass(frozen=True)
 class SequenceReport:
-    """What is worth keeping of a fit: mean nats a record on the held-out last tenth, of the network, of the counts, and
-    of their mixture; share: the network's part in it."""
+    """What is worth keeping of a fit: mean nats a record on the last tenth, which the network did not train on, of the
+    network and of the counts, and the share of records there that are like nothing before, by kind of entity."""
 
     steps: int
     losses: list[float]
     network: float
     counts: float
-    mixture: float
-    share: float
+    novelty: dict[str, float]
 
 
 class SequenceModel:
@@ -334,12 +351,13 @@ class SequenceModel:
         counts: RunCounts,
         *,
         scale: float,
-        share: float,
+        novelty: Mapping[str, float],
         silence: Mapping[str, int],
     ) -> None:
         self.net = net.eval().requires_grad_(False)
         self.codebook, self.counts = codebook, counts
-        self.scale, self.share, self.silence = scale, share, dict(silence)
+        self.scale, self.novelty, self.silence = scale, dict(novelty), dict(silence)
+        self._novelty = np.array([self.novelty.get(kind, 1.0) for kind in KINDS])
         self._quiet = np.array([self.silence.get(kind, 0) for kind in KINDS], np.int64)
 
     @property
@@ -384,11 +402,16 @@ class SequenceModel:
         latest = codes[:, ::-1]
         by_count = self.counts.probability(kinds, latest[:, 1:], codes[:, -1])
         end_count = self.counts.probability(kinds, latest[:, :-1], np.full(m, end))
-        surprise = -np.log(self.share * p_next + (1 - self.share) * by_count)
-        ending = -np.log(self.share * p_end + (1 - self.share) * end_count)
+        surprise = -0.5 * (np.log(np.maximum(p_next, _LEAST)) + np.log(by_count))
+        self.parts = (p_next, by_count, p_end, end_count)  # DEBUG
+        ending = -0.5 * (np.log(np.maximum(p_end, _LEAST)) + np.log(end_count))
+        usual = -np.log(self.counts.probability(kinds, latest[:, :0], codes[:, -1]))
+        new = codes[:, -1] == self.codebook.other
+        surprise[new] = usual[new] = -np.log(self._novelty[kinds[new]])
         ending[self._quiet[kinds] == 0] = 0.0
         return SequenceScores(
             surprise.astype(np.float32),
+            usual.astype(np.float32),
             -np.log1p(-np.minimum(p_broken, 1 - 1e-7)).astype(np.float32),
             ending.astype(np.float32),
             outputs[:, 1],
@@ -405,7 +428,7 @@ class SequenceModel:
             "outcomes": self.counts.outcomes,
             "kinds": list(KINDS),
             "scale": self.scale,
-            "share": self.share,
+            "novelty": self.novelty,
             "silence": self.silence,
         }
         return tensors, config
@@ -424,11 +447,12 @@ class SequenceModel:
             counts = RunCounts(
                 tensors["counts.keys"].cpu().numpy(), tensors["counts.counts"].cpu().numpy(), int(config["outcomes"])
             )
-            scale, share = float(config["scale"]), float(config["share"])
+            scale = float(config["scale"])
+            novelty = {str(kind): float(share) for kind, share in config["novelty"].items()}
             silence = {str(kind): int(ms) for kind, ms in config["silence"].items()}
         except (KeyError, TypeError, RuntimeError) as error:
             raise EncoderError(f"not the state of a sequence model ({error}); fit the bundle again") from error
-        return cls(net.to(device), book, counts, scale=scale, share=share, silence=silence)
+        return cls(net.to(device), book, counts, scale=scale, novelty=novelty, silence=silence)
 
 
 def fit_sequences(
@@ -450,13 +474,13 @@ def fit_sequences(
     history = _History(times, pairs)
     if not len(history):
         raise EncoderError("no event names an entity: there are no sequences to learn from")
-    codebook = Codebook.fit(vectors, seed=seed)
+    held_from = np.quantile(history.time, 0.9)
+    held = history.time > held_from
+    codebook = Codebook.fit(vectors[times <= held_from], seed=seed)
     end = codebook.other + 1
     silence = history.silence()
     codes = codebook(vectors)[history.row]
     follows = _outcomes(history, codes, silence, end)
-    held_from = np.quantile(history.time, 0.9)
-    held = history.time > held_from
     net = SequenceNet(dim=vectors.shape[1], outcomes=end + 1, kinds=len(KINDS)).to(device)
     scale = 1.0 / max(float(np.sqrt(np.square(codebook.centres.numpy()).mean())), 1e-6)
     task = _Task(net, history, vectors, scale, codes, follows, held, seed, device)
@@ -484,20 +508,21 @@ def fit_sequences(
     judged = np.flatnonzero((follows >= 0) & held)[:: max(1, int(held.sum()) // 8192)]
     p_count = counted.probability(history.kind[judged], runs[judged], follows[judged])
     p_net = task.probability(judged)
-    share = _best_share(p_net, p_count)
+    novelty = _novelty(history.kind[held], codes[held] == codebook.other)
     everything = _count(history, codes, follows, runs, follows >= 0, begins, end + 1)
     model = SequenceModel(
         net,
         Codebook(codebook.centres.to(device), codebook.reach.to(device)),
         everything,
         scale=scale,
-        share=share,
+        novelty=novelty,
         silence={KINDS[kind]: ms for kind, ms in silence.items()},
     )
-    nats = [
-        float(-np.log(p).mean()) if len(p) else 0.0 for p in (p_net, p_count, share * p_net + (1 - share) * p_count)
-    ]
-    return model, SequenceReport(STEPS, losses, *nats, share)
+    return model, SequenceReport(STEPS, losses, _nats(p_net), _nats(p_count), novelty)
+
+
+def _nats(p: NDArray[np.float64]) -> float:
+    return float(-np.log(p).mean()) if len(p) else 0.0
 
 
 def _outcomes(history: _History, codes: NDArray[np.int64], silence: Mapping[int, int], end: int) -> NDArray[np.int64]:
@@ -528,6 +553,7 @@ def _count(
     """Counts of what follows what, and of what entities begin with."""
     nothing = np.full((int(begins.sum()), ORDER), -1, np.int64)
     return RunCounts.fit(
+        np.concatenate([history.first[known], history.first[begins]]),
         np.concatenate([history.kind[known], history.kind[begins]]),
         np.concatenate([runs[known], nothing]),
         np.concatenate([follows[known], codes[begins]]),
@@ -535,15 +561,10 @@ def _count(
     )
 
 
-def _best_share(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """The weight of a in the mixture of two predictors that fits best (expectation maximisation), within 0.1 to 0.9: on
-    what training has not, each may be the better one."""
-    share = 0.5
-    for _ in range(50):
-        if not len(a):
-            break
-        share = float((share * a / (share * a + (1 - share) * b)).mean())
-    return min(max(share, 0.1), 0.9)
+def _novelty(kind: NDArray[np.int64], new: NDArray[np.bool_]) -> dict[str, float]:
+    """The share of held-out records like nothing before, by kind of entity, smoothed as if two more had been seen."""
+    seen, found = (np.bincount(kind[which], minlength=len(KINDS)) for which in (np.ones_like(new), new))
+    return dict(zip(KINDS, ((found + 1) / (seen + 2)).tolist(), strict=True))
 
 
 class _Task:

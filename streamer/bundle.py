@@ -28,14 +28,17 @@ from safetensors.torch import save_file as save_tensors
 
 from encoder.runtime import Encoder
 from encoder.schema import Schema
+from encoder.sequence import SequenceModel
 from state.baseline import Baseline, Density
 from state.calibration import Calibration
 from streamer.errors import RipcurrentError
-from streamer.scoring import RecordScorer
+from streamer.scoring import RecordScorer, Scorer, SequenceScorer
 
 FORMAT = 1
+"""Changes with what a bundle holds."""
 _MANIFEST, _SCHEMA, _ENCODER = "manifest.json", "schema.json", "encoder.safetensors"
 _INDEX, _SCORES, _EXEMPLARS = "baseline.hnsw", "scores.safetensors", "exemplars.ndjson"
+_SEQUENCES = "sequences.safetensors"
 
 
 class BundleError(RipcurrentError):
@@ -48,7 +51,7 @@ class Bundle:
     and redacted; manifest: what `manifest.json` says."""
 
     encoder: Encoder
-    scorer: RecordScorer
+    scorer: Scorer
     exemplars: list[bytes]
     manifest: dict[str, Any]
 
@@ -56,6 +59,11 @@ class Bundle:
     def version(self) -> str:
         """Name and hash: two bundles with the same version score alike."""
         return str(self.manifest["version"])
+
+    @property
+    def dim(self) -> int:
+        """The length of a record embedding."""
+        return self.scorer.record.baseline.dim
 
     @property
     def encoder_hash(self) -> str:
@@ -67,9 +75,7 @@ class Bundle:
         return min(0.5, alerts_per_day / max(events_per_day or float(self.manifest["training"]["events_per_day"]), 1.0))
 
 
-def save(
-    path: Path, *, encoder: Encoder, scorer: RecordScorer, exemplars: list[bytes], training: dict[str, Any]
-) -> Bundle:
+def save(path: Path, *, encoder: Encoder, scorer: Scorer, exemplars: list[bytes], training: dict[str, Any]) -> Bundle:
     """Write a bundle; what stands at `path` is replaced only once the new one is whole."""
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +83,11 @@ def save(
     try:
         (temporary / _SCHEMA).write_bytes(encoder.schema.to_json())
         save_tensors(encoder.state(), temporary / _ENCODER)
-        index = scorer.baseline.save(temporary / _INDEX)
+        index = scorer.record.baseline.save(temporary / _INDEX)
+        config = None
+        if scorer.sequences is not None:
+            tensors, config = scorer.sequences.model.state()
+            save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary / _SEQUENCES)
         save_arrays(_scorer_arrays(scorer), temporary / _SCORES)
         (temporary / _EXEMPLARS).write_bytes(b"".join(line + b"\n" for line in exemplars))
         files = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
@@ -89,6 +99,7 @@ def save(
             "schema_hash": encoder.schema.hash,
             "files": files,
             "baseline": index,
+            "sequences": config,
             "training": training,
         }
         (temporary / _MANIFEST).write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
@@ -113,18 +124,31 @@ def _swap(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _scorer_arrays(scorer: RecordScorer) -> dict[str, NDArray[Any]]:
+def _scorer_arrays(scorer: Scorer) -> dict[str, NDArray[Any]]:
+    record = scorer.record
     arrays: dict[str, NDArray[Any]] = {
-        "baseline.members": scorer.baseline.members,
-        "density.vectors": scorer.density.vectors,
-        "density.weights": scorer.density.weights,
-        "density.starts": scorer.density.starts,
-        "density.types": scorer.density.types,
+        "baseline.members": record.baseline.members,
+        "density.vectors": record.density.vectors,
+        "density.weights": record.density.weights,
+        "density.starts": record.density.starts,
+        "density.types": record.density.types,
     }
-    for name, calibration in scorer.calibrations.items():
-        arrays[f"calibration.{name}"] = calibration.scores
-        arrays[f"tail.{name}"] = np.array([calibration.start, calibration.scale])
+    groups = {"record": record.calibrations, "event": {"event": scorer.event}}
+    if scorer.sequences is not None:
+        groups["sequence"] = scorer.sequences.calibrations
+    for group, calibrations in groups.items():
+        for name, calibration in calibrations.items():
+            arrays[f"scores.{group}/{name}"] = calibration.scores
+            arrays[f"tail.{group}/{name}"] = np.array([calibration.start, calibration.scale])
     return arrays
+
+
+def _calibrations(arrays: dict[str, NDArray[Any]], group: str) -> dict[str, Calibration]:
+    prefix = f"scores.{group}/"
+    names = [name.removeprefix(prefix) for name in arrays if name.startswith(prefix)]
+    return {
+        name: Calibration(arrays[prefix + name], *(float(x) for x in arrays[f"tail.{group}/{name}"])) for name in names
+    }
 
 
 def _digest(path: Path) -> str:
@@ -151,17 +175,18 @@ def load(path: Path, device: str = "cpu") -> Bundle:
         arrays = load_arrays(path / _SCORES)
         baseline = Baseline.load(path / _INDEX, manifest["baseline"], arrays["baseline.members"])
         density = Density(*(arrays[f"density.{name}"] for name in ("vectors", "weights", "starts", "types")))
+        record = RecordScorer(baseline, density, _calibrations(arrays, "record"))
+        sequences = None
+        if manifest["sequences"] is not None:
+            model = SequenceModel.from_state(
+                load_tensors(path / _SEQUENCES), manifest["sequences"], torch.device(device)
+            )
+            sequences = SequenceScorer(model, _calibrations(arrays, "sequence"))
+        scorer = Scorer(record, sequences, _calibrations(arrays, "event")["event"])
     except (SafetensorError, KeyError) as error:
         raise BundleError(f"bundle {path} does not hold what its manifest says ({error}); fit it again") from error
-    calibrations = {
-        name.removeprefix("calibration."): Calibration(
-            scores, *(float(x) for x in arrays["tail." + name.removeprefix("calibration.")])
-        )
-        for name, scores in arrays.items()
-        if name.startswith("calibration.")
-    }
     exemplars = (path / _EXEMPLARS).read_bytes().splitlines()
-    return Bundle(encoder, RecordScorer(baseline, density, calibrations), exemplars, manifest)
+    return Bundle(encoder, scorer, exemplars, manifest)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import orjson
 import torch
 from numpy.typing import NDArray
 
-from encoder.entities import Entities
+from encoder.entities import KINDS, Entities
 from encoder.entities import entities as find_entities
 from encoder.events import Coordinates, EventBatch, Message, Reject, decode
 from encoder.runtime import Encoded
@@ -25,7 +25,7 @@ from encoder.schema import Schema
 from encoder.vectorize import FeatureBatch
 from state.windows import WindowEntries, WindowStore
 from streamer.bundle import Bundle, load
-from streamer.scoring import DENSITY_TRUST, NEIGHBOURS, Parts, severity
+from streamer.scoring import DENSITY_TRUST, NEIGHBOURS, SEQUENCE_TRUST, Parts, severity
 
 if TYPE_CHECKING:
     from streamer.settings import Settings
@@ -38,7 +38,8 @@ class ScoredBatch:
     coordinates, time: as in `EventBatch`; p_value: float64 [n] in (0, 1], how often normal data scores at least this;
     severity: float32 [n], 0 to 100; entity: str object [n] (`kind:value`, "" where the event names none); cause: str
     object [n] (`record:ATTRIBUTE PATH` or `sequence:WHAT`); records: the n decoded events; rejects: what could not be
-    read; repairs: how often each kind of repair was made.
+    read; repairs: how often each kind of repair was made; complete: bool [n], False where the history of an entity is
+    known to be missing (None: nothing is).
     """
 
     coordinates: Coordinates
@@ -50,6 +51,7 @@ class ScoredBatch:
     records: list[dict[str, Any]]
     rejects: list[Reject]
     repairs: Counter[str] = field(default_factory=Counter)
+    complete: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -85,6 +87,17 @@ EXPLAINED_FIELDS = 5
 EXPLAINED_NEIGHBOURS = 3
 
 
+@dataclass(frozen=True)
+class Silence:
+    """An entity fell silent: where its last event stands, and the p-value of its stopping there."""
+
+    entity: str
+    source: tuple[str, int]
+    offset: int
+    index: int
+    p_value: float
+
+
 class Detector:
     """Joins encoder and state: decodes, encodes, appends to windows, scores, explains.
 
@@ -97,6 +110,10 @@ class Detector:
         self.tenant = tenant
         fields = bundle.encoder.schema.fields
         self._causes = np.array([f"record:{field.path}" for field in fields], object)
+        sequences = bundle.scorer.sequences
+        silence = sequences.model.silence if sequences is not None else {}
+        self._silence = np.array([silence.get(kind, 0) for kind in KINDS], np.int64)
+        self._open: dict[str, tuple[int, int, tuple[str, int], int, int]] = {}
 
     def score(self, messages: Sequence[Message]) -> ScoredBatch:
         """Score a batch of messages, whole messages in stream order within each partition."""
@@ -107,21 +124,25 @@ class Detector:
         distinct = features.take(first)
         encoded = encoder.encode(distinct)
         types = distinct.codes[:, 0].astype(np.int64)
-        parts = scorer.parts(scorer.raw(encoded, types), types)
-        p_value = scorer.p_value(parts)
-        cause = self._causes[_causal_field(encoded, parts)]
+        parts = scorer.record.parts(scorer.record.raw(encoded, types), types)
+        record = scorer.record.evidence(parts)[like]
+        cause = self._causes[_causal_field(encoded, parts)][like]
         entities = find_entities(events)
-        self._push(events, entities, encoded.vectors[like])
+        entity = np.array(entities.primary, object)
+        sequence, strongest, complete = self._judge_windows(events, entities, encoded.vectors[like])
+        by_sequence = SEQUENCE_TRUST * sequence > record
+        p_value = scorer.p_value(record, sequence)
         return ScoredBatch(
             events.coordinates,
             events.time,
-            p_value[like],
-            severity(p_value)[like],
-            np.array(entities.primary, object),
-            cause[like],
+            p_value,
+            severity(p_value),
+            np.where(by_sequence, strongest, entity),
+            np.where(by_sequence, "sequence:order", cause),
             events.records,
             rejects,
             events.repairs,
+            complete,
         )
 
     def remember(self, messages: Sequence[Message]) -> None:
@@ -134,9 +155,69 @@ class Detector:
         if len(entities.row):
             self.windows.append(window_entries(events, entities, vectors))
 
-    def _push(self, events: EventBatch, entities: Entities, vectors: NDArray[np.float16]) -> None:
-        if len(entities.row):
-            self.windows.append(window_entries(events, entities, vectors))
+    def _judge_windows(
+        self, events: EventBatch, entities: Entities, vectors: NDArray[np.float16]
+    ) -> tuple[NDArray[np.float64], NDArray[np.object_], NDArray[np.bool_]]:
+        """Append the events to the windows of their entities. Returns, an event: the strongest evidence of these
+        windows (float64, nats), whose it is, and whether no history of theirs is missing."""
+        n = len(events)
+        evidence, strongest, complete = np.zeros(n), np.full(n, "", object), np.ones(n, bool)
+        if not len(entities.row):
+            return evidence, strongest, complete
+        windows = self.windows.append(window_entries(events, entities, vectors))
+        np.logical_and.at(complete, entities.row, windows.complete)
+        sequences = self.bundle.scorer.sequences
+        if sequences is None:
+            return evidence, strongest, complete
+        found = sequences.evidence("order", sequences.raw(windows, entities.kind), entities.kind)
+        weakest_first = np.argsort(found, kind="stable")
+        rows = entities.row[weakest_first]
+        evidence[rows] = found[weakest_first]
+        strongest[rows] = np.array(entities.entity, object)[weakest_first]
+        self._watch(events, entities)
+        return evidence, strongest, complete
+
+    def _watch(self, events: EventBatch, entities: Entities) -> None:
+        """Remember the last event of each entity that may fall silent."""
+        quiet = self._silence[entities.kind]
+        rows = np.flatnonzero(quiet > 0)
+        if not len(rows):
+            return
+        row, at = entities.row[rows], events.coordinates
+        last = zip(
+            (events.time[row] + quiet[rows]).tolist(),
+            entities.kind[rows].tolist(),
+            at.source[row].tolist(),
+            at.offset[row].tolist(),
+            at.index[row].tolist(),
+            strict=True,
+        )
+        sources = at.sources
+        self._open.update(
+            (entities.entity[pair], (due, kind, sources[source], offset, index))
+            for pair, (due, kind, source, offset, index) in zip(rows.tolist(), last, strict=True)
+        )
+
+    def advance(self, watermark: float) -> list[Silence]:
+        """What no event triggers: the entities that have been silent for longer than their kind's habit at this event
+        time (ms; infinity: the stream is over), each judged by how odd it is that its routine stopped there.
+
+        Timers live in this process: they do not survive a restart yet, so the service does not call this.
+        """
+        due = sorted((name, timer) for name, timer in self._open.items() if timer[0] <= watermark)
+        sequences = self.bundle.scorer.sequences
+        if not due or sequences is None:
+            return []
+        for name, _ in due:
+            del self._open[name]
+        kinds = np.array([timer[1] for _, timer in due], np.int8)
+        windows = self.windows.latest([name for name, _ in due])
+        evidence = sequences.evidence("ending", sequences.raw(windows, kinds), kinds)
+        p_value = self.bundle.scorer.p_value(np.zeros(len(due)), evidence)
+        return [
+            Silence(name, timer[2], timer[3], timer[4], float(p))
+            for (name, timer), p in zip(due, p_value.tolist(), strict=True)
+        ]
 
     def explain(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Explanation]:
         """Why these events scored as they did. Costs milliseconds an event: for alerts."""
@@ -151,8 +232,8 @@ class Detector:
         encoder, scorer = self.bundle.encoder, self.bundle.scorer
         features = encoder.vectorize(events)
         encoded = encoder.encode(features)
-        distances, places = scorer.baseline.search(encoded.vectors, EXPLAINED_NEIGHBOURS)
-        usual = scorer.calibrations["novelty"].scores
+        distances, places = scorer.record.baseline.search(encoded.vectors, EXPLAINED_NEIGHBOURS)
+        usual = scorer.record.calibrations["novelty"].scores
         return Explanation(
             self._findings(events, features, encoded),
             tuple(orjson.loads(self.bundle.exemplars[place]) for place in places[0].tolist()),
@@ -231,7 +312,7 @@ def open_detector(settings: Settings) -> tuple[Detector, WindowStore]:
     windows = RedisWindows(
         settings.redis.url,
         encoder=bundle.encoder_hash,
-        dim=bundle.scorer.baseline.dim,
+        dim=bundle.dim,
         tenant=settings.tenant,
         timeout_s=settings.redis.timeout_s,
         retries=settings.redis.retries,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,24 @@ import orjson
 import torch
 from numpy.typing import NDArray
 
+from encoder.entities import KINDS, Entities
+from encoder.entities import entities as find_entities
 from encoder.events import EventBatch, decode
 from encoder.rarity import ContextRarity
 from encoder.runtime import Encoder
 from encoder.schema import Schema, SchemaLearner
+from encoder.sequence import fit_sequences
 from encoder.training import TrainingReport, train
 from encoder.vectorize import FeatureBatch, Vectorizer
 from state.baseline import Baseline, Density
+from state.calibration import FEW, Calibration
+from state.windows import MemoryWindows, WindowEntries, Windows
 from streamer.bundle import Bundle, save
 from streamer.detector import compact
 from streamer.errors import RipcurrentError
 from streamer.files import batches
 from streamer.redaction import Redactor
-from streamer.scoring import RecordScorer
+from streamer.scoring import RecordScorer, Scorer, SequenceScorer, joined
 
 HELD_OUT = 0.15
 """The latest share of the training events, by event time, that calibrates."""
@@ -62,9 +67,12 @@ class Fitted:
 
 @dataclass
 class _Loaded:
+    """What the two passes kept of n events, in order of event time."""
+
     schema: Schema
     features: FeatureBatch
     time: NDArray[np.int64]
+    entities: Entities
     records: list[bytes]
     events: int
     rejects: int
@@ -81,14 +89,11 @@ def fit(
     started = time.monotonic()
     tell: Progress = progress or (lambda *_: None)
     loaded = _load(paths, tell)
-    order = np.argsort(loaded.time, kind="stable")
-    held = order[-max(MIN_EVENTS // 2, round(HELD_OUT * len(order))) :]
-    fitted = order[: len(order) - len(held)]
-    first, weights = _distinct(loaded.features.take(fitted))
-    members = fitted[first]
-    features = loaded.features.take(members)
-    later = loaded.features.take(held)
-    tell("train", 0, 0, f"{len(features):,} distinct events of {len(fitted):,}")
+    n = len(loaded.features)
+    cut = n - max(MIN_EVENTS // 2, round(HELD_OUT * n))
+    first, weights = _distinct(loaded.features.take(np.arange(cut)))
+    features, later = loaded.features.take(first), loaded.features.take(np.arange(cut, n))
+    tell("train", 0, 0, f"{len(features):,} distinct events of {cut:,}")
     rarity = ContextRarity.fit(loaded.schema, features, weights)
     where = torch.device(device)
     net, report = train(
@@ -102,17 +107,20 @@ def fit(
     )
     encoder = Encoder(loaded.schema, net, rarity, where)
     tell("baseline", 0, 0, "")
-    scorer = _fit_scorer(encoder, features, weights, later, seed)
-    exemplars = [loaded.records[members[place]] for place in scorer.baseline.members.tolist()]
+    record = _fit_record(encoder, features, weights, later, seed)
+    by_record = _evidence(encoder, record, later)
+    sequences, by_sequence = _fit_sequences(encoder, loaded, cut, seed, tell)
+    scorer = Scorer(record, sequences, Calibration.fit(joined(by_record, by_sequence), tail_from=FEW))
+    exemplars = [loaded.records[first[place]] for place in record.baseline.members.tolist()]
     span = max(int(np.ptp(loaded.time)), 60_000)
     training = {
         "events": loaded.events,
-        "used": len(order),
-        "held_out": len(held),
+        "used": n,
+        "held_out": n - cut,
         "distinct": len(features),
         "rejects": loaded.rejects,
-        "from": int(loaded.time.min()),
-        "to": int(loaded.time.max()),
+        "from": int(loaded.time[0]),
+        "to": int(loaded.time[-1]),
         "events_per_day": loaded.events / (span / DAY_MS),
         "steps": report.steps,
         "loss": report.losses,
@@ -122,7 +130,7 @@ def fit(
     exemplars = _exemplars(exemplars, loaded.schema)
     bundle = save(out, encoder=encoder, scorer=scorer, exemplars=exemplars, training=training)
     seconds = time.monotonic() - started
-    return Fitted(bundle, loaded.events, len(order), loaded.rejects, loaded.repairs, seconds, report)
+    return Fitted(bundle, loaded.events, n, loaded.rejects, loaded.repairs, seconds, report)
 
 
 def _decoded(paths: Sequence[Path]) -> Iterator[tuple[EventBatch, int]]:
@@ -153,10 +161,12 @@ def _load(paths: Sequence[Path], tell: Progress) -> _Loaded:
     stride = -(-total // MAX_EVENTS)
     parts: list[FeatureBatch] = []
     times: list[NDArray[np.int64]] = []
+    pairs: list[Entities] = []
     records: list[bytes] = []
     seen = 0
     for events, _ in _decoded(paths):
         kept = np.arange(-seen % stride, len(events), stride)
+        pairs.append(_kept(find_entities(events), kept, len(events), len(records)))
         parts.append(vectorize(events).take(kept))
         times.append(events.time[kept])
         records.extend(orjson.dumps(events.records[i]) for i in kept.tolist())
@@ -167,7 +177,39 @@ def _load(paths: Sequence[Path], tell: Progress) -> _Loaded:
         np.concatenate([part.quantiles for part in parts]),
         np.concatenate([part.actor for part in parts]),
     )
-    return _Loaded(schema, features, np.concatenate(times), records, total, rejected, repairs)
+    moments = np.concatenate(times)
+    order = np.argsort(moments, kind="stable")
+    return _Loaded(
+        schema,
+        features.take(order),
+        moments[order],
+        _reordered(pairs, order),
+        [records[i] for i in order.tolist()],
+        total,
+        rejected,
+        repairs,
+    )
+
+
+def _kept(entities: Entities, kept: NDArray[np.intp], n: int, offset: int) -> Entities:
+    """The pairs of the kept events, numbered from `offset`."""
+    place = np.full(n, -1, np.int64)
+    place[kept] = np.arange(offset, offset + len(kept))
+    rows = place[entities.row]
+    pairs = np.flatnonzero(rows >= 0)
+    names = [entities.entity[i] for i in pairs.tolist()]
+    return Entities(rows[pairs].astype(np.int32), entities.kind[pairs], names, [])
+
+
+def _reordered(parts: list[Entities], order: NDArray[np.intp]) -> Entities:
+    """All pairs, their events numbered by the new order."""
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    row = rank[np.concatenate([part.row for part in parts])]
+    by_row = np.argsort(row, kind="stable")
+    names = [name for part in parts for name in part.entity]
+    kind = np.concatenate([part.kind for part in parts])
+    return Entities(row[by_row].astype(np.int32), kind[by_row], [names[i] for i in by_row.tolist()], [])
 
 
 def _distinct(features: FeatureBatch) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
@@ -176,7 +218,7 @@ def _distinct(features: FeatureBatch) -> tuple[NDArray[np.intp], NDArray[np.floa
     return first, np.bincount(like, minlength=len(first)).astype(np.float64)
 
 
-def _fit_scorer(
+def _fit_record(
     encoder: Encoder, features: FeatureBatch, weights: NDArray[np.float64], later: FeatureBatch, seed: int
 ) -> RecordScorer:
     vectors = encoder.encode(features).vectors
@@ -193,6 +235,85 @@ def _fit_scorer(
     return scorer
 
 
+def _vectors(encoder: Encoder, features: FeatureBatch) -> NDArray[np.float16]:
+    first, like = features.distinct()
+    return encoder.encode(features.take(first)).vectors[like]
+
+
+def _evidence(encoder: Encoder, record: RecordScorer, features: FeatureBatch) -> NDArray[np.float64]:
+    first, like = features.distinct()
+    distinct = features.take(first)
+    types = distinct.codes[:, 0].astype(np.int64)
+    return record.evidence(record.parts(record.raw(encoder.encode(distinct), types), types))[like]
+
+
+def _fit_sequences(
+    encoder: Encoder, loaded: _Loaded, cut: int, seed: int, tell: Progress
+) -> tuple[SequenceScorer | None, NDArray[np.float64]]:
+    """The sequence part, on the fitted events (None where these or the held-out ones name no entity), and its evidence
+    against each held-out event."""
+    pairs = loaded.entities
+    earlier = pairs.row < cut
+    evidence = np.zeros(len(loaded.features) - cut)
+    if not earlier.any() or earlier.all():
+        return None, evidence
+    tell("sequences", 0, 0, "")
+    count = int(earlier.sum())
+    model, _ = fit_sequences(
+        _vectors(encoder, loaded.features)[:cut],
+        loaded.time[:cut],
+        Entities(pairs.row[:count], pairs.kind[:count], pairs.entity[:count], []),
+        seed=seed,
+        device=encoder.device,
+        progress=lambda step, steps, loss: tell("sequences", step, steps, f"loss {loss:.3f}"),
+    )
+    scorer = SequenceScorer(model)
+    raw = _window_scores(encoder, scorer, loaded, cut)
+    last = dict(zip(pairs.entity, range(len(pairs.entity)), strict=True))
+    is_last = np.zeros(len(pairs.entity), bool)
+    is_last[list(last.values())] = True
+    quiet = np.array([model.silence.get(kind, 0) for kind in KINDS], np.int64)[pairs.kind]
+    ended = is_last & (quiet > 0) & (loaded.time[-1] - loaded.time[pairs.row] > quiet)
+    scorer.fit(raw, pairs.kind[count:], ended[count:])
+    np.maximum.at(evidence, pairs.row[count:] - cut, scorer.evidence("order", raw, pairs.kind[count:]))
+    return scorer, evidence
+
+
+def _window_scores(
+    encoder: Encoder, scorer: SequenceScorer, loaded: _Loaded, cut: int
+) -> dict[str, NDArray[np.float64]]:
+    """The raw scores of the held-out windows, with all the history that they had."""
+    pairs = loaded.entities
+    vectors = _vectors(encoder, loaded.features)
+    windows = MemoryWindows(dim=vectors.shape[1])
+    found: list[dict[str, NDArray[np.float64]]] = []
+    step = 8192
+    for start in range(0, len(pairs.row), step):
+        rows = pairs.row[start : start + step]
+        entries = WindowEntries(
+            pairs.entity[start : start + step],
+            np.maximum(loaded.time[rows], 0),
+            vectors[rows],
+            (("training", 0),),
+            np.zeros(len(rows), np.int32),
+            rows.astype(np.int64),
+            np.zeros(len(rows), np.int32),
+        )
+        seen = windows.append(entries)
+        windows.committed({("training", 0): int(rows[-1])})
+        later = np.flatnonzero(rows >= cut)
+        if len(later):
+            found.append(scorer.raw(_taken(seen, later), pairs.kind[start : start + step][later]))
+    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+
+def _taken(windows: Windows, rows: NDArray[np.intp]) -> Windows:
+    per_window = {
+        field.name: getattr(windows, field.name)[rows] for field in fields(windows) if field.name != "sources"
+    }
+    return replace(windows, **per_window)
+
+
 def _exemplars(records: list[bytes], schema: Schema) -> list[bytes]:
     """Compact redacted copies of normal events, for explanations."""
     redactor = Redactor()
@@ -202,6 +323,7 @@ def _exemplars(records: list[bytes], schema: Schema) -> list[bytes]:
 def summary(fitted: Fitted) -> list[tuple[str, Any]]:
     """What a person wants to know of a fit, as (what, value)."""
     schema, manifest = fitted.bundle.encoder.schema, fitted.bundle.manifest
+    record = fitted.bundle.scorer.record
     kinds = Counter(field.kind for field in schema.fields)
     fields = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
     rows: list[tuple[str, Any]] = [
@@ -212,11 +334,7 @@ def summary(fitted: Fitted) -> list[tuple[str, Any]]:
             f"{manifest['training']['held_out']:,} events held out to calibrate",
         ),
         ("schema", f"{len(schema.fields)} fields ({fields}), {len(schema.set_aside)} paths set aside"),
-        (
-            "baseline",
-            f"{len(fitted.bundle.scorer.baseline):,} vectors, {len(fitted.bundle.scorer.density.types)} event "
-            "types with quantities",
-        ),
+        ("baseline", f"{len(record.baseline):,} vectors, {len(record.density.types)} event types with quantities"),
         ("rate", f"{manifest['training']['events_per_day']:,.0f} events a day"),
         ("bundle", fitted.bundle.version),
         ("took", f"{fitted.seconds:.0f} s"),

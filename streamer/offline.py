@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from streamer.detector import Detector, ScoredBatch
 from streamer.evaluation import Detected, event_uid
 from streamer.files import batches
 from streamer.fitting import Progress, fit
+from streamer.scoring import severity
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,9 @@ class ScoredFile:
 
 
 def score_files(paths: Sequence[Path], bundle: Bundle, progress: Callable[[int], None] = lambda _: None) -> ScoredFile:
-    """Score the events of files. `progress` hears how many are done."""
-    windows = MemoryWindows(dim=bundle.scorer.baseline.dim)
+    """Score the events of files. At the end all timers fire, and an entity's silence stands in the place of its last
+    event where it is the odder of the two. `progress` hears how many are done."""
+    windows = MemoryWindows(dim=bundle.dim)
     detector = Detector(bundle, windows)
     uids: list[str] = []
     parts: list[ScoredBatch] = []
@@ -53,14 +56,21 @@ def score_files(paths: Sequence[Path], bundle: Bundle, progress: Callable[[int],
         parts.append(scored)
         progress(len(uids))
     empty = np.empty(0, object)
-    return ScoredFile(
-        uids,
-        np.concatenate([np.empty(0), *(part.p_value for part in parts)]),
-        np.concatenate([np.empty(0, np.float32), *(part.severity for part in parts)]),
-        np.concatenate([empty, *(part.entity for part in parts)]),
-        np.concatenate([empty, *(part.cause for part in parts)]),
-        rejects,
-    )
+    p_value = np.concatenate([np.empty(0), *(part.p_value for part in parts)])
+    entity = np.concatenate([empty, *(part.entity for part in parts)])
+    cause = np.concatenate([empty, *(part.cause for part in parts)])
+    places = {coordinates: place for place, coordinates in enumerate(at for part in parts for at in _coordinates(part))}
+    for silence in detector.advance(math.inf):
+        place = places[(silence.source, silence.offset, silence.index)]
+        if silence.p_value < p_value[place]:
+            p_value[place], entity[place], cause[place] = silence.p_value, silence.entity, "sequence:silence"
+    return ScoredFile(uids, p_value, severity(p_value), entity, cause, rejects)
+
+
+def _coordinates(scored: ScoredBatch) -> Iterator[tuple[tuple[str, int], int, int]]:
+    at = scored.coordinates
+    sources = (at.sources[source] for source in at.source.tolist())
+    return zip(sources, at.offset.tolist(), at.index.tolist(), strict=True)
 
 
 def line_of_a_day(alerts_per_day: float, events: int) -> float:

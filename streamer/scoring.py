@@ -1,7 +1,8 @@
 """From distances and surprises to one p-value an event.
 
-Each part of the record score is calibrated on held-out normal data, so that they can be compared, and the event is as
-unusual as the strongest of them says, each weighed by how far it is to be trusted. The result is calibrated again.
+Each part of the record and the sequence score is calibrated on held-out normal data, so that they can be compared, and
+the event is as unusual as the strongest of them says, each weighed by how far it is to be trusted. The result is
+calibrated again.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from encoder.runtime import Encoded
+from encoder.sequence import SequenceModel
 from state.baseline import Baseline, Density
-from state.calibration import FEW, Calibration
+from state.calibration import Calibration
+from state.windows import Windows
 
 DENSITY_TRUST = 2.0
 """How much more density is trusted than surprise: it speaks only where events carry quantities, and there it is the
 best, most of all where training held unlabelled attacks. Measured in docs/detection.md."""
+SEQUENCE_TRUST = 0.5
+"""Against the record score: the order of what a machine does varies more than what it does."""
 BLEND = 0.01
 """How much the weaker part adds to the stronger: an order among events that it puts level."""
 NEIGHBOURS = 3
@@ -66,7 +71,7 @@ class RecordScorer:
             if len(scores):
                 self.calibrations[f"density.{kind}"] = Calibration.fit(scores)
         self.calibrations["surprise"] = Calibration.fit(self._surprise(raw))
-        self.calibrations["record"] = Calibration.fit(self.parts(raw, types).combined(), tail_from=FEW)
+        self.calibrations["record"] = Calibration.fit(self.parts(raw, types).combined())
 
     def _surprise(self, raw: dict[str, NDArray[np.float64]]) -> NDArray[np.float64]:
         """The evidence of the three added up: Fisher's method, but for their dependence, and so calibrated after."""
@@ -82,12 +87,69 @@ class RecordScorer:
                 density[rows] = calibration.evidence(raw["density"][rows])
         return Parts(density, self.calibrations["surprise"].evidence(self._surprise(raw)))
 
-    def p_value(self, parts: Parts) -> NDArray[np.float64]:
-        """float64 [n] in (0, 1]."""
-        return self.calibrations["record"].p_value(parts.combined())
+    def evidence(self, parts: Parts) -> NDArray[np.float64]:
+        """float64 [n], nats: all parts as one."""
+        return self.calibrations["record"].evidence(parts.combined())
 
 
 def severity(p_value: NDArray[np.float64]) -> NDArray[np.float32]:
     """0 to 100, 12.5 for each power of ten by which normal data is rarer than this: 50 is one in ten thousand events,
     100 one in a hundred million. It means the same in every bundle."""
     return np.clip(-SEVERITY_PER_DECADE * np.log10(p_value), 0, 100).astype(np.float32)
+
+
+@dataclass
+class SequenceScorer:
+    """The sequence score: each entity's window, judged at each event, and that nothing follows it.
+
+    Calibrated by kind of entity, for a host's days are not a transaction's steps: `order` (the newest record after
+    those before) and `ending` (nothing after it, for kinds of entity whose routines end).
+    """
+
+    model: SequenceModel
+    calibrations: dict[str, Calibration] = field(default_factory=dict)
+
+    def raw(self, windows: Windows, kinds: NDArray[np.int8]) -> dict[str, NDArray[np.float64]]:
+        """The uncalibrated scores of m windows, float64 [m] by name; kinds: int8 [m]."""
+        scores = self.model(windows.vectors, windows.times, windows.length, kinds)
+        return {"order": scores.surprise.astype(np.float64), "ending": scores.ending.astype(np.float64)}
+
+    def fit(self, raw: dict[str, NDArray[np.float64]], kinds: NDArray[np.int8], ended: NDArray[np.bool_]) -> None:
+        """Calibrate on held-out windows; ended: bool [m], those after which nothing came for long enough."""
+        for kind in np.unique(kinds).tolist():
+            rows = kinds == kind
+            self.calibrations[f"order.{kind}"] = Calibration.fit(raw["order"][rows])
+            if (rows & ended).any():
+                self.calibrations[f"ending.{kind}"] = Calibration.fit(raw["ending"][rows & ended])
+
+    def evidence(self, name: str, raw: dict[str, NDArray[np.float64]], kinds: NDArray[np.int8]) -> NDArray[np.float64]:
+        """float64 [m], nats: against each window by `order`, or against its being the last by `ending`. A kind of
+        entity that was not among the held-out events has none."""
+        found = np.zeros(len(kinds))
+        for kind in np.unique(kinds).tolist():
+            if (calibration := self.calibrations.get(f"{name}.{kind}")) is not None:
+                rows = kinds == kind
+                found[rows] = calibration.evidence(raw[name][rows])
+        return found
+
+
+@dataclass
+class Scorer:
+    """Record and sequence joined: the event is as unusual as the stronger of the two says, calibrated again.
+
+    sequences: None where no event of training named an entity.
+    """
+
+    record: RecordScorer
+    sequences: SequenceScorer | None
+    event: Calibration
+
+    def p_value(self, record: NDArray[np.float64], sequence: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Evidence of both, float64 [n] in nats, to p-values."""
+        return self.event.p_value(joined(record, sequence))
+
+
+def joined(record: NDArray[np.float64], sequence: NDArray[np.float64]) -> NDArray[np.float64]:
+    """float64 [n], nats: the stronger of record and (weighed) sequence evidence."""
+    stronger: NDArray[np.float64] = np.maximum(record, SEQUENCE_TRUST * sequence)
+    return stronger + BLEND * sequence
