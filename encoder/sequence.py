@@ -32,6 +32,8 @@ CODES = 512
 """Records told apart as outcomes: the commonest and, of the rest, clusters."""
 STEPS = 800
 BATCH = 96
+CHUNK = 1024
+"""Windows a pass through the network."""
 LEARNING_RATE = 2e-3
 MIN_ENDINGS = 50
 """Endings of a kind of entity from which to learn how its routines end."""
@@ -41,6 +43,7 @@ ORDER = 3
 AGE_MS = 7 * 86_400_000
 
 _LEAST = 1e-12
+_NEVER = np.iinfo(np.int64).max
 _ODD = np.int64(0x1E3779B97F4A7C15)
 
 Progress = Callable[[int, int, float], None]
@@ -311,18 +314,20 @@ class _History:
 
 @dataclass(frozen=True)
 class SequenceScores:
-    """Of m windows, each about its newest member; nats.
+    """Of m windows, each about its newest member; nats, where network and counts agree (the lesser of the two: the
+    network is too sure of what it saw often in few places, the counts of what they never saw).
 
-    surprise: float32 [m], -log p(newest record | those before); usual: float32 [m], -log p(newest record) among all of
-    its kind of entity: what is beyond it is the order's doing; broken: float32 [m], -log p(the window is whole: not
-    shuffled, spliced or with a piece left out); ending: float32 [m], -log p(nothing follows for the kind's silence), 0
-    for kinds that do not end: counts only once the entity has fallen silent; embedding: float32 [m, FEATURES].
+    surprise: float32 [m], -log p(newest record | those before); order: float32 [m], by how much that exceeds
+    -log p(newest record) among all of its kind of entity, at least 0: what the window adds to the record; ending:
+    float32 [m], by how much -log p(nothing follows for the kind's silence) exceeds that of 99 in 100 endings of the
+    kind, at least 0, and 0 for kinds that do not end: counts only once the entity has fallen silent; broken: float32
+    [m], -log p(the window is whole: not shuffled, spliced or with a piece left out); embedding: float32 [m, FEATURES].
     """
 
     surprise: NDArray[np.float32]
-    usual: NDArray[np.float32]
-    broken: NDArray[np.float32]
+    order: NDArray[np.float32]
     ending: NDArray[np.float32]
+    broken: NDArray[np.float32]
     embedding: NDArray[np.float32]
 
 
@@ -341,7 +346,8 @@ class SequenceReport:
 class SequenceModel:
     """Scores windows.
 
-    silence: ms of silence, by kind of entity, after which `ending` counts; other kinds do not end.
+    silence: ms of silence, by kind of entity, after which `ending` counts; other kinds do not end. novelty: how often a
+    record is like nothing before, by kind; usual_ending: nats that 99 in 100 endings of the kind stay under.
     """
 
     def __init__(
@@ -353,12 +359,15 @@ class SequenceModel:
         scale: float,
         novelty: Mapping[str, float],
         silence: Mapping[str, int],
+        usual_ending: Mapping[str, float],
     ) -> None:
         self.net = net.eval().requires_grad_(False)
         self.codebook, self.counts = codebook, counts
-        self.scale, self.novelty, self.silence = scale, dict(novelty), dict(silence)
+        self.scale, self.novelty = scale, dict(novelty)
+        self.silence, self.usual_ending = dict(silence), dict(usual_ending)
         self._novelty = np.array([self.novelty.get(kind, 1.0) for kind in KINDS])
-        self._quiet = np.array([self.silence.get(kind, 0) for kind in KINDS], np.int64)
+        self._silence = np.array([self.silence.get(kind, _NEVER) for kind in KINDS])
+        self._usual_ending = np.array([self.usual_ending.get(kind, np.inf) for kind in KINDS])
 
     @property
     def device(self) -> torch.device:
@@ -381,41 +390,57 @@ class SequenceModel:
         codes = np.where(
             recent, self.codebook(vectors[:, -ORDER - 1 :].reshape(m * (ORDER + 1), -1)).reshape(m, -1), -1
         )
-        gaps = gap_features(times, used)
-        outputs = np.empty((m, 2, FEATURES), np.float32)
-        p_next, p_end, p_broken = np.empty(m), np.empty(m), np.empty(m)
-        end = self.codebook.other + 1
-        for start in range(0, m, 1024):
-            part = slice(start, start + 1024)
-            x = torch.from_numpy(vectors[part].astype(np.float32) * self.scale).to(self.device)
-            arrays = (
-                torch.from_numpy(a).to(self.device) for a in (gaps[part], used[part], kind[part].astype(np.int64))
-            )
-            with torch.no_grad():
-                known = self.net.last_slots(x, *arrays)
-                p = self.net.next(known).softmax(dim=-1).double().cpu().numpy()
-                p_broken[part] = self.net.broken(known[:, 1])[:, 0].double().sigmoid().cpu().numpy()
-            outputs[part] = known.cpu().numpy()
-            p_next[part] = np.take_along_axis(p[:, 0], codes[part, -1:], axis=1)[:, 0]
-            p_end[part] = p[:, 1, end]
         kinds = kind.astype(np.int64)
+        end = self.codebook.other + 1
+        outcome = np.column_stack([codes[:, -1], np.full(m, end), np.full(m, end)])
+        by_net, p_broken, embedding = self._network(vectors, gap_features(times, used), used, kinds, outcome)
         latest = codes[:, ::-1]
-        by_count = self.counts.probability(kinds, latest[:, 1:], codes[:, -1])
-        end_count = self.counts.probability(kinds, latest[:, :-1], np.full(m, end))
-        surprise = -0.5 * (np.log(np.maximum(p_next, _LEAST)) + np.log(by_count))
-        self.parts = (p_next, by_count, p_end, end_count)  # DEBUG
-        ending = -0.5 * (np.log(np.maximum(p_end, _LEAST)) + np.log(end_count))
+        contexts = (latest[:, 1:], latest[:, 1:], latest[:, :-1])
+        by_count = np.column_stack(
+            [self.counts.probability(kinds, run, outcome[:, i]) for i, run in enumerate(contexts)]
+        )
+        # What comes after a silence comes although an end was as good as certain.
+        silent = used[:, -2] & (times[:, -1] - times[:, -2] > self._silence[kinds])
+        for p in (by_net, by_count):
+            p[:, 0] = np.where(silent, np.minimum(p[:, 0] / np.maximum(1 - p[:, 1], _LEAST), 1.0), p[:, 0])
+        nats = -np.log(np.maximum(np.maximum(by_net, by_count), _LEAST))
+        surprise = nats[:, 0]
         usual = -np.log(self.counts.probability(kinds, latest[:, :0], codes[:, -1]))
         new = codes[:, -1] == self.codebook.other
         surprise[new] = usual[new] = -np.log(self._novelty[kinds[new]])
-        ending[self._quiet[kinds] == 0] = 0.0
+        ending = nats[:, 2] - self._usual_ending[kinds]
         return SequenceScores(
             surprise.astype(np.float32),
-            usual.astype(np.float32),
-            -np.log1p(-np.minimum(p_broken, 1 - 1e-7)).astype(np.float32),
-            ending.astype(np.float32),
-            outputs[:, 1],
+            np.maximum(surprise - usual, 0).astype(np.float32),
+            np.maximum(ending, 0).astype(np.float32),
+            -np.log(np.maximum(1 - p_broken, _LEAST)).astype(np.float32),
+            embedding,
         )
+
+    def _network(
+        self,
+        vectors: NDArray[np.float16],
+        gaps: NDArray[np.float32],
+        used: NDArray[np.bool_],
+        kind: NDArray[np.int64],
+        outcome: NDArray[np.int64],
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float32]]:
+        """float64 [m, 3], p of the three outcomes before, before and after the newest record; float64 [m], p(broken);
+        float32 [m, FEATURES]."""
+        m = len(kind)
+        p, p_broken, embedding = np.empty((m, 3)), np.empty(m), np.empty((m, FEATURES), np.float32)
+        for start in range(0, m, CHUNK):
+            part = slice(start, start + CHUNK)
+            x = torch.from_numpy(vectors[part].astype(np.float32) * self.scale).to(self.device)
+            arrays = [torch.from_numpy(array[part]).to(self.device) for array in (gaps, used, kind, outcome)]
+            with torch.no_grad():
+                known = self.net.last_slots(x, *arrays[:3])
+                likely = self.net.next(known).double().softmax(dim=-1)
+                p[part, :2] = likely[:, 0].gather(1, arrays[3][:, :2]).cpu().numpy()
+                p[part, 2:] = likely[:, 1].gather(1, arrays[3][:, 2:]).cpu().numpy()
+                p_broken[part] = self.net.broken(known[:, 1])[:, 0].double().sigmoid().cpu().numpy()
+                embedding[part] = known[:, 1].cpu().numpy()
+        return p, p_broken, embedding
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON from which `from_state` makes the same model."""
@@ -430,6 +455,7 @@ class SequenceModel:
             "scale": self.scale,
             "novelty": self.novelty,
             "silence": self.silence,
+            "usual_ending": self.usual_ending,
         }
         return tensors, config
 
@@ -450,9 +476,12 @@ class SequenceModel:
             scale = float(config["scale"])
             novelty = {str(kind): float(share) for kind, share in config["novelty"].items()}
             silence = {str(kind): int(ms) for kind, ms in config["silence"].items()}
+            usual_ending = {str(kind): float(nats) for kind, nats in config["usual_ending"].items()}
         except (KeyError, TypeError, RuntimeError) as error:
             raise EncoderError(f"not the state of a sequence model ({error}); fit the bundle again") from error
-        return cls(net.to(device), book, counts, scale=scale, novelty=novelty, silence=silence)
+        return cls(
+            net.to(device), book, counts, scale=scale, novelty=novelty, silence=silence, usual_ending=usual_ending
+        )
 
 
 def fit_sequences(
@@ -510,6 +539,12 @@ def fit_sequences(
     p_net = task.probability(judged)
     novelty = _novelty(history.kind[held], codes[held] == codebook.other)
     everything = _count(history, codes, follows, runs, follows >= 0, begins, end + 1)
+    usual_ending = {}
+    for k in silence:
+        ended = np.flatnonzero((follows == end) & (history.kind == k))[-8192:]
+        p = everything.probability(history.kind[ended], runs[ended], follows[ended])
+        nats = -np.log(np.maximum(p, task.probability(ended)))
+        usual_ending[KINDS[k]] = float(np.quantile(nats, 0.99))
     model = SequenceModel(
         net,
         Codebook(codebook.centres.to(device), codebook.reach.to(device)),
@@ -517,6 +552,7 @@ def fit_sequences(
         scale=scale,
         novelty=novelty,
         silence={KINDS[kind]: ms for kind, ms in silence.items()},
+        usual_ending=usual_ending,
     )
     return model, SequenceReport(STEPS, losses, _nats(p_net), _nats(p_count), novelty)
 
@@ -527,7 +563,7 @@ def _nats(p: NDArray[np.float64]) -> float:
 
 def _outcomes(history: _History, codes: NDArray[np.int64], silence: Mapping[int, int], end: int) -> NDArray[np.int64]:
     """int64 [m]: what followed each pair: the next record's outcome, the end, or -1 where the events ended first."""
-    quiet = np.array([silence.get(kind, np.iinfo(np.int64).max) for kind in range(len(KINDS))])[history.kind]
+    quiet = np.array([silence.get(kind, _NEVER) for kind in range(len(KINDS))])[history.kind]
     later = np.append(history.time[1:], 0)
     later[history.is_last] = history.time.max()
     follows = np.where(history.is_last, -1, np.append(codes[1:], -1))

@@ -108,7 +108,7 @@ def test_an_event_names_at_most_four_and_keeps_the_narrowest() -> None:
 def test_paths_are_configurable() -> None:
     rules = (Rule("user", ("unmapped.badge",)), Rule("user", ("unmapped.door",), classes=(1008,)))
     records = [{"class_uid": uid, "unmapped": {"badge": "B7", "door": "D1"}} for uid in (1008, 1007)]
-    assert entities(batch(*records), rules).name == ["user:d1", "user:b7"]
+    assert entities(batch(*records), rules).entity == ["user:d1", "user:b7"]
     with pytest.raises(ValueError, match="'planet'"):
         entities(batch(*records), [Rule("planet", ("unmapped.door",))])
 
