@@ -36,6 +36,9 @@ class Metrics:
 
         self.messages = counter("messages", "Messages read and committed")
         self.events = counter("events", "Events scored and committed")
+        self.incomplete = counter(
+            "incomplete", "Events scored while history of one of their entities was known to be missing"
+        )
         self.batches = counter("batches", "Micro-batches scored")
         self.alerts = counter("alerts", "Alerts committed")
         self.rejects = counter(
@@ -44,6 +47,10 @@ class Metrics:
         self.repairs = counter("repairs", "Repairs of events, by kind", "kind")
         self.transactions = counter("transactions", "Groups of batches by how they ended", "outcome")
         self.waits = counter("redis_waits", "Times that a batch had to wait for Redis")
+        self.losses = counter(
+            "window_losses", "Times that Redis had lost windows and they were filled again from Kafka"
+        )
+        self.rebuild_left = gauge("rebuild_left_messages", "Messages still to be read to fill windows again")
         self.stage = Histogram(
             "ripcurrent_stage_seconds", "Time of one batch in a stage", ["stage"], registry=registry, buckets=_STAGE_S
         )

@@ -2,7 +2,8 @@
 
 Promises: each message is committed once, together with what it gave (`exactly_once`), whatever dies in between; what
 cannot be read goes to the dead-letter topic and stops nothing; a store that is away is waited for while Kafka is
-polled. Does not know how the detector is made, nor what an alert looks like.
+polled, and one that lost windows is filled again before anything more is scored. Does not know how the detector is
+made, nor what an alert looks like.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ from streamer.errors import StreamError
 from streamer.kafka import Offsets, TransactionAbortedError, claim_instance
 from streamer.metrics import Metrics, serve
 from streamer.publishing import Output, PlainPublisher, Publisher, TransactionalPublisher
+from streamer.rebuild import Rebuild, Rebuildable
 from streamer.settings import Settings
 from streamer.source import Batch, Source
 
 ALIVE_S = 60.0
 """How long the consumer may not poll before /healthz says so: longer than a rebalance waits for a batch."""
 DRAIN_S = 20.0
+WATCH_S = 5.0
+"""How often the windows are looked at when there is nothing to score: what an idle stream loses must not stay lost."""
 
 T = TypeVar("T")
 _log = structlog.get_logger("ripcurrent.service")
@@ -46,17 +50,15 @@ class Scorer(Protocol):
 
     def explain(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Explanation]: ...
 
+    def remember(self, messages: Sequence[Message]) -> None: ...
 
-class Remembering(Protocol):
+
+class Remembering(Rebuildable, Protocol):
     """What the loop needs of a `WindowStore`."""
-
-    def prepare(self, offsets: Mapping[SourcePartition, int]) -> None: ...
 
     def committed(self, offsets: Mapping[SourcePartition, int]) -> None: ...
 
     def check_epoch(self, offsets: Mapping[SourcePartition, int]) -> None: ...
-
-    def begin_rebuild(self, lost: StateLostError) -> None: ...
 
 
 class Written(Protocol):
@@ -83,6 +85,7 @@ class _Group:
     since: float = 0.0
     batches: int = 0
     events: int = 0
+    incomplete: int = 0
     messages: int = 0
     outputs: list[Output] = field(default_factory=list)
     offsets: Offsets = field(default_factory=dict)
@@ -129,6 +132,8 @@ class Service:
         self._waiting_for = ""
         self._opened = False
         self._aborts = 0
+        self._rebuild: Rebuild | None = None
+        self._watched_at = 0.0
         self._source = Source(settings, self._release)
         self._publisher: Publisher = (
             TransactionalPublisher(settings, self._source, claim_instance(settings))
@@ -153,20 +158,30 @@ class Service:
                 self._source.wait(self._patience())
                 with self._source.guard:  # No rebalance goes through while a batch is in hand.
                     try:
-                        self._check_windows()
-                        batch = self._source.take()
-                        if batch is not None:
-                            scored = self._score(batch)
-                            rows = np.flatnonzero(scored.p_value <= self._line)
-                            alerts = self._explain(scored, rows)
-                            self._add(batch, scored, rows, alerts)
-                        if self._due():
-                            self._commit()
+                        if self._rebuild is not None:
+                            self._fill_windows(self._rebuild)
+                        else:
+                            self._work()
                     except TransactionAbortedError as reason:
                         self._begin_again(reason)
+                    except StateLostError as lost:
+                        self._begin_rebuild(lost)
                     except _StoppingError:
                         break
                 self.metrics.set_lag(self._source.lag)
+
+    def _work(self) -> None:
+        """The next batch, if there is one, from its events to the group that its outputs go into; and the commit of
+        that group, if it is due."""
+        batch = self._source.take()
+        self._check_windows()  # After it was taken: no message comes before the check of its partition.
+        if batch is not None:
+            scored = self._score(batch)
+            rows = np.flatnonzero(scored.p_value <= self._line)
+            alerts = self._explain(scored, rows)
+            self._add(batch, scored, rows, alerts)
+        if self._due():
+            self._commit()
 
     @contextmanager
     def _opened_edges(self) -> Iterator[None]:
@@ -181,11 +196,13 @@ class Service:
             with self._source.guard:
                 try:
                     self._commit()
-                except (TransactionAbortedError, _StoppingError) as reason:
+                except (TransactionAbortedError, StateLostError, _StoppingError) as reason:
                     _log.warning("the last group is left to the next start", reason=str(reason))
             _log.info("drained")
         finally:
             self._stop.set()
+            if self._rebuild is not None:
+                self._rebuild.close()
             self._source.close(DRAIN_S)
             if server is not None:
                 server.shutdown()
@@ -206,16 +223,48 @@ class Service:
         return full or age_ms >= self._settings.transaction_latency_ms
 
     def _check_windows(self) -> None:
-        """Compare what the windows hold with what is committed of the partitions that are new here."""
-        resumed = self._source.take_resumed()
-        if not resumed or self._windows is None:
-            return
+        """Compare what the windows hold with what is committed of partitions that are new here, and now and then with
+        what they were told: raises StateLostError where they hold less."""
         windows = self._windows
-        try:
+        if windows is None:
+            return
+        resumed = self._source.take_resumed()
+        if resumed is not None:
             self._waiting("check_epoch", lambda: windows.check_epoch(resumed))
-        except StateLostError as lost:
-            _log.error("windows were lost: scores are marked incomplete until they fill again", reason=str(lost))
-            windows.begin_rebuild(lost)
+        elif not self._source.assigned.is_set() or time.monotonic() - self._watched_at < WATCH_S:
+            return
+        else:
+            # While they are filled again, how far they have come is not how far the commit is.
+            told = {} if self._rebuild is not None else self._source.owned()
+            self._waiting("prepare", lambda: windows.prepare(told))
+        self._watched_at = time.monotonic()
+
+    def _begin_rebuild(self, lost: StateLostError) -> None:
+        """Windows were lost: forget what is scored and not committed, fill the windows up to the commit, then go on
+        from there. Nothing of it was published, so nothing is doubled."""
+        assert self._windows is not None
+        if self._rebuild is not None:  # It was not done yet, or is lost again: the new one takes up what it leaves.
+            self._rebuild.close()
+            if not lost.wiped:
+                lost = StateLostError(str(lost), wiped=False, resume=self._rebuild.resume | lost.resume)
+        _log.error("windows were lost, filling them again from Kafka", reason=str(lost))
+        self.metrics.losses.inc()
+        self._group = _Group()
+        self._source.rewind()
+        self._watched_at = time.monotonic()
+        targets, now_ms = self._source.owned(), int(self._clock() * 1000)
+        remember = self._detector.remember
+        self._rebuild = Rebuild(self._settings, self._windows, remember, lost, targets, now_ms=now_ms)
+
+    def _fill_windows(self, rebuild: Rebuild) -> None:
+        """The next step of a rebuild. What is read meanwhile waits, and its partitions are paused."""
+        done = self._waiting("rebuild", lambda: rebuild.step(self._source.owned()))
+        self.metrics.rebuild_left.set(rebuild.left)
+        if done:
+            rebuild.close()
+            self._rebuild = None
+        else:
+            self._check_windows()
 
     def _score(self, batch: Batch) -> ScoredBatch:
         with self.metrics.time("score"):
@@ -256,6 +305,7 @@ class Service:
         group.offsets |= batch.offsets
         group.batches += 1
         group.events += len(scored)
+        group.incomplete += 0 if scored.complete is None else int((~scored.complete).sum())
         group.messages += len(batch.messages)
         self.metrics.repaired(scored.repairs)
 
@@ -284,6 +334,7 @@ class Service:
         self.metrics.transactions.labels("committed").inc()
         self.metrics.messages.inc(done.messages)
         self.metrics.events.inc(done.events)
+        self.metrics.incomplete.inc(done.incomplete)
         self.metrics.alerts.inc(len(done.alert_times))
         for exception in done.rejects:
             self.metrics.rejects.labels(exception).inc()
@@ -310,7 +361,7 @@ class Service:
             return
         try:
             self._commit()
-        except (TransactionAbortedError, _StoppingError) as reason:
+        except (TransactionAbortedError, StateLostError, _StoppingError) as reason:
             self._begin_again(reason)
 
     def _waiting(self, doing: str, call: Callable[[], T]) -> T:
@@ -342,11 +393,14 @@ class Service:
         """Why /readyz fails, or an empty string."""
         if not self._source.assigned.is_set():
             return "no partitions are assigned yet"
+        if self._rebuild is not None:
+            return self._waiting_for or f"windows are filled again, {self._rebuild.left} messages are left"
         return self._waiting_for
 
 
 def _scores(scored: ScoredBatch, topic: str, now_ms: int) -> Iterator[Output]:
-    """One message an event: coordinates, p-value, severity. Its key is its coordinates."""
+    """One message an event: coordinates, p-value, severity, and whether no history of its entities is known to be
+    missing. Its key is its coordinates."""
     where = scored.coordinates
     for row in range(len(scored)):
         label = where.label(row)
@@ -358,5 +412,6 @@ def _scores(scored: ScoredBatch, topic: str, now_ms: int) -> Iterator[Output]:
             "index": int(where.index[row]),
             "p_value": float(scored.p_value[row]),
             "severity": float(scored.severity[row]),
+            "complete": scored.complete is None or bool(scored.complete[row]),
         }
         yield Output(topic, label.encode(), orjson.dumps(value), [], now_ms, label)

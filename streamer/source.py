@@ -87,7 +87,7 @@ class Source:
         self._queue: deque[Batch] = deque()
         self._owned: Offsets = {}  # next offset that is not committed, of the partitions that are ours
         self._unrecorded: Offsets = {}  # starting offsets that the group has no commit for yet
-        self._resumed: Offsets = {}  # partitions with commits that were assigned and not yet asked for
+        self._resumed: Offsets | None = None  # the same, of those assigned since they were asked for
         self._positions: Offsets = {}
         self._rewinding = False
         self._doomed = False
@@ -127,11 +127,17 @@ class Source:
             self._changed.notify_all()
             return batch
 
-    def take_resumed(self) -> Offsets:
-        """Committed offsets of partitions that were assigned since the last call."""
+    def take_resumed(self) -> Offsets | None:
+        """Committed offsets of partitions that were assigned since the last call, those without a commit left out; None
+        if nothing was assigned."""
         with self._changed:
-            resumed, self._resumed = self._resumed, {}
+            resumed, self._resumed = self._resumed, None
             return resumed
+
+    def owned(self) -> Offsets:
+        """The partitions that are ours, each with its next offset that is not committed."""
+        with self._changed:
+            return dict(self._owned)
 
     def unrecorded(self) -> Offsets:
         """Starting offsets of partitions without a commit: to be committed too, or `latest` would skip what arrives
@@ -291,7 +297,7 @@ class Source:
             self._owned |= committed | starts
             self._positions |= committed | starts
             self._unrecorded |= starts
-            self._resumed |= committed
+            self._resumed = (self._resumed or {}) | committed
         self.assigned.set()
         _log.info("partitions assigned", partitions=label(committed | starts), owned=len(self._owned))
 
@@ -315,7 +321,8 @@ class Source:
                 self._doomed = self._doomed or not held
                 for partition in gone:
                     for offsets in (self._owned, self._unrecorded, self._resumed, self._positions, self.lag):
-                        offsets.pop(partition, None)
+                        if offsets is not None:
+                            offsets.pop(partition, None)
                 kept = [batch.without(gone) for batch in self._queue]
                 self._queue = deque(batch for batch in kept if batch.messages)
         finally:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,8 @@ from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 from numpy.typing import NDArray
 
-from encoder.events import Message, decode
+from encoder.events import Coordinates, Message, decode
+from state.windows import WindowEntries, Windows, WindowStore
 from streamer.detector import Explanation, ScoredBatch
 from streamer.service import Service
 from streamer.settings import Settings, load
@@ -56,6 +57,7 @@ class HashDetector:
     def __init__(self, before: Callable[[Sequence[Message]], None] = lambda _: None) -> None:
         self.before = before
         self.batches: list[list[Message]] = []
+        self.remembered: list[Message] = []
 
     def score(self, messages: Sequence[Message]) -> ScoredBatch:
         self.before(messages)
@@ -69,8 +71,37 @@ class HashDetector:
             batch.coordinates, batch.time, p_values, severity, text, text, batch.records, rejects, batch.repairs
         )
 
+    def remember(self, messages: Sequence[Message]) -> None:
+        self.remembered.extend(messages)
+
     def explain(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Explanation]:
         return [Explanation((), (), 0.0, 0.0) for _ in rows]
+
+
+class WindowDetector(HashDetector):
+    """Scores events by a hash of the windows that end at them: a window that lacks an entry gives another score."""
+
+    def __init__(self, windows: WindowStore, before: Callable[[Sequence[Message]], None] = lambda _: None) -> None:
+        super().__init__(before)
+        self.windows = windows
+
+    def score(self, messages: Sequence[Message]) -> ScoredBatch:
+        scored = super().score(messages)
+        windows = self._append(scored.coordinates, scored.time)
+        members = [str(windows.offset[row, -windows.length[row] :].tolist()) for row in range(len(scored))]
+        labels = [scored.coordinates.label(row) + "|" + members[row] for row in range(len(scored))]
+        p_values = np.array([p_value(label) for label in labels], np.float64)
+        return replace(scored, p_value=p_values, complete=windows.complete)
+
+    def remember(self, messages: Sequence[Message]) -> None:
+        super().remember(messages)
+        batch, _ = decode(messages)
+        self._append(batch.coordinates, batch.time)
+
+    def _append(self, at: Coordinates, time: NDArray[np.int64]) -> Windows:
+        entity = [f"user:{number % 7}" for number in time.tolist()]
+        vectors = np.repeat(at.offset.astype(np.float16)[:, None] % 1000, self.windows.dim, 1)
+        return self.windows.append(WindowEntries(entity, time, vectors, at.sources, at.source, at.offset, at.index))
 
 
 def build_alerts(scored: ScoredBatch, rows: NDArray[np.intp], explanations: list[Explanation]) -> list[Alert]:
@@ -81,15 +112,17 @@ def build_alerts(scored: ScoredBatch, rows: NDArray[np.intp], explanations: list
 
 @dataclass(frozen=True)
 class Topics:
-    """Fresh topics on a broker, and how to fill and read them."""
+    """Fresh topics on a broker, and how to fill and read them. source: another topic to read events from."""
 
     bootstrap: str
     name: str
     partitions: int
 
+    source: str = ""
+
     @property
     def events(self) -> str:
-        return f"{self.name}-events"
+        return self.source or f"{self.name}-events"
 
     def settings(self, **more: Any) -> Settings:
         flags = {
@@ -121,7 +154,11 @@ class Topics:
         assert not failed, failed
 
     def produce_events(self, n: int) -> None:
-        self.produce([orjson.dumps(EVENT | {"time": EVENT["time"] + i}) for i in range(n)])
+        self.produce_events_from(0, n)
+
+    def produce_events_from(self, first: int, n: int) -> None:
+        """Events first, first + 1, ..., n of them: event i has the time of the first of all plus i ms."""
+        self.produce([orjson.dumps(EVENT | {"time": EVENT["time"] + i}) for i in range(first, first + n)])
 
     def produce_events_slowly(self, n: int, seconds: float = 4.0) -> None:
         """`produce_events(n)`, spread over some seconds."""

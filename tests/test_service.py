@@ -210,44 +210,68 @@ def test_a_store_that_stays_away_ends_the_service_with_a_clear_error(topics: Top
 
 
 class Log:
-    """Windows that write down what they are told."""
+    """Windows that write down what they are told, and are lost when they are first asked if told so."""
+
+    age_ms = 1_000_000_000
 
     def __init__(self, lost: StateLostError | None = None) -> None:
         self.calls: list[tuple[str, Any]] = []
         self.lost = lost
 
     def prepare(self, offsets: Any) -> None:
-        self.calls.append(("prepare", dict(offsets)))
+        if offsets:
+            self.calls.append(("prepare", dict(offsets)))
 
     def committed(self, offsets: Any) -> None:
         self.calls.append(("committed", dict(offsets)))
 
     def check_epoch(self, offsets: Any) -> None:
         self.calls.append(("check_epoch", dict(offsets)))
-        if self.lost is not None:
-            raise self.lost
+        lost, self.lost = self.lost, None
+        if lost is not None:
+            raise lost
 
-    def begin_rebuild(self, lost: StateLostError) -> None:
-        self.calls.append(("begin_rebuild", lost))
+    def begin_rebuild(self, lost: StateLostError, others: Any = ()) -> None:
+        self.calls.append(("begin_rebuild", (lost.resume, list(others))))
+
+    def finish_rebuild(self, sources: Any, horizon_ms: int = 0) -> None:
+        self.calls.append(("finish_rebuild", (set(sources), horizon_ms)))
 
 
-def test_windows_are_told_before_and_after_each_commit_and_asked_on_return(topics: Topics) -> None:
+def test_windows_are_told_before_and_after_each_commit_and_asked_at_start(topics: Topics) -> None:
     topics.produce_events(20)
     log = Log()
     with running(service_for(topics, windows=log)):
         topics.wait_until_read(20)
-    told = [name for name, _ in log.calls]
+    names = [name for name, _ in log.calls]
+    assert log.calls[0] == ("check_epoch", {})
+    told = [name for name in names if name != "check_epoch"]
     assert told == ["prepare", "committed"] * (len(told) // 2) != []
     assert log.calls[-1] == ("committed", {(topics.events, 0): 10, (topics.events, 1): 10})
-    lost = StateLostError("wiped", wiped=True, resume={})
-    log = Log(lost)
+
+
+def test_lost_windows_are_filled_from_kafka_up_to_the_commit_before_anything_is_scored(topics: Topics) -> None:
     topics.produce_events(20)
-    with running(service_for(topics, windows=log)):
+    with running(service_for(topics)):
+        topics.wait_until_read(20)
+    first, second = (topics.events, 0), (topics.events, 1)
+    log, detector = Log(StateLostError("gone", wiped=True, resume={first: 4, second: None})), HashDetector()
+    topics.produce_events(20)
+    service = service_for(topics, detector, windows=log)
+    with running(service) as raised:
         topics.wait_until_read(40)
-    assert log.calls[:2] == [
-        ("check_epoch", {(topics.events, 0): 10, (topics.events, 1): 10}),
-        ("begin_rebuild", lost),
+    assert raised == []
+    assert sorted((m.partition, m.offset) for m in detector.remembered) == [(0, n) for n in range(4, 10)] + [
+        (1, n) for n in range(10)
     ]
+    asked, begun, *filling = log.calls
+    assert asked == ("check_epoch", {first: 10, second: 10})
+    assert begun == ("begin_rebuild", ({first: 4, second: None}, []))
+    ends = [told for name, told in filling if name == "finish_rebuild"]
+    assert set().union(*(sources for sources, _ in ends)) == {first, second}
+    assert {horizon for _, horizon in ends} == {0}
+    assert len(topics.read("scores")) == 40
+    assert topics.alerts() == topics.expected_alerts(40)
 
 
 def test_a_first_start_at_latest_skips_the_past_and_nothing_after_it(topics: Topics) -> None:
