@@ -1,5 +1,5 @@
-"""The promises of the networks: the published depths, widths and sizes, an identity path that an untrained network leaves
-alone, and gradients that reach the first layer."""
+"""The promises of the networks: the published depths, widths and sizes, an identity path that an untrained network
+leaves alone, and gradients that reach the first layer."""
 
 from __future__ import annotations
 
@@ -133,10 +133,10 @@ def test_every_field_gets_probabilities_and_a_token_to_hide_it(build: Callable[[
 def test_an_event_has_one_embedding_in_any_batch(build: Callable[[], TabularResNet]) -> None:
     net = build().eval()
     nn.init.normal_(net.residual.weight, std=net.residual.in_features**-0.5)
-    codes, quantiles = rows(257)
+    codes, quantiles = rows(65)
     with torch.no_grad():
         together = net(codes, quantiles)
-        for cut in (1, 2, 64):
+        for cut in (2, 64):
             apart = torch.cat([net(c, q) for c, q in zip(codes.split(cut), quantiles.split(cut), strict=True)])
             assert torch.allclose(apart, together, atol=1e-5)
 
