@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from encoder.events import Coordinates, EventBatch, Message, Reject, decode
 from encoder.runtime import Encoded
 from encoder.schema import Schema
 from encoder.vectorize import FeatureBatch
-from state.windows import WindowEntries, WindowStore
+from state.windows import WindowEntries, Windows, WindowStore
 from streamer.bundle import Bundle, load
 from streamer.scoring import DENSITY_TRUST, NEIGHBOURS, SEQUENCE_TRUST, Parts, severity
 
@@ -85,6 +85,26 @@ class Explanation:
 
 EXPLAINED_FIELDS = 5
 EXPLAINED_NEIGHBOURS = 3
+EXPLAINED_RECORDS = 12
+Timeline = tuple[tuple[int, str, str, float], ...]
+_TELLING = (
+    "metadata.event_code",
+    "api.operation",
+    "process.cmd_line",
+    "process.file.name",
+    "process.name",
+    "file.path",
+    "job.name",
+    "query.hostname",
+    "module.file.name",
+    "reg_key.path",
+    "dst_endpoint.ip",
+    "dst_endpoint.svc_name",
+    "dst_endpoint.port",
+    "service.name",
+    "status",
+)
+"""Attributes that tell in a word or two what an event was."""
 
 
 @dataclass(frozen=True)
@@ -225,10 +245,40 @@ class Detector:
         for row in rows.tolist():
             message = Message("", 0, 0, int(scored.time[row]), orjson.dumps(scored.records[row]))
             events, _ = decode([message])
-            found.append(self._explain_one(events))
+            window: Timeline = ()
+            if str(scored.cause[row]).startswith("sequence:"):
+                window = self._timeline(str(scored.entity[row]), int(scored.time[row]))
+            found.append(self._explain_one(events, window))
         return found
 
-    def _explain_one(self, events: EventBatch) -> Explanation:
+    def _timeline(self, entity: str, until: int) -> Timeline:
+        """The last records of an entity's window up to a time, each told by the normal event that it is most like, with
+        its share of their surprise."""
+        sequences = self.bundle.scorer.sequences
+        window = self.windows.latest([entity])
+        slots = np.flatnonzero(window.mask[0] & (window.times[0] <= until))[-EXPLAINED_RECORDS:]
+        if sequences is None or not len(slots):
+            return ()
+        kind = np.full(len(slots), KINDS.index(entity.partition(":")[0]), np.int8)
+        surprise = sequences.raw(_prefixes(window, slots), kind)["order"]
+        share = surprise / max(float(surprise.sum()), 1e-9)
+        _, places = self.bundle.scorer.record.baseline.search(window.vectors[0, slots], 1)
+        return tuple(
+            (
+                int(window.times[0, slot]),
+                self._coordinates(window, int(slot)),
+                _told(orjson.loads(self.bundle.exemplars[place])),
+                float(part),
+            )
+            for slot, place, part in zip(slots.tolist(), places[:, 0].tolist(), share.tolist(), strict=True)
+        )
+
+    @staticmethod
+    def _coordinates(window: Windows, slot: int) -> str:
+        topic, partition = window.sources[window.source[0, slot]]
+        return f"{topic}:{partition}:{window.offset[0, slot]}:{window.index[0, slot]}"
+
+    def _explain_one(self, events: EventBatch, window: Timeline) -> Explanation:
         encoder, scorer = self.bundle.encoder, self.bundle.scorer
         features = encoder.vectorize(events)
         encoded = encoder.encode(features)
@@ -239,6 +289,7 @@ class Detector:
             tuple(orjson.loads(self.bundle.exemplars[place]) for place in places[0].tolist()),
             float(distances[0, :NEIGHBOURS].mean()),
             float(np.median(usual)),
+            window,
         )
 
     def _findings(self, events: EventBatch, features: FeatureBatch, encoded: Encoded) -> tuple[FieldFinding, ...]:
@@ -281,6 +332,26 @@ def window_entries(events: EventBatch, entities: Entities, vectors: NDArray[np.f
         at.offset[rows],
         at.index[rows],
     )
+
+
+def _prefixes(window: Windows, slots: NDArray[np.intp]) -> Windows:
+    """The windows that ended at these slots of one window."""
+    width = window.times.shape[1]
+    place = np.arange(width)[None, :] - (width - 1 - slots[:, None])
+    inside = window.mask[0][np.maximum(place, 0)] & (place >= 0)
+    at = np.where(inside, place, 0)
+    return replace(
+        window,
+        vectors=np.where(inside[:, :, None], window.vectors[0][at], np.float16(0)),
+        times=np.where(inside, window.times[0][at], 0),
+        length=inside.sum(1).astype(np.int32),
+    )
+
+
+def _told(exemplar: dict[str, Any]) -> str:
+    """An event in a few words, by the attributes that tell most."""
+    words = [str(exemplar[path]) for path in _TELLING if path in exemplar][:2]
+    return " ".join(words) if words else f"event type {exemplar.get('type_uid', 0)}"
 
 
 def _causal_field(encoded: Encoded, parts: Parts) -> NDArray[np.int32]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from streamer import servers
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the command does, before torch is imported
 
 
 @pytest.fixture(scope="session")

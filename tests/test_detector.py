@@ -1,0 +1,187 @@
+"""The detector: scores do not depend on batches, silence is evidence, explanations say what mattered; a bundle that is
+not what it was is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+
+import encoder.sequence
+import encoder.training
+from encoder.events import Message
+from state.windows import MemoryWindows
+from streamer import bundle as bundles
+from streamer.bundle import Bundle, BundleError
+from streamer.detector import Detector, ScoredBatch
+from streamer.fitting import FitError, fit
+from streamer.offline import line_of_a_day, score_files, write_scores
+from streamer.simulate import schedule, simulate, write
+
+EVENTS_PER_DAY = 2600
+
+
+@pytest.fixture(scope="module")
+def days(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Three clean days to fit on and one with incidents."""
+    folder = tmp_path_factory.mktemp("days")
+    made = list(simulate(seed=3, days=4, events_per_day=EVENTS_PER_DAY, incidents=schedule(4, clean=3)))
+    write(made[:3], folder / "train.ndjson.gz")
+    write(made[3:], folder / "test.ndjson", folder / "labels.csv")
+    return folder / "train.ndjson.gz", folder / "test.ndjson"
+
+
+@pytest.fixture(scope="module")
+def quick() -> Iterator[None]:
+    """Short training: these tests are about what is done with a model, not about how good it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoder.training, "STEPS", 200)
+        patch.setattr(encoder.sequence, "STEPS", 200)
+        yield
+
+
+@pytest.fixture(scope="module")
+def fitted(days: tuple[Path, Path], quick: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Path]:
+    path = tmp_path_factory.mktemp("bundles") / "b"
+    return fit([days[0]], path).bundle, path
+
+
+def messages(path: Path, n: int) -> list[Message]:
+    with path.open("rb") as lines:
+        return [Message("events", i % 2, i, 1_800_000_000_000, line) for i, line in enumerate(islice(lines, n))]
+
+
+def score(bundle: Bundle, batches: Sequence[Sequence[Message]]) -> list[ScoredBatch]:
+    detector = Detector(bundle, MemoryWindows(dim=bundle.dim))
+    return [detector.score(batch) for batch in batches]
+
+
+@pytest.mark.parametrize("size", [1, 7, 256])
+def test_a_score_does_not_depend_on_how_the_stream_was_cut(
+    fitted: tuple[Bundle, Path], days: tuple[Path, Path], size: int
+) -> None:
+    stream = messages(days[1], 300)
+    whole = score(fitted[0], [stream])[0]
+    parts = score(fitted[0], [stream[i : i + size] for i in range(0, len(stream), size)])
+    for name in ("p_value", "severity"):
+        cut = np.concatenate([getattr(part, name) for part in parts])
+        np.testing.assert_allclose(cut, getattr(whole, name), rtol=1e-4)
+    assert [c for part in parts for c in part.cause] == whole.cause.tolist()
+
+
+def test_a_loaded_bundle_scores_as_the_one_that_was_saved(fitted: tuple[Bundle, Path], days: tuple[Path, Path]) -> None:
+    stream = messages(days[1], 500)
+    again = bundles.load(fitted[1])
+    assert again.version == fitted[0].version
+    np.testing.assert_array_equal(score(again, [stream])[0].p_value, score(fitted[0], [stream])[0].p_value)
+
+
+def test_the_same_seed_gives_the_same_bundle(
+    fitted: tuple[Bundle, Path], days: tuple[Path, Path], tmp_path: Path
+) -> None:
+    again = fit([days[0]], tmp_path / "b").bundle
+    assert again.manifest["files"] == fitted[0].manifest["files"]
+
+
+def test_what_is_normal_is_seldom_unusual_and_p_values_are_uniform_enough(
+    fitted: tuple[Bundle, Path], tmp_path: Path
+) -> None:
+    """On a clean day that was not fitted on. A wide band: one small day, a short training."""
+    write(list(simulate(seed=3, days=4, events_per_day=EVENTS_PER_DAY))[3:], tmp_path / "clean.ndjson")
+    p = score_files([tmp_path / "clean.ndjson"], fitted[0]).p_value
+    for level in (0.1, 0.01):
+        assert level / 4 < (p <= level).mean() < level * 4
+
+
+def test_garbage_is_rejected_alone_and_the_rest_scores_the_same(
+    fitted: tuple[Bundle, Path], days: tuple[Path, Path]
+) -> None:
+    stream = messages(days[1], 60)
+    bad = [Message("garbage", 0, i, 0, value) for i, value in enumerate([b"{", b"[]", b"", None, b"null", b"\xff\x00"])]
+    mixed = score(fitted[0], [[*stream[:30], *bad, *stream[30:]]])[0]
+    assert len(mixed.rejects) == len(bad)
+    np.testing.assert_allclose(mixed.p_value, score(fitted[0], [stream])[0].p_value, rtol=1e-4)
+
+
+def test_nothing_can_be_scored_of_nothing(fitted: tuple[Bundle, Path]) -> None:
+    empty = score(fitted[0], [[]])[0]
+    assert len(empty) == 0 and empty.p_value.shape == (0,)
+
+
+def test_explanations_name_what_is_odd(fitted: tuple[Bundle, Path], days: tuple[Path, Path]) -> None:
+    records = (orjson.loads(message.value or b"") for message in messages(days[1], 5000))
+    event = next(record for record in records if record["class_uid"] == 1007)
+    event["process"]["name"] = event["process"]["file"]["name"] = "mimikatz.exe"
+    event["process"]["file"]["path"] = "C:\\Temp\\mimikatz.exe"
+    detector = Detector(fitted[0], MemoryWindows(dim=fitted[0].dim))
+    scored = detector.score([Message("t", 0, 0, 1_800_000_000_000, orjson.dumps(event))])
+    explanation = detector.explain(scored, np.array([0]))[0]
+    assert any("mimikatz" in finding.observed for finding in explanation.fields[:3])
+    assert explanation.neighbours and explanation.distance > 0
+    assert scored.p_value[0] < 0.05
+
+
+def test_silence_is_told_once_and_only_when_it_is_due(fitted: tuple[Bundle, Path], days: tuple[Path, Path]) -> None:
+    detector = Detector(fitted[0], MemoryWindows(dim=fitted[0].dim))
+    detector._silence[:] = 60_000  # whatever the short training found: every kind ends after a minute
+    scored = detector.score(messages(days[1], 200))
+    assert detector.advance(float(scored.time.min())) == []
+    silent = detector.advance(math.inf)
+    assert len({s.entity for s in silent}) == len(silent) > 0
+    assert all(0 < s.p_value <= 1 for s in silent)
+    assert detector.advance(math.inf) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["schema.json", "encoder.safetensors", "scores.safetensors", "baseline.hnsw", "exemplars.ndjson"]
+)
+def test_a_bundle_that_was_changed_is_refused_by_the_name_of_the_file(
+    fitted: tuple[Bundle, Path], tmp_path: Path, name: str
+) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(fitted[1], copy)
+    data = (copy / name).read_bytes()
+    (copy / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(BundleError, match=name.replace(".", r"\.")):
+        bundles.load(copy)
+    (copy / name).unlink()
+    with pytest.raises(BundleError, match=name.replace(".", r"\.")):
+        bundles.load(copy)
+
+
+def test_a_bundle_that_is_not_there_or_of_another_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no bundle at"):
+        bundles.load(tmp_path / "nowhere")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "manifest.json").write_bytes(b'{"format": 0}')
+    with pytest.raises(BundleError, match="format"):
+        bundles.load(tmp_path / "old")
+
+
+def test_a_folder_that_is_no_bundle_is_not_replaced(days: tuple[Path, Path], quick: None, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious").write_text("x")
+    with pytest.raises(BundleError, match="not a bundle"):
+        fit([days[0]], tmp_path / "mine")
+    assert (tmp_path / "mine" / "precious").read_text() == "x"
+
+
+def test_too_few_events_to_fit_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "few.ndjson").write_bytes(b'{"class_uid": 1}\n' * 3 + b"garbage\n")
+    with pytest.raises(FitError, match="3 events could be read and 1 could not"):
+        fit([tmp_path / "few.ndjson"], tmp_path / "b")
+
+
+def test_a_score_file_has_a_line_an_event(fitted: tuple[Bundle, Path], days: tuple[Path, Path], tmp_path: Path) -> None:
+    scored = score_files([days[1]], fitted[0])
+    alerts = write_scores(scored, line_of_a_day(20, len(scored)), tmp_path / "out.ndjson")
+    rows = [orjson.loads(line) for line in (tmp_path / "out.ndjson").read_bytes().splitlines()]
+    assert len(rows) == len(scored) and sum(row["alert"] for row in rows) == alerts
+    assert set(rows[0]) == {"uid", "p_value", "severity", "alert", "entity", "cause"}
