@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint slow clean
+.PHONY: demo test lint slow bench clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
@@ -26,5 +27,8 @@ test: lint  ## Everything that is fast, on a real Kafka and a real Valkey
 slow: $(VENV)/.installed  ## Training to target, soak
 	$(BIN)/pytest -m slow
 
+bench: $(VENV)/.installed  ## Events a second and where the time goes, for docs/performance.md
+	$(BIN)/python tests/bench.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,292 @@
+"""Measure the service end to end beside what any Python program pays: `make bench`; a few minutes on two cores.
+
+For events of 1 KB and of 3 KB: events/s of the real service on a real Kafka and a real Valkey; events/s of the same
+process when it only consumes the same topic and parses it; and where the service's time goes. The topic is full before
+the clock starts, so that nothing else competes for the machine. Promises ratios that mean something on other machines;
+the rates themselves are this machine's.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
+
+import encoder.rarity
+import encoder.runtime
+import encoder.sequence
+import encoder.training
+import encoder.vectorize
+import state.baseline
+import state.redis_windows
+import streamer.alerts
+import streamer.detector
+import streamer.publishing
+import streamer.scoring
+import streamer.service
+import streamer.source
+from streamer import servers
+from streamer.fitting import fit
+from streamer.kafka import consumer_properties
+from streamer.settings import Settings, load
+from streamer.simulate import simulate
+
+SIZES = (1024, 3072)
+FIT_DAYS, EVENTS = 1, 30_000
+"""Fitted on Monday; what is streamed begins on Tuesday."""
+STEPS = 100
+"""Of training, in place of 1,500 and 800: a network runs as fast whatever it learned."""
+RUNS = 2
+"""Of the service; the floor is taken before and after each."""
+
+STAGES: Sequence[tuple[str, Any, tuple[str, ...]]] = (
+    ("decode", streamer.detector, ("decode",)),
+    ("vectorize", encoder.vectorize.Vectorizer, ("__call__",)),
+    ("vectorize", encoder.vectorize.FeatureBatch, ("distinct", "take")),
+    ("encode: conditional rarity", encoder.rarity.ContextRarity, ("__call__", "summary")),
+    ("encode: network", encoder.runtime.Encoder, ("encode",)),
+    ("score records: baseline", state.baseline.Baseline, ("search",)),
+    ("score records: density", state.baseline.Density, ("__call__",)),
+    ("score records: calibration", streamer.scoring.RecordScorer, ("raw", "parts", "evidence")),
+    ("entities", streamer.detector, ("find_entities",)),
+    ("windows (Redis)", state.redis_windows.RedisWindows, ("append", "prepare", "committed", "check_epoch")),
+    ("encode and score sequences", streamer.scoring.SequenceScorer, ("raw", "evidence")),
+    ("rest of the detector", streamer.detector.Detector, ("score",)),
+    ("explain, build alerts", streamer.service.Service, ("_explain",)),
+    ("produce and commit", streamer.publishing.TransactionalPublisher, ("publish",)),
+    ("wait for messages", streamer.source.Source, ("wait",)),
+)
+"""(stage, where, what): a stage's time is that of its functions without that of other stages called from them."""
+
+
+@dataclass
+class Clock:
+    """Time by stage, of the thread that made it. What explaining calls is part of explaining."""
+
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    thread: int = field(default_factory=threading.get_ident)
+    inner: list[float] = field(default_factory=lambda: [0.0])
+    explaining: bool = False
+
+    def timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, with its time counted towards a stage."""
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **named: Any) -> Any:
+            if threading.get_ident() != self.thread or self.explaining:
+                return function(*arguments, **named)
+            self.explaining = stage.startswith("explain")
+            began = time.perf_counter()
+            self.inner.append(0.0)
+            try:
+                return function(*arguments, **named)
+            finally:
+                self.explaining = False
+                whole = time.perf_counter() - began
+                self.seconds[stage] += whole - self.inner.pop()
+                self.inner[-1] += whole
+
+        return call
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """With each function of STAGES timed."""
+        replaced = [(where, name, getattr(where, name), stage) for stage, where, names in STAGES for name in names]
+        try:
+            for where, name, function, stage in replaced:
+                setattr(where, name, self.timed(stage, function))
+            yield
+        finally:
+            for where, name, function, _ in replaced:
+                setattr(where, name, function)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pass of the service over the topic: seconds from its first batch to its last commit, in all, by stage (the
+    loop's thread; what is in no stage is `rest`) and of CPU (all its threads)."""
+
+    seconds: float
+    cpu: float
+    stages: dict[str, float]
+    alerts: int
+
+
+def padded(event: bytes, size: int, rng: random.Random) -> bytes:
+    """The event made `size` bytes long as products do it: half of what lacks as the original text in `raw_data`, half
+    as attributes of the vendor's own in `unmapped`: constants, few-valued ones, counters and ids."""
+    record = orjson.loads(event)
+    lacking = (size - len(event)) // 2
+    text = " ".join(f"{key}={value}" for key, value in record.items() if key != "metadata").replace('"', "'")
+    unmapped: dict[str, Any] = {}
+    while len(orjson.dumps(unmapped)) < lacking - 40:
+        kind, name = len(unmapped) % 4, f"vendor_field_{len(unmapped):02d}"
+        drawn = ("enabled", rng.choice(("low", "medium", "high")), rng.randrange(10**6), rng.randbytes(6).hex())
+        unmapped[name] = drawn[kind]
+    record["unmapped"] = unmapped
+    room = size - len(orjson.dumps(record)) - len(',"raw_data":""')
+    record["raw_data"] = (text * (room // max(len(text), 1) + 1))[: max(room, 0)].encode("ascii", "replace").decode()
+    return orjson.dumps(record)
+
+
+def only_consume_and_parse(settings: Settings, events: int) -> tuple[float, float]:
+    """Seconds and seconds of CPU from the first messages to the last, with the service's own consumer settings."""
+    consumer = Consumer(consumer_properties(settings) | {"group.id": f"floor-{uuid.uuid4().hex}"})
+    consumer.assign([TopicPartition(settings.events[0], 0, 0)])
+    done, began, cpu = 0, 0.0, 0.0
+    while done < events:
+        messages = consumer.consume(streamer.source.CHUNK, 1.0)
+        if messages and not done:
+            began, cpu = time.perf_counter(), time.process_time()
+        for message in messages:
+            orjson.loads(message.value() or b"null")
+        done += len(messages)
+    taken = time.perf_counter() - began, time.process_time() - cpu
+    consumer.close()
+    return taken
+
+
+def serve(settings: Settings, events: int) -> Run:
+    """Run the service over the whole topic."""
+    detector, windows = streamer.detector.open_detector(settings)
+    line = detector.bundle.line(settings.alerts_per_day)
+    build = functools.partial(
+        streamer.alerts.build_alerts, line=line, bundle_version=detector.bundle.version, tenant="bench", now_ms=0
+    )
+    clock = Clock()
+    with clock.watching():
+        service = streamer.service.Service(settings, detector, build, line=line, windows=windows)
+        taken = threading.Event()
+        began = [0.0, 0.0]
+        take = service._source.take
+
+        def first() -> Any:
+            batch = take()
+            if batch is not None and not taken.is_set():
+                clock.seconds.clear()
+                began[:] = [time.perf_counter(), time.process_time()]
+                taken.set()
+            return batch
+
+        service._source.take = first  # type: ignore[method-assign]
+        count = service._count
+        ended = [0.0, 0.0]
+        stages: dict[str, float] = {}
+
+        def committed(group: Any) -> None:
+            count(group)
+            if service.metrics.registry.get_sample_value("ripcurrent_events_total") == events:
+                ended[:] = [time.perf_counter(), time.process_time()]
+                stages.update(clock.seconds)
+                service.stop()
+
+        service._count = committed  # type: ignore[method-assign,assignment]
+        service.run()
+    seconds = ended[0] - began[0]
+    stages["rest"] = seconds - sum(stages.values())
+    alerts = service.metrics.registry.get_sample_value("ripcurrent_alerts_total") or 0
+    return Run(seconds, ended[1] - began[1], stages, int(alerts))
+
+
+def fill(bootstrap: str, topic: str, events: Sequence[bytes]) -> None:
+    """Make the topics and put all events into the first."""
+    admin = AdminClient({"bootstrap.servers": bootstrap})
+    new = [NewTopic(name, 1, 1) for name in (topic, f"{topic}-alerts", f"{topic}-dead-letters")]
+    for made in admin.create_topics(new).values():
+        made.result(30)
+    producer = Producer({"bootstrap.servers": bootstrap, "compression.type": "lz4", "linger.ms": 20})
+    for event in events:
+        while True:
+            try:
+                producer.produce(topic, event, partition=0)
+                break
+            except BufferError:
+                producer.poll(0.1)
+    if producer.flush(60):
+        raise SystemExit("the events could not all be produced")
+
+
+def measure(size: int, folder: Path, bootstrap: str, redis_url: str) -> None:
+    """One size: fit, fill the topic, measure, print."""
+    rng = random.Random(size)
+    days = simulate(seed=size, days=FIT_DAYS + 2)
+    padded_days = [[padded(event, size, rng) for event in day.events] for day in days]
+    history = folder / f"{size}.ndjson"
+    history.write_bytes(b"\n".join(event for day in padded_days[:FIT_DAYS] for event in day))
+    events = [event for day in padded_days[FIT_DAYS:] for event in day][:EVENTS]
+    print(f"{size} bytes: {len(events):,} events", file=sys.stderr)
+    fields = len(fit([history], folder / f"bundle-{size}").bundle.encoder.schema.fields)
+    name = f"bench-{size}-{uuid.uuid4().hex[:6]}"
+    fill(bootstrap, name, events)
+
+    def settings(run: int) -> Settings:
+        return load(
+            {
+                "kafka.bootstrap_servers": bootstrap,
+                "redis.url": redis_url,
+                "kafka.group_id": f"{name}-{run}",
+                "tenant": f"{name}-{run}",
+                "bundle": folder / f"bundle-{size}",
+                "events": name,
+                "alerts": f"{name}-alerts",
+                "dead_letters": f"{name}-dead-letters",
+                "start": "earliest",
+                "metrics_port": 0,
+                "log_level": "warning",
+            }
+        )
+
+    floors, runs = [only_consume_and_parse(settings(0), len(events))], []
+    for run in range(RUNS):
+        print(f"{size} bytes: run {run + 1}", file=sys.stderr)
+        runs.append(serve(settings(run), len(events)))
+        floors.append(only_consume_and_parse(settings(0), len(events)))
+    report(size, len(events), fields, floors, runs)
+
+
+def report(size: int, events: int, fields: int, floors: Sequence[tuple[float, float]], runs: Sequence[Run]) -> None:
+    """The figures as docs/performance.md has them."""
+    floor, floor_cpu = (statistics.median(times) for times in zip(*floors, strict=True))
+    print(f"\n### {size // 1024} KB\n\n{events:,} events of {size} bytes, {fields} fields, {runs[0].alerts} alerts\n")
+    print("| | events/s | events a second of CPU | CPU, floor = 1 |\n|---|---|---|---|")
+    rows = [("only consume and `orjson.loads`", floor, floor_cpu)]
+    rows += [(f"the service, run {n}", run.seconds, run.cpu) for n, run in enumerate(runs, 1)]
+    for name, seconds, cpu in rows:
+        print(f"| {name} | {events / seconds:,.0f} | {events / cpu:,.0f} | {cpu / floor_cpu:.0f} |")
+    print("\n| stage | share of time | us an event |\n|---|---|---|")
+    whole = statistics.fmean(run.seconds for run in runs)
+    for stage in dict.fromkeys([stage for stage, _, _ in STAGES] + ["rest"]):
+        seconds = statistics.fmean(run.stages.get(stage, 0.0) for run in runs)
+        print(f"| {stage} | {100 * seconds / whole:.1f} % | {seconds / events * 1e6:.1f} |")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    for variable in [name for name in os.environ if name.startswith("RIPCURRENT_") and "_TEST_" not in name]:
+        del os.environ[variable]
+    with tempfile.TemporaryDirectory() as folder, servers.kafka() as bootstrap, servers.valkey() as redis_url:
+        os.chdir(folder)
+        encoder.training.STEPS = encoder.sequence.STEPS = STEPS
+        for size in SIZES:
+            measure(size, Path(folder), bootstrap, redis_url)
+
+
+if __name__ == "__main__":
+    main()
