@@ -3,7 +3,7 @@ the network learns which values go together, and features of any kind can be tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,14 @@ from encoder.vectorize import FeatureBatch, Vectorizer
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
+def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Few steps, on one thread: the threads of so small a network wait for each other on a busy machine."""
     monkeypatch.setattr(training, "STEPS", 200)
     monkeypatch.setattr(training, "BATCH", 128)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def rows(events: Sequence[dict[str, Any]]) -> tuple[Schema, FeatureBatch, np.ndarray[Any, np.dtype[np.float64]]]:
