@@ -108,7 +108,15 @@ def _root(
     pass
 
 
-for _command in (commands.fit, commands.score, commands.evaluate, commands.simulate, commands.demo):
+for _command in (
+    commands.fit,
+    commands.score,
+    commands.evaluate,
+    commands.schema,
+    commands.simulate,
+    commands.demo,
+    commands.gradients,
+):
     app.command()(_command)
 
 

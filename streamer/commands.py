@@ -134,6 +134,29 @@ def evaluate(
         json.write_bytes(orjson.dumps(results, option=orjson.OPT_INDENT_2))
 
 
+def schema(bundle: Annotated[Path, typer.Argument(help="The bundle to read.")] = BUNDLE) -> None:
+    """Print the feature schema of a bundle: what each attribute is read as, and what was set aside and why."""
+    from rich.console import Console
+
+    from encoder.schema import Schema
+    from streamer.bundle import read_manifest
+    from streamer.schema_table import schema_table
+
+    read_manifest(bundle)
+    Console().print(schema_table(Schema.from_json((bundle / "schema.json").read_bytes(), str(bundle / "schema.json"))))
+
+
+def gradients(
+    out: Annotated[Path, typer.Option(help="Where the picture goes (PNG).")] = Path("gradients.png"),
+    seed: Seed = 0,
+) -> None:
+    """Plot the gradient at each layer of a plain and of a residual stack: why the network is residual."""
+    from streamer.gradients import plot_gradients
+
+    plot_gradients(out, seed=seed)
+    typer.echo(f"picture in {out}")
+
+
 def simulate(
     out: Annotated[Path, typer.Option(help="Where the events go (.gz: compressed).")] = Path("events.ndjson.gz"),
     labels: Annotated[Path | None, typer.Option(help="Where the labels go.", show_default="none")] = None,
