@@ -17,7 +17,7 @@ from torch.nn import functional
 from encoder.events import EncoderError
 from encoder.rarity import ContextRarity
 from encoder.resnet import TabularResNet
-from encoder.schema import FIRST, MISSING, UNKNOWN, Schema
+from encoder.schema import FIRST, MISSING, UNKNOWN, Field, Schema
 from encoder.training import DEPTH, EMBEDDING, WIDTH, network_codes, network_sizes
 from encoder.vectorize import FeatureBatch, Vectorizer
 
@@ -43,7 +43,8 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What one field of one event was expected to be: -log p of what it was, and the likeliest values with their p."""
+    """What one field of one event was expected to be: -log p of what it was, and the likeliest other values with their
+    p, normalised as the schema has them (`` for absent, a range for a number)."""
 
     field: int
     surprise: float
@@ -129,27 +130,44 @@ class Encoder:
         for i, position in enumerate(fields.tolist()):
             field, p = self.schema.fields[position], predicted[position][i].exp().cpu().numpy()
             code = int(network_codes(one.codes, self.net.sizes)[0, position])
-            likely = np.argsort(-p)[:3]
-            expected = tuple((self._name(position, int(c)), float(p[c])) for c in likely if p[c] >= 0.05)
+            likely = [int(c) for c in np.argsort(-p)[:4] if p[c] >= 0.05 and c != code]
+            named = ((self._name(field, c, len(p)), float(p[c])) for c in likely[:3])
+            expected = tuple((name, share) for name, share in named if name is not None)
             found.append(Expectation(position, float(-np.log(max(p[code], 1e-12))), expected))
-            del field
         return found
 
-    def _name(self, position: int, code: int) -> str:
-        """A code in words: `` for absent, a range for a number."""
-        field = self.schema.fields[position]
+    @staticmethod
+    def _name(field: Field, code: int, codes: int) -> str | None:
+        """A code in words: `` for absent, a range for a number, None where it stands for many values."""
         if code == MISSING:
             return ""
-        if code == UNKNOWN:
-            return "a value not seen in training"
-        if field.kind == "number":
-            borders = [float(np.sign(edge) * np.expm1(abs(edge))) for edge in field.edges]
-            place = code - FIRST
-            if place == 0:
-                return f"below {borders[0]:.4g}"
-            if place >= len(borders):
-                return f"above {borders[-1]:.4g}"
-            return f"{borders[place - 1]:.4g} to {borders[place]:.4g}"
+        if code == UNKNOWN or (field.kind != "number" and codes < field.size and code == codes - 1):
+            return None
         if field.kind == "presence":
             return "present"
-        return field.values[code - FIRST] if code - FIRST < self.net.sizes[position] - FIRST - 1 else "a rare value"
+        if field.kind == "number":
+            return _range(field, code - FIRST)
+        return field.values[code - FIRST]
+
+
+def _range(field: Field, place: int) -> str:
+    """The bin of a number as people say it: "0", "3 to 12", "over 4200", to three digits."""
+    plain = [float(np.sign(x) * np.expm1(abs(x))) for x in (*field.grid, *field.edges)]
+    grid, edges = plain[: len(field.grid)], plain[len(field.grid) :]
+    low = edges[place - 1] if place > 0 else None
+    high = edges[place] if place < len(edges) else None
+    inside = [x for x in grid if (low is None or x > low) and (high is None or x <= high)]
+    if not inside:  # no value of the grid fell into it
+        inside = [x for x in (low, high) if x is not None]
+    least, most = _rounded(min(inside)), _rounded(max(inside))
+    if least == most:
+        return least
+    return f"over {_rounded(low)}" if high is None and low is not None else f"{least} to {most}"
+
+
+def _rounded(x: float) -> str:
+    """Whole numbers up to a thousand as they are, all else to three digits."""
+    whole = round(x)
+    if abs(x - whole) < 1e-6 * max(1.0, abs(x)) and abs(whole) < 1000:
+        return str(whole)
+    return f"{float(f'{x:.3g}'):.12g}"

@@ -150,6 +150,7 @@ class _Finding:
             replace(
                 f,
                 observed=redactor.text(f.path, str(f.observed)),
+                given=MASK if f.given.lower() in redacted.hidden else mask_text(f.given),
                 expected=tuple((redactor.text(f.path, str(text)), float(p)) for text, p in f.expected),
             )
             for f in explanation.fields
@@ -160,11 +161,17 @@ class _Finding:
         ]
         self.distance, self.usual_distance = float(explanation.distance), float(explanation.usual_distance)
         self.window = [
-            (int(time), str(label), mask_text(str(summary)), float(share))
+            (int(time), str(label), self._told(str(label), str(summary)), float(share))
             for time, label, summary, share in explanation.window[-MAX_WINDOW:]
         ]
         times = [self.time, *(time for time, *_ in self.window)]
         self.episode = episode or Episode(self.coordinates, CREATE, min(times), max(times), 1)
+
+    def _told(self, label: str, summary: str) -> str:
+        """What is known of an event of the window; of this one, what it says itself."""
+        if label != self.coordinates:
+            return mask_text(summary)
+        return wording.told({path: _at(self.record, path) for path in wording.TELLING})
 
     def alert(self) -> Alert:
         activity = self.episode.activity
@@ -252,11 +259,21 @@ class _Finding:
         where = wording.event_kind(record)
         if field is None:
             return f"Unusual {where}{wording.subject(self.entity, record)}: like none seen before"
-        who = wording.subject(self.entity, record, field.path)
+        who = wording.subject(self.entity, record, field.path, field.given)
         name, shown = wording.attribute(field.path), wording.value(field.path, field.observed, record)
         usual = wording.usually(field.path, field.observed, field.expected, record)
-        what = f"No {name}" if field.observed in wording.MISSING else f"Unusual {name} {shown}"
         told = "" if field.path in ("class_uid", "type_uid") else f" in {where}"
+        shown = f": {shown}" if shown in ("yes", "no") else f" {shown}"
+        if field.observed in wording.MISSING:
+            what = f"No {name}"
+        elif field.new:
+            what = f"Never seen before: {name}{shown}"
+        elif level := wording.compared(field.path, field.observed, field.expected):
+            what = f"Unusually {level} {name}{shown}"
+        else:
+            what = f"Unusual {name}{shown}"
+        if field.given:
+            what = f"{wording.shorten(field.given, 60)} does not usually do this: {what[0].lower()}{what[1:]}"
         return f"{what}{told}{who}{f'; {usual}' if usual else ''}"
 
     def sequence_in_short(self) -> str:
@@ -275,7 +292,8 @@ class _Finding:
             usual = wording.usually(f.path, f.observed, f.expected, record)
             name = wording.attribute(f.path)
             path = "" if name == f.path else f" ({f.path})"
-            rare = f"expected {wording.one_in(f.surprise)}"
+            whose = f" from {wording.shorten(f.given, 60)}" if f.given else ""
+            rare = "never seen in training" if f.new else f"expected {wording.one_in(f.surprise)}{whose}"
             lines.append(f"- {name}{path}: {'; '.join(filter(None, (shown, usual, rare)))}.")
         for time, label, summary, share in self.window[-10:]:
             lines.append(f"- {wording.moment(time)}: {wording.shorten(summary)} ({wording.percent(share)}; {label}).")

@@ -7,6 +7,7 @@ stream was cut into batches.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -21,9 +22,10 @@ from encoder.entities import KINDS, Entities
 from encoder.entities import entities as find_entities
 from encoder.events import Coordinates, EventBatch, Message, Reject, decode
 from encoder.runtime import Encoded
-from encoder.schema import Schema
+from encoder.schema import UNKNOWN, Field, Schema, folder, normalise
 from encoder.vectorize import FeatureBatch
 from state.windows import WindowEntries, Windows, WindowStore
+from streamer import wording
 from streamer.bundle import Bundle, load
 from streamer.scoring import DENSITY_TRUST, NEIGHBOURS, SEQUENCE_TRUST, Parts, severity
 
@@ -59,12 +61,18 @@ class ScoredBatch:
 
 @dataclass(frozen=True)
 class FieldFinding:
-    """One attribute that mattered: what was observed, what was expected with its probability, and -log p in nats."""
+    """One attribute that mattered: what was observed, what else was expected with its probability, and -log p in nats.
+
+    given: who acts, where the value is odd for that actor more than for events of this type; new: training had no such
+    value at all.
+    """
 
     path: str
     observed: str
     expected: tuple[tuple[str, float], ...]
     surprise: float
+    given: str = ""
+    new: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,26 +93,14 @@ class Explanation:
 
 EXPLAINED_FIELDS = 5
 EXPLAINED_NEIGHBOURS = 3
+EXAMPLES = 32
+"""Near normal events in which real examples of an expected value are looked for: the schema has it normalised."""
+WORTH_TELLING = 1.5
+"""Nats: what is expected more often than one time in four or five explains nothing."""
 EXPLAINED_RECORDS = 12
 Timeline = tuple[tuple[int, str, str, float], ...]
-_TELLING = (
-    "metadata.event_code",
-    "api.operation",
-    "process.cmd_line",
-    "process.file.name",
-    "process.name",
-    "file.path",
-    "job.name",
-    "query.hostname",
-    "module.file.name",
-    "reg_key.path",
-    "dst_endpoint.ip",
-    "dst_endpoint.svc_name",
-    "dst_endpoint.port",
-    "service.name",
-    "status",
-)
-"""Attributes that tell in a word or two what an event was."""
+_TEMPLATED = re.compile(r"\{\}|#|\*")
+"""What `normalise` puts where ids, hexadecimal numbers and owners of home folders stood."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +244,7 @@ class Detector:
             window: Timeline = ()
             if str(scored.cause[row]).startswith("sequence:"):
                 window = self._timeline(str(scored.entity[row]), int(scored.time[row]))
-            found.append(self._explain_one(events, window))
+            found.append(self._explain_one(events, str(scored.cause[row]), window))
         return found
 
     def _timeline(self, entity: str, until: int) -> Timeline:
@@ -267,7 +263,7 @@ class Detector:
             (
                 int(window.times[0, slot]),
                 self._coordinates(window, int(slot)),
-                _told(orjson.loads(self.bundle.exemplars[place])),
+                wording.told(orjson.loads(self.bundle.exemplars[place])),
                 float(part),
             )
             for slot, place, part in zip(slots.tolist(), places[:, 0].tolist(), share.tolist(), strict=True)
@@ -278,46 +274,82 @@ class Detector:
         topic, partition = window.sources[window.source[0, slot]]
         return f"{topic}:{partition}:{window.offset[0, slot]}:{window.index[0, slot]}"
 
-    def _explain_one(self, events: EventBatch, window: Timeline) -> Explanation:
+    def _explain_one(self, events: EventBatch, cause: str, window: Timeline) -> Explanation:
         encoder, scorer = self.bundle.encoder, self.bundle.scorer
         features = encoder.vectorize(events)
         encoded = encoder.encode(features)
-        distances, places = scorer.record.baseline.search(encoded.vectors, EXPLAINED_NEIGHBOURS)
+        distances, places = scorer.record.baseline.search(encoded.vectors, EXAMPLES)
+        near = [orjson.loads(self.bundle.exemplars[place]) for place in places[0].tolist()]
         usual = scorer.record.calibrations["novelty"].scores
         return Explanation(
-            self._findings(events, features, encoded),
-            tuple(orjson.loads(self.bundle.exemplars[place]) for place in places[0].tolist()),
+            self._findings(events, features, near, cause),
+            tuple(near[:EXPLAINED_NEIGHBOURS]),
             float(distances[0, :NEIGHBOURS].mean()),
             float(np.median(usual)),
             window,
         )
 
-    def _findings(self, events: EventBatch, features: FeatureBatch, encoded: Encoded) -> tuple[FieldFinding, ...]:
-        """The fields that mattered, one of each group, by how surprising the counts or the network find them."""
+    def _findings(
+        self, events: EventBatch, features: FeatureBatch, near: list[dict[str, Any]], cause: str
+    ) -> tuple[FieldFinding, ...]:
+        """The fields that mattered, one of each group: the cause, then by how surprising the counts or the network find
+        them."""
         encoder = self.bundle.encoder
         fields = encoder.schema.fields
         surprise = encoder.rarity(features)
-        oddest = surprise.by_type[0].maximum(surprise.by_actor[0]).cpu().numpy()
-        by_field = dict(zip(encoder.rarity.columns, oddest.tolist(), strict=True))
+        by_type = dict(zip(encoder.rarity.columns, surprise.by_type[0].tolist(), strict=True))
+        by_actor = dict(zip(encoder.rarity.columns, surprise.by_actor[0].tolist(), strict=True))
+        counted = {i: max(by_type[i], by_actor[i]) for i in by_type}
         numbers = [i for i, f in enumerate(fields) if f.kind == "number" and features.codes[0, i]]
-        likely = sorted(by_field, key=lambda i: -by_field[i])[: 2 * EXPLAINED_FIELDS]
-        asked = np.array(likely + numbers, np.int32)
-        expectations = encoder.expectations(features, 0, asked)
-        ranked = sorted(expectations, key=lambda e: -max(e.surprise, by_field.get(e.field, 0.0)))
+        likely = sorted(counted, key=lambda i: -counted[i])[: 2 * EXPLAINED_FIELDS]
+        named = [i for i in counted if f"record:{fields[i].path}" == cause and i not in likely]
+        expectations = encoder.expectations(features, 0, np.array(likely + named + numbers, np.int32))
+        told = {e.field: max(e.surprise, counted.get(e.field, 0.0)) for e in expectations}
+        actor = _value(events, encoder.schema.actors, features.codes[0], fields)
         findings: list[FieldFinding] = []
         groups: set[str] = set()
-        for expectation in ranked:
-            field_ = fields[expectation.field]
-            if field_.group in groups or field_.name.startswith("#"):
+        for e in sorted(expectations, key=lambda e: (f"record:{fields[e.field].path}" != cause, -told[e.field])):
+            field_, code = fields[e.field], int(features.codes[0, e.field])
+            if field_.group in groups or field_.name.startswith("#") or (findings and told[e.field] < WORTH_TELLING):
                 continue
             groups.add(field_.group)
             column = events.columns.get(field_.path)
             observed = _shown(column.values[0]) if column is not None else ""
-            surprise_ = max(expectation.surprise, by_field.get(expectation.field, 0.0))
-            findings.append(FieldFinding(field_.path, observed, expectation.expected, surprise_))
+            by_whom = by_actor.get(e.field, 0.0) > max(by_type.get(e.field, 0.0) + 1, e.surprise)
+            given = actor if by_whom and actor != observed else ""
+            new = code == UNKNOWN and not field_.left_out
+            expected = tuple((_example(field_, text, near), p) for text, p in e.expected)
+            findings.append(FieldFinding(field_.path, observed, expected, told[e.field], given, new))
             if len(findings) == EXPLAINED_FIELDS:
                 break
         return tuple(findings)
+
+
+def _value(events: EventBatch, paths: Sequence[str], codes: NDArray[np.int32], fields: Sequence[Field]) -> str:
+    """The first of these attributes that the one event has, as it stands there."""
+    present = {field.path for field, code in zip(fields, codes.tolist(), strict=True) if code}
+    path = next((path for path in paths if path in present), "")
+    return _shown(events.columns[path].values[0]) if path in events.columns else ""
+
+
+def _example(field: Field, normalised: str, near: list[dict[str, Any]]) -> str:
+    """A real value, of a normal event nearby, that looks like this once normalised; else what stands for many values
+    becomes "…". Of a folder it is the folder."""
+    if field.kind in ("number", "presence") or not normalised:
+        return normalised
+    in_folder = field.name != field.path
+    for event in near:
+        value = event.get(field.path)
+        if value is None:
+            continue
+        text = normalise(value, field.path)
+        if not in_folder and text == normalised:
+            return _shown(value)
+        if in_folder and folder(text) == normalised:
+            end = max(_shown(value).rfind("/"), _shown(value).rfind("\\"))
+            return f"{_shown(value)[: end + 1]}…"
+    text = _TEMPLATED.sub("…", normalised)
+    return f"{text}/…" if in_folder else text
 
 
 def window_entries(events: EventBatch, entities: Entities, vectors: NDArray[np.float16]) -> WindowEntries:
@@ -346,12 +378,6 @@ def _prefixes(window: Windows, slots: NDArray[np.intp]) -> Windows:
         times=np.where(inside, window.times[0][at], 0),
         length=inside.sum(1).astype(np.int32),
     )
-
-
-def _told(exemplar: dict[str, Any]) -> str:
-    """An event in a few words, by the attributes that tell most."""
-    words = [str(exemplar[path]) for path in _TELLING if path in exemplar][:2]
-    return " ".join(words) if words else f"event type {exemplar.get('type_uid', 0)}"
 
 
 def _causal_field(encoded: Encoded, parts: Parts) -> NDArray[np.int32]:

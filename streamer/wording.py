@@ -7,6 +7,7 @@ knows no statistics: "1 in 8,000" is -log p, read backwards.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -159,7 +160,6 @@ _SEQUENCES = {
     "silence": "silence",
     "missing": "gap in the events",
 }
-_QUANTITIES = ("bytes", "packets", "size", "duration", "count", "length", "latency")
 
 
 def attribute(path: str) -> str:
@@ -182,6 +182,42 @@ def event_kind(record: Mapping[str, Any]) -> str:
     return known or (shorten(name.lower(), 40) if isinstance(name, str) and name else "event")
 
 
+TELLING = (
+    "type_uid",
+    "status_id",
+    "metadata.event_code",
+    "api.operation",
+    "process.cmd_line",
+    "process.file.name",
+    "process.name",
+    "file.path",
+    "job.name",
+    "query.hostname",
+    "module.file.name",
+    "reg_key.path",
+    "dst_endpoint.hostname",
+    "dst_endpoint.ip",
+    "dst_endpoint.svc_name",
+    "dst_endpoint.port",
+    "service.name",
+    "device.hostname",
+)
+"""Attributes that tell in a word or two what an event was: its type, its outcome, then the most telling first."""
+
+
+def told(flat: Mapping[str, Any]) -> str:
+    """An event, flat (path -> value), in a few words: "authentication: logon, failure, PC-7"."""
+    kind = str(flat.get("type_uid", ""))
+    class_uid = int(kind) // 100 if kind.isdecimal() else 0
+    words = [CLASSES.get(class_uid, "")]
+    if kind.isdecimal() and (activity := _activity(class_uid, int(kind) % 100)):
+        words[0] += f": {activity}"
+    if flat.get("status_id") in (2, "2"):
+        words.append("failure")
+    words += [shorten(str(flat[path]), 50) for path in TELLING[2:] if flat.get(path) not in (None, "", "-")][:2]
+    return ", ".join(filter(None, words)) or "event"
+
+
 def shorten(text: str, limit: int = MAX_SHOWN) -> str:
     """One line of at most `limit` characters; the end of a path says more than its middle, so both ends stay."""
     line = " ".join(text.split())
@@ -192,9 +228,11 @@ def shorten(text: str, limit: int = MAX_SHOWN) -> str:
 
 
 def value(path: str, text: str, record: Mapping[str, Any]) -> str:
-    """A value as people say it: `status_id` 2 is "failure", 43133 bytes are "43,133"."""
+    """A value as people say it: `status_id` 2 is "failure", 43133000 bytes are "43.1 MB", "3 to 12" keeps its unit."""
     if text in MISSING:
         return "none"
+    if text in _YES_NO:
+        return _YES_NO[text]
     name = path.rsplit(".", 1)[-1]
     if text.isdecimal() and len(text) < 12:
         number = int(text)
@@ -207,12 +245,46 @@ def value(path: str, text: str, record: Mapping[str, Any]) -> str:
             return CLASSES[number // 100] + (f": {activity}" if activity else "")
         if path == "activity_id":
             return _activity(record.get("class_uid"), number) or text
-    if any(word in name for word in _QUANTITIES) and not name.endswith("_id"):
-        try:
-            return f"{float(text):,.6g}" if abs(float(text)) < 1e6 else f"{float(text):,.0f}"
-        except (ValueError, OverflowError):
-            pass
+    if (_RANGE.fullmatch(text) and " " in text) or (_NUMBER.fullmatch(text) and not _names_something(name)):
+        return _NUMBER.sub(lambda found: _quantity(name, float(found[0])), text)
+    if text[:1] == "[" and text[-1:] == "]":
+        text = ", ".join(part.strip(" \"'") for part in text[1:-1].split(",")) or "none"
     return shorten(text)
+
+
+_NUMBER = re.compile(r"-?\d{1,15}(\.\d+)?(e[+-]?\d+)?")
+_RANGE = re.compile(rf"(over )?{_NUMBER.pattern}( to {_NUMBER.pattern})?")
+_YES_NO = {"true": "yes", "false": "no"}
+
+
+def _names_something(name: str) -> bool:
+    """Whether a number in this attribute names something, so that it is never rounded."""
+    return name.endswith(("id", "port", "code", "version", "num", "uid", "mask", "line", "flags", "name"))
+
+
+def _quantity(name: str, x: float) -> str:
+    """A number with its unit, to three digits where it is large or broken."""
+    if any(word in name for word in ("bytes", "size")) and abs(x) >= 1000:
+        for unit in ("kB", "MB", "GB", "TB"):
+            x /= 1000
+            if abs(x) < 999.5 or unit == "TB":
+                return f"{x:.3g} {unit}"
+    if name == "duration" and x >= 0:
+        return duration(round(x)) if x else "0"
+    return f"{x:,.0f}" if x.is_integer() else f"{x:,.3g}"
+
+
+def compared(path: str, text: str, expected: tuple[tuple[str, float], ...]) -> str:
+    """ "high" or "low" where a number lies beyond everything that was expected, else ""."""
+    if not expected or not _NUMBER.fullmatch(text) or _names_something(path.rsplit(".", 1)[-1]):
+        return ""
+    if not all(_RANGE.fullmatch(other) for other, _ in expected):
+        return ""
+    x = float(text)
+    limits = [[float(found[0]) for found in _NUMBER.finditer(other)] for other, _ in expected]
+    if all(x > max(limit) for limit in limits):
+        return "" if any(other.startswith("over") for other, _ in expected) else "high"
+    return "low" if all(x < min(limit) for limit in limits) else ""
 
 
 def _activity(class_uid: Any, activity: int) -> str:
@@ -244,7 +316,8 @@ def one_in(nats: float) -> str:
 
 def usually(path: str, observed: str, expected: tuple[tuple[str, float], ...], record: Mapping[str, Any]) -> str:
     """ "usually 443 (92 %)", "usually 443 (48 %) or 80 (31 %)", or nothing where no value is usual."""
-    others = [(text, p) for text, p in expected if text != observed and p >= 0.1][:2]
+    here = value(path, observed, record)
+    others = [(text, p) for text, p in expected if value(path, text, record) != here and p >= 0.1][:2]
     if sum(p for _, p in others) < 0.3:
         return ""
     shown = others[:1] if others[0][1] >= 0.6 else others
@@ -260,20 +333,21 @@ def _at(record: Mapping[str, Any], path: str) -> str:
     return shorten(node, 60) if isinstance(node, str) and node != "-" else ""
 
 
-def subject(entity: str, record: Mapping[str, Any], but: str = "") -> str:
+def subject(entity: str, record: Mapping[str, Any], but: str = "", said: str = "") -> str:
     """Who or what it was: " of process winword.exe of user bob on host PC-7", with the word that joins it on,
-    or "" where the event tells nothing. but: an attribute path that is told already."""
+    or "" where the event tells nothing. but: an attribute path that is told already; said: a name that is."""
     kind, _, name = entity.partition(":")
     parts = {
         "process": _first(record, but, "actor.process.name", "process.name"),
         "user": _first(record, but, "actor.user.name", "actor.process.user.name", "user.name"),
         "host": _first(record, but, "device.hostname", "device.name", "src_endpoint.hostname", "device.ip"),
     }
+    parts = {word: "" if found == said else found for word, found in parts.items()}
     kind = {"device": "host", "hostname": "host"}.get(kind, kind)
     if name and kind not in parts:
         where = f" on host {parts['host']}" if parts["host"] else ""
         return f" of {_KINDS.get(kind, kind.replace('_', ' '))} {shorten(name, 60)}{where}"
-    if name and not parts[kind] and not _names(but, kind):
+    if name and not parts[kind] and not _names(but, kind) and name != said:
         parts[kind] = shorten(name, 60)
     joined = ""
     for word, link in (("process", ""), ("user", "of "), ("host", "on ")):

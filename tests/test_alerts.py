@@ -235,7 +235,7 @@ TITLES = [
     (
         FieldFinding("traffic.bytes_out", "43133000", (), 5),
         4001,
-        "Unusual bytes sent 43,133,000 in network activity of",
+        "Unusual bytes sent 43.1 MB in network activity of",
     ),
     (FieldFinding("unmapped.serror_rate", "1", (), 5), 4001, "Unusual serror rate 1 in network activity"),
     (
