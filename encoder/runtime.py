@@ -133,7 +133,12 @@ class Encoder:
             likely = [int(c) for c in np.argsort(-p)[:4] if p[c] >= 0.05 and c != code]
             named = ((self._name(field, c, len(p)), float(p[c])) for c in likely[:3])
             expected = tuple((name, share) for name, share in named if name is not None)
-            found.append(Expectation(position, float(-np.log(max(p[code], 1e-12))), expected))
+            surprise = float(-np.log(max(p[code], 1e-12)))
+            if position in place and one.codes[0, position] >= FIRST:
+                far = _tail(field, float(one.quantiles[0, place[position]]))
+                if far > surprise:  # as the other fields would have it, but far from what is usual: so are they
+                    surprise, expected = far, ((_middle(field), 0.9),)
+            found.append(Expectation(position, surprise, expected))
         return found
 
     @staticmethod
@@ -163,6 +168,18 @@ def _range(field: Field, place: int) -> str:
     if least == most:
         return least
     return f"over {_rounded(low)}" if high is None and low is not None else f"{least} to {most}"
+
+
+def _tail(field: Field, quantile: float) -> float:
+    """-log of the share of training values that lie at least this far out, either way."""
+    return float(-np.log(max(2 * min(quantile, 1 - quantile), 1 / max(len(field.grid), 1))))
+
+
+def _middle(field: Field) -> str:
+    """Where nine in ten values of training lie."""
+    low, high = (float(np.sign(x) * np.expm1(abs(x))) for x in np.quantile(field.grid, [0.05, 0.95], method="nearest"))
+    least, most = _rounded(low), _rounded(high)
+    return least if least == most else f"{least} to {most}"
 
 
 def _rounded(x: float) -> str:

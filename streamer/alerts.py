@@ -292,7 +292,7 @@ class _Finding:
             usual = wording.usually(f.path, f.observed, f.expected, record)
             name = wording.attribute(f.path)
             path = "" if name == f.path else f" ({f.path})"
-            whose = f" from {wording.shorten(f.given, 60)}" if f.given else ""
+            whose = f" for {wording.shorten(f.given, 60)}" if f.given else ""
             rare = "never seen in training" if f.new else f"expected {wording.one_in(f.surprise)}{whose}"
             lines.append(f"- {name}{path}: {'; '.join(filter(None, (shown, usual, rare)))}.")
         for time, label, summary, share in self.window[-10:]:

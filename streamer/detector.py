@@ -308,7 +308,8 @@ class Detector:
         actor = _value(events, encoder.schema.actors, features.codes[0], fields)
         findings: list[FieldFinding] = []
         groups: set[str] = set()
-        for e in sorted(expectations, key=lambda e: (f"record:{fields[e.field].path}" != cause, -told[e.field])):
+        first = {e for e in told if f"record:{fields[e].path}" == cause and told[e] >= WORTH_TELLING}
+        for e in sorted(expectations, key=lambda e: (e.field not in first, -told[e.field])):
             field_, code = fields[e.field], int(features.codes[0, e.field])
             if field_.group in groups or field_.name.startswith("#") or (findings and told[e.field] < WORTH_TELLING):
                 continue

@@ -142,6 +142,21 @@ _PARTS = {
     "uid": "id",
     "url_string": "address",
 }
+_SHORT = {
+    "cmd": "command",
+    "diff": "different",
+    "dst": "destination",
+    "err": "error",
+    "max": "greatest",
+    "min": "least",
+    "msg": "message",
+    "num": "number of",
+    "orig": "original",
+    "proc": "process",
+    "src": "source",
+    "srv": "service",
+    "svc": "service",
+}
 _KINDS = {
     "correlation": "sequence",
     "correlation_uid": "sequence",
@@ -167,11 +182,16 @@ def attribute(path: str) -> str:
     plain = path.replace("[]", "")
     if plain in _WHOLE:
         return _WHOLE[plain]
-    words = [_PARTS.get(part, part.replace("_", " ")) for part in plain.split(".")[-3:]]
+    words = [_PARTS[part] if part in _PARTS else _spelled(part) for part in plain.split(".")[-3:]]
     if words[-1].endswith(" id"):
         words[-1] = words[-1].removesuffix(" id")
     told = [word for i, word in enumerate(words) if word and not (i + 1 < len(words) and words[i + 1].startswith(word))]
     return " ".join(told) or plain or "event"
+
+
+def _spelled(part: str) -> str:
+    """`dst_host_srv_count` is "destination host service count"."""
+    return " ".join(_SHORT.get(word, word) for word in part.split("_"))
 
 
 def event_kind(record: Mapping[str, Any]) -> str:
