@@ -7,6 +7,7 @@ smoothed conditional frequency; what several attributes of one object say is tak
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +46,14 @@ class ContextRarity:
         self.groups = sorted(set(groups))
         self._group_of = torch.tensor([self.groups.index(group) for group in groups])
         self._identity = torch.tensor([schema.fields[i].kind == "identity" for i in self.columns])
+        # The hash of a row is a sum over its columns, so the part of (field, value) is worked out here, once. The first
+        # place stands for a context alone.
+        sizes = [1] + [schema.fields[i].size for i in self.columns]
+        self._starts = np.cumsum([0, *sizes[:-1]])
+        field = np.repeat(np.arange(-1, len(self.columns), dtype=np.int32), sizes)
+        value = (np.arange(sum(sizes)) - np.repeat(self._starts, sizes)).astype(np.int32)
+        rows = np.column_stack([np.zeros((len(field), 4), np.int32), field, value])
+        self._parts = row_hash(rows) - row_hash(np.zeros((1, 6), np.int32))
 
     def to(self, device: torch.device) -> ContextRarity:
         for name in ("keys", "counts", "_group_of", "_identity"):
@@ -58,8 +67,8 @@ class ContextRarity:
         keys = []
         counts = []
         for context in _contexts(features):
-            for column in (None, *range(len(rarity.columns))):
-                k = rarity._keys(features, context, column)
+            for column in range(-1, len(rarity.columns)):
+                k = rarity._keys(features, context, [column])
                 distinct, inverse = np.unique(k, return_inverse=True)
                 keys.append(distinct)
                 counts.append(np.bincount(inverse.ravel(), weights=weights, minlength=len(distinct)))
@@ -69,17 +78,22 @@ class ContextRarity:
         rarity.counts = torch.from_numpy(np.concatenate(counts)[order].astype(np.float32))
         return rarity
 
-    def _keys(self, features: FeatureBatch, context: NDArray[np.int32], column: int | None) -> NDArray[np.int64]:
-        """Of (context, field, value), or of the context alone."""
-        n = len(features)
-        what = np.full(n, -1 if column is None else column, np.int32)
-        value = np.zeros(n, np.int32) if column is None else features.codes[:, self.columns[column]]
-        return row_hash(np.column_stack([context, what, value])).view(np.int64)
+    def _keys(self, features: FeatureBatch, context: NDArray[np.int32], columns: Sequence[int]) -> NDArray[np.int64]:
+        """int64 [n, columns]: of (context, field, value), or of the context alone where the column is -1."""
+        asked = np.array(columns) + 1
+        values = [features.codes[:, self.columns[c]] if c >= 0 else np.zeros(len(features), np.int32) for c in columns]
+        whole = np.column_stack([context, np.zeros((len(features), 2), np.int32)])
+        keys = row_hash(whole)[:, None] + self._parts[self._starts[asked] + np.column_stack(values)]
+        found: NDArray[np.int64] = keys.view(np.int64)
+        return found
 
     def _count(self, keys: NDArray[np.int64]) -> Tensor:
-        wanted = torch.from_numpy(keys).to(self.keys.device)
+        """float32, of the shape of keys. Most keys of a batch are the same few, and those are looked up once."""
+        distinct, inverse = np.unique(keys, return_inverse=True)
+        wanted = torch.from_numpy(distinct).to(self.keys.device)
         at = torch.searchsorted(self.keys, wanted).clamp_(max=max(len(self.keys) - 1, 0))
-        return torch.where(self.keys[at] == wanted, self.counts[at], 0.0)
+        found = torch.where(self.keys[at] == wanted, self.counts[at], 0.0)
+        return found[torch.from_numpy(inverse.reshape(keys.shape)).to(found.device)]
 
     def __call__(self, features: FeatureBatch) -> Surprise:
         """Surprise of every discrete field of n events."""
@@ -87,9 +101,8 @@ class ContextRarity:
         new_name = self._identity & (codes == UNKNOWN)
         found = []
         for context in _contexts(features):
-            seen = self._count(self._keys(features, context, None))
-            hits = torch.stack([self._count(self._keys(features, context, c)) for c in range(len(self.columns))], 1)
-            surprise = -torch.log((hits + _HIT) / (seen[:, None] + _SEEN))
+            counts = self._count(self._keys(features, context, range(-1, len(self.columns))))
+            surprise = -torch.log((counts[:, 1:] + _HIT) / (counts[:, :1] + _SEEN))
             found.append(torch.where(new_name, surprise.clamp(max=NEW_NAME_SURPRISE), surprise))
         return Surprise(*found)
 
