@@ -6,6 +6,7 @@ fixed size, so that the same row meets the same matrix shapes, and vectors are r
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -157,14 +158,14 @@ class Encoder:
 
 def _range(field: Field, place: int) -> str:
     """The bin of a number as people say it: "0", "3 to 12", "over 4200", to three digits."""
-    plain = [float(np.sign(x) * np.expm1(abs(x))) for x in (*field.grid, *field.edges)]
-    grid, edges = plain[: len(field.grid)], plain[len(field.grid) :]
-    low = edges[place - 1] if place > 0 else None
-    high = edges[place] if place < len(edges) else None
-    inside = [x for x in grid if (low is None or x > low) and (high is None or x <= high)]
+    low = field.edges[place - 1] if place > 0 else None
+    high = field.edges[place] if place < len(field.edges) else None
+    inside = field.grid[
+        0 if low is None else bisect_right(field.grid, low) : None if high is None else bisect_right(field.grid, high)
+    ]
     if not inside:  # no value of the grid fell into it
-        inside = [x for x in (low, high) if x is not None]
-    least, most = _rounded(min(inside)), _rounded(max(inside))
+        inside = tuple(x for x in (low, high) if x is not None)
+    least, most = _rounded(inside[0]), _rounded(inside[-1])
     if least == most:
         return least
     return f"over {_rounded(low)}" if high is None and low is not None else f"{least} to {most}"
@@ -177,13 +178,14 @@ def _tail(field: Field, quantile: float) -> float:
 
 def _middle(field: Field) -> str:
     """Where nine in ten values of training lie."""
-    low, high = (float(np.sign(x) * np.expm1(abs(x))) for x in np.quantile(field.grid, [0.05, 0.95], method="nearest"))
-    least, most = _rounded(low), _rounded(high)
+    last = len(field.grid) - 1
+    least, most = _rounded(field.grid[round(0.05 * last)]), _rounded(field.grid[round(0.95 * last)])
     return least if least == most else f"{least} to {most}"
 
 
-def _rounded(x: float) -> str:
-    """Whole numbers up to a thousand as they are, all else to three digits."""
+def _rounded(logarithmic: float) -> str:
+    """A number from the signed log scale: whole numbers up to a thousand as they are, all else to three digits."""
+    x = float(np.sign(logarithmic) * np.expm1(abs(logarithmic)))
     whole = round(x)
     if abs(x - whole) < 1e-6 * max(1.0, abs(x)) and abs(whole) < 1000:
         return str(whole)
