@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import torch
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
@@ -43,6 +44,7 @@ import streamer.scoring
 import streamer.service
 import streamer.source
 from streamer import servers
+from streamer.cli import configure_logging
 from streamer.fitting import fit
 from streamer.kafka import consumer_properties
 from streamer.settings import Settings, load
@@ -121,11 +123,12 @@ class Clock:
 @dataclass(frozen=True)
 class Run:
     """One pass of the service over the topic: seconds from its first batch to its last commit, in all, by stage (the
-    loop's thread; what is in no stage is `rest`) and of CPU (all its threads)."""
+    loop's thread; what is in no stage is `rest`) and of CPU (all its threads); batch: mean of messages in a batch."""
 
     seconds: float
     cpu: float
     stages: dict[str, float]
+    batch: float
     alerts: int
 
 
@@ -165,6 +168,7 @@ def only_consume_and_parse(settings: Settings, events: int) -> tuple[float, floa
 
 def serve(settings: Settings, events: int) -> Run:
     """Run the service over the whole topic."""
+    configure_logging(settings)
     detector, windows = streamer.detector.open_detector(settings)
     line = detector.bundle.line(settings.alerts_per_day)
     build = functools.partial(
@@ -202,7 +206,8 @@ def serve(settings: Settings, events: int) -> Run:
     seconds = ended[0] - began[0]
     stages["rest"] = seconds - sum(stages.values())
     alerts = service.metrics.registry.get_sample_value("ripcurrent_alerts_total") or 0
-    return Run(seconds, ended[1] - began[1], stages, int(alerts))
+    batches = service.metrics.registry.get_sample_value("ripcurrent_batches_total") or 1
+    return Run(seconds, ended[1] - began[1], stages, events / batches, int(alerts))
 
 
 def fill(bootstrap: str, topic: str, events: Sequence[bytes]) -> None:
@@ -264,7 +269,8 @@ def measure(size: int, folder: Path, bootstrap: str, redis_url: str) -> None:
 def report(size: int, events: int, fields: int, floors: Sequence[tuple[float, float]], runs: Sequence[Run]) -> None:
     """The figures as docs/performance.md has them."""
     floor, floor_cpu = (statistics.median(times) for times in zip(*floors, strict=True))
-    print(f"\n### {size // 1024} KB\n\n{events:,} events of {size} bytes, {fields} fields, {runs[0].alerts} alerts\n")
+    print(f"\n### {size // 1024} KB\n\n{events:,} events of {size} bytes, {fields} fields, {runs[0].alerts} alerts")
+    print(f"batches of {statistics.fmean(run.batch for run in runs):,.0f} messages on average\n")
     print("| | events/s | events a second of CPU | CPU, floor = 1 |\n|---|---|---|---|")
     rows = [("only consume and `orjson.loads`", floor, floor_cpu)]
     rows += [(f"the service, run {n}", run.seconds, run.cpu) for n, run in enumerate(runs, 1)]
@@ -283,6 +289,7 @@ def main() -> None:
         del os.environ[variable]
     with tempfile.TemporaryDirectory() as folder, servers.kafka() as bootstrap, servers.valkey() as redis_url:
         os.chdir(folder)
+        torch.set_num_threads(1)  # as the command does
         encoder.training.STEPS = encoder.sequence.STEPS = STEPS
         for size in SIZES:
             measure(size, Path(folder), bootstrap, redis_url)

@@ -61,11 +61,8 @@ def test_the_wheel_names_its_license_its_command_and_its_extras(wheel: Path) -> 
         assert sorted(archive.read(inside["top_level.txt"]).decode().split()) == sorted(PACKAGES)
     for line in ("Name: ripcurrent", "Requires-Python: >=3.11", "License-Expression: Apache-2.0"):
         assert line in metadata.splitlines()
-    assert {line.split()[1] for line in metadata.splitlines() if line.startswith("Provides-Extra:")} == {
-        "demo",
-        "dev",
-        "test",
-    }
+    extras = {line.split()[1] for line in metadata.splitlines() if line.startswith("Provides-Extra:")}
+    assert extras == {"demo", "dev", "plots", "test"}
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
     assert all(">=" in line or line.startswith("Requires-Dist: ripcurrent[") for line in required), required
 
@@ -95,7 +92,7 @@ def test_the_installed_command_works_from_another_directory(wheel: Path, tmp_pat
     command = target / "bin" / "ripcurrent"
     assert run(command, "--version").startswith("ripcurrent 0.")
     shown = run(command, "--help")
-    for name in ("fit", "run", "score", "evaluate", "simulate", "demo", "config"):
+    for name in ("fit", "run", "score", "evaluate", "simulate", "demo", "config", "schema", "gradients"):
         assert f" {name} " in shown
     where = "import encoder.events, state.redis_server, streamer.servers as s; print(s.__file__, s._kafka_jars)"
     assert run(python, "-c", where).startswith(str(site))
