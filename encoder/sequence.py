@@ -16,28 +16,32 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 from torch.nn import functional
 
 from encoder.entities import KINDS
 from encoder.events import EncoderError
-from encoder.outcomes import ORDER, Codebook, RunCounts
+from encoder.vectorize import row_hash
 
 WIDTH = 32
 """Members of a window: what the network can see, and a power of two."""
 FEATURES = 32
+EMBEDDING = 64
+CODES = 512
+"""Records told apart as outcomes: the commonest and, of the rest, clusters."""
 STEPS = 800
 BATCH = 96
-CHUNK = 1024
-"""Windows a pass through the network."""
 LEARNING_RATE = 2e-3
 MIN_ENDINGS = 50
 """Endings of a kind of entity from which to learn how its routines end."""
 MIN_SILENCE_MS = 1000
+ORDER = 3
+"""Outcomes before the one that is counted."""
 AGE_MS = 7 * 86_400_000
 
 _LEAST = 1e-12
-_NEVER = np.iinfo(np.int64).max
+_ODD = np.int64(0x1E3779B97F4A7C15)
 
 Progress = Callable[[int, int, float], None]
 
@@ -88,6 +92,7 @@ class SequenceNet(nn.Module):
         self.blocks = nn.ModuleList(CausalBlock(FEATURES) for _ in range(WIDTH.bit_length() - 1))
         self.norm = nn.LayerNorm(FEATURES)
         self.next = nn.Linear(FEATURES, outcomes)
+        self.broken = nn.Linear(FEATURES, 1)
 
     def _slots(self, vectors: Tensor, gaps: Tensor, used: Tensor, kind: Tensor) -> Tensor:
         members = self.records(vectors) + self.gaps(gaps)
@@ -130,6 +135,129 @@ def used_slots(length: NDArray[np.int32], width: int) -> NDArray[np.bool_]:
     """bool [m, W]: members stand on the right."""
     used: NDArray[np.bool_] = np.arange(width) >= width - length[:, None]
     return used
+
+
+class Codebook:
+    """Record vectors to outcomes: the commonest distinct vectors of training, then cluster centres of the others.
+
+    centres: float32 [k, d]; reach: float32 [k], the farthest that a training vector lay from its centre. A vector
+    beyond the reach of its nearest centre is OTHER, outcome k: like nothing in training.
+    """
+
+    def __init__(self, centres: Tensor, reach: Tensor) -> None:
+        self.centres, self.reach = centres, reach
+
+    @property
+    def other(self) -> int:
+        return len(self.centres)
+
+    @classmethod
+    def fit(cls, vectors: NDArray[np.float16], *, seed: int, size: int = CODES) -> Codebook:
+        """vectors: float16 [n, d], of training events."""
+        first, inverse = distinct_rows(vectors)
+        counts = np.bincount(inverse)
+        order = np.argsort(-counts, kind="stable")
+        distinct = vectors[first[order]].astype(np.float32)
+        common = distinct if len(distinct) <= size else distinct[: size // 2]
+        rest = distinct[len(common) :]
+        centres = common
+        if len(rest):
+            weights = np.sqrt(counts[order[len(common) :]])
+            model = MiniBatchKMeans(size - len(common), random_state=seed, batch_size=1024, n_init=1, max_iter=20)
+            centres = np.concatenate([common, model.fit(rest, sample_weight=weights).cluster_centers_])
+        book = cls(torch.from_numpy(np.ascontiguousarray(centres, np.float32)), torch.zeros(len(centres)))
+        nearest, distance = book._nearest(torch.from_numpy(distinct))
+        book.reach.scatter_reduce_(0, nearest, distance, "amax")
+        # A little beyond: as far as vectors of one meaning were seen to lie apart, over all of the book.
+        book.reach = torch.maximum(book.reach * 1.05, torch.full_like(book.reach, 1e-3)) + 0.5 * book.reach.median()
+        return book
+
+    def _nearest(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        found = [torch.cdist(part, self.centres).min(dim=1) for part in torch.split(vectors, 4096)]
+        if not found:
+            return torch.empty(0, dtype=torch.int64), torch.empty(0)
+        return torch.cat([part.indices for part in found]), torch.cat([part.values for part in found])
+
+    def __call__(self, vectors: NDArray[np.float16]) -> NDArray[np.int64]:
+        """float16 [n, d] to int64 [n]: each distinct vector is looked up once."""
+        first, inverse = distinct_rows(vectors)
+        known = torch.from_numpy(vectors[first].astype(np.float32)).to(self.centres.device)
+        nearest, distance = self._nearest(known)
+        codes = torch.where(distance <= self.reach[nearest], nearest, self.other).cpu().numpy()
+        return codes[inverse]
+
+
+def distinct_rows(vectors: NDArray[np.float16]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """The first row of each kind, and for every row which of them is its like. vectors: float16 [n, d]."""
+    bits = np.ascontiguousarray(vectors).view(np.uint16).astype(np.int32)
+    keys = row_hash((bits[:, ::2] << 16) + bits[:, 1::2] if bits.shape[1] % 2 == 0 else bits)
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    return first, inverse.ravel()
+
+
+class RunCounts:
+    """-log p of an outcome after the runs of up to ORDER outcomes before it, by counting, with Witten-Bell backoff
+    (Bell et al. 1990): what a network has to beat on routines.
+
+    An entity counts once for each run and outcome: what one machine does a thousand times a day is one observation of
+    what machines do. keys: int64 [k], sorted; counts: float32 [k, 2], of (kind, run, outcome) how many entities, and of
+    (kind, run) their sum and the number of distinct outcomes.
+    """
+
+    def __init__(self, keys: NDArray[np.int64], counts: NDArray[np.float32], outcomes: int) -> None:
+        self.keys, self.counts, self.outcomes = keys, counts, outcomes
+
+    @classmethod
+    def fit(
+        cls,
+        entity: NDArray[np.int64],
+        kind: NDArray[np.int64],
+        runs: NDArray[np.int64],
+        outcome: NDArray[np.int64],
+        outcomes: int,
+    ) -> RunCounts:
+        """entity, kind: int64 [m]; runs: int64 [m, ORDER], latest first, -1 where there was nothing; outcome: int64
+        [m]."""
+        keys: list[NDArray[np.int64]] = []
+        counts: list[NDArray[np.float64]] = []
+        for order in range(ORDER + 1):
+            wanted = _run_keys(kind, runs, order, outcome)
+            _, once = np.unique(wanted ^ (entity * _ODD), return_index=True)
+            pair, first, count = np.unique(wanted[once], return_index=True, return_counts=True)
+            at = once[first]
+            run, inverse = np.unique(_run_keys(kind[at], runs[at], order, None), return_inverse=True)
+            totals = np.bincount(inverse, weights=count)
+            keys += [pair, run]
+            counts += [np.column_stack([count, count]), np.column_stack([totals, np.bincount(inverse)])]
+        all_keys = np.concatenate(keys)
+        by_key = np.argsort(all_keys, kind="stable")
+        return cls(all_keys[by_key], np.concatenate(counts)[by_key].astype(np.float32), outcomes)
+
+    def _look_up(self, keys: NDArray[np.int64]) -> NDArray[np.float32]:
+        if not len(self.keys):
+            return np.zeros((len(keys), 2), np.float32)
+        at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        return np.where((self.keys[at] == keys)[:, None], self.counts[at], np.float32(0))
+
+    def probability(
+        self, kind: NDArray[np.int64], runs: NDArray[np.int64], outcome: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """float64 [m], as in `fit`."""
+        p = np.full(len(kind), 1.0 / self.outcomes)
+        for order in range(ORDER + 1):
+            hits = self._look_up(_run_keys(kind, runs, order, outcome))[:, 0]
+            total, distinct = self._look_up(_run_keys(kind, runs, order, None)).T
+            seen = total > 0
+            p = np.where(seen, (hits + distinct * p) / np.maximum(total + distinct, 1.0), p)
+        return p
+
+
+def _run_keys(
+    kind: NDArray[np.int64], runs: NDArray[np.int64], order: int, outcome: NDArray[np.int64] | None
+) -> NDArray[np.int64]:
+    what = np.full(len(kind), -1, np.int64) if outcome is None else outcome
+    parts = [np.full(len(kind), order, np.int64), kind, what, *runs[:, :order].T]
+    return row_hash(np.column_stack(parts).astype(np.int32)).view(np.int64)
 
 
 class _History:
@@ -183,18 +311,17 @@ class _History:
 
 @dataclass(frozen=True)
 class SequenceScores:
-    """Of m windows, each about its newest member; nats, where network and counts agree (the lesser of the two: the
-    network is too sure of what it saw often in few places, the counts of what they never saw).
+    """Of m windows, each about its newest member; nats.
 
-    surprise: float32 [m], -log p(newest record | those before); order: float32 [m], by how much that exceeds
-    -log p(newest record) among all of its kind of entity, at least 0: what the window adds to the record; ending:
-    float32 [m], -log p(nothing follows for the kind's silence), 0 for kinds that do not end: counts only once the
-    entity has fallen silent, and on a scale of its own; embedding: float32 [m, FEATURES], what the network knows of
-    the window.
+    surprise: float32 [m], -log p(newest record | those before); usual: float32 [m], -log p(newest record) among all of
+    its kind of entity: what is beyond it is the order's doing; broken: float32 [m], -log p(the window is whole: not
+    shuffled, spliced or with a piece left out); ending: float32 [m], -log p(nothing follows for the kind's silence), 0
+    for kinds that do not end: counts only once the entity has fallen silent; embedding: float32 [m, FEATURES].
     """
 
     surprise: NDArray[np.float32]
-    order: NDArray[np.float32]
+    usual: NDArray[np.float32]
+    broken: NDArray[np.float32]
     ending: NDArray[np.float32]
     embedding: NDArray[np.float32]
 
@@ -214,8 +341,7 @@ class SequenceReport:
 class SequenceModel:
     """Scores windows.
 
-    silence: ms of silence, by kind of entity, after which `ending` counts; other kinds do not end. novelty: how often a
-    record is like nothing before, by kind.
+    silence: ms of silence, by kind of entity, after which `ending` counts; other kinds do not end.
     """
 
     def __init__(
@@ -230,10 +356,9 @@ class SequenceModel:
     ) -> None:
         self.net = net.eval().requires_grad_(False)
         self.codebook, self.counts = codebook, counts
-        self.scale, self.novelty = scale, dict(novelty)
-        self.silence = dict(silence)
+        self.scale, self.novelty, self.silence = scale, dict(novelty), dict(silence)
         self._novelty = np.array([self.novelty.get(kind, 1.0) for kind in KINDS])
-        self._silence = np.array([self.silence.get(kind, _NEVER) for kind in KINDS])
+        self._quiet = np.array([self.silence.get(kind, 0) for kind in KINDS], np.int64)
 
     @property
     def device(self) -> torch.device:
@@ -256,54 +381,41 @@ class SequenceModel:
         codes = np.where(
             recent, self.codebook(vectors[:, -ORDER - 1 :].reshape(m * (ORDER + 1), -1)).reshape(m, -1), -1
         )
-        kinds = kind.astype(np.int64)
+        gaps = gap_features(times, used)
+        outputs = np.empty((m, 2, FEATURES), np.float32)
+        p_next, p_end, p_broken = np.empty(m), np.empty(m), np.empty(m)
         end = self.codebook.other + 1
-        outcome = np.column_stack([codes[:, -1], np.full(m, end), np.full(m, end)])
-        by_net, embedding = self._network(vectors, gap_features(times, used), used, kinds, outcome)
+        for start in range(0, m, 1024):
+            part = slice(start, start + 1024)
+            x = torch.from_numpy(vectors[part].astype(np.float32) * self.scale).to(self.device)
+            arrays = (
+                torch.from_numpy(a).to(self.device) for a in (gaps[part], used[part], kind[part].astype(np.int64))
+            )
+            with torch.no_grad():
+                known = self.net.last_slots(x, *arrays)
+                p = self.net.next(known).softmax(dim=-1).double().cpu().numpy()
+                p_broken[part] = self.net.broken(known[:, 1])[:, 0].double().sigmoid().cpu().numpy()
+            outputs[part] = known.cpu().numpy()
+            p_next[part] = np.take_along_axis(p[:, 0], codes[part, -1:], axis=1)[:, 0]
+            p_end[part] = p[:, 1, end]
+        kinds = kind.astype(np.int64)
         latest = codes[:, ::-1]
-        contexts = (latest[:, 1:], latest[:, 1:], latest[:, :-1])
-        by_count = np.column_stack(
-            [self.counts.probability(kinds, run, outcome[:, i]) for i, run in enumerate(contexts)]
-        )
-        # What comes after a silence comes although an end was as good as certain.
-        silent = used[:, -2] & (times[:, -1] - times[:, -2] > self._silence[kinds])
-        for p in (by_net, by_count):
-            p[:, 0] = np.where(silent, np.minimum(p[:, 0] / np.maximum(1 - p[:, 1], _LEAST), 1.0), p[:, 0])
-        nats = -np.log(np.maximum(np.maximum(by_net, by_count), _LEAST))
-        surprise = nats[:, 0]
+        by_count = self.counts.probability(kinds, latest[:, 1:], codes[:, -1])
+        end_count = self.counts.probability(kinds, latest[:, :-1], np.full(m, end))
+        surprise = -0.5 * (np.log(np.maximum(p_next, _LEAST)) + np.log(by_count))
+        self.parts = (p_next, by_count, p_end, end_count)  # DEBUG
+        ending = -0.5 * (np.log(np.maximum(p_end, _LEAST)) + np.log(end_count))
         usual = -np.log(self.counts.probability(kinds, latest[:, :0], codes[:, -1]))
         new = codes[:, -1] == self.codebook.other
         surprise[new] = usual[new] = -np.log(self._novelty[kinds[new]])
-        ending = np.where(self._silence[kinds] < _NEVER, nats[:, 2], 0.0)
+        ending[self._quiet[kinds] == 0] = 0.0
         return SequenceScores(
             surprise.astype(np.float32),
-            np.maximum(surprise - usual, 0).astype(np.float32),
+            usual.astype(np.float32),
+            -np.log1p(-np.minimum(p_broken, 1 - 1e-7)).astype(np.float32),
             ending.astype(np.float32),
-            embedding,
+            outputs[:, 1],
         )
-
-    def _network(
-        self,
-        vectors: NDArray[np.float16],
-        gaps: NDArray[np.float32],
-        used: NDArray[np.bool_],
-        kind: NDArray[np.int64],
-        outcome: NDArray[np.int64],
-    ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-        """float64 [m, 3], p of the three outcomes before, before and after the newest record; float32 [m, FEATURES]."""
-        m = len(kind)
-        p, embedding = np.empty((m, 3)), np.empty((m, FEATURES), np.float32)
-        for start in range(0, m, CHUNK):
-            part = slice(start, start + CHUNK)
-            x = torch.from_numpy(vectors[part].astype(np.float32) * self.scale).to(self.device)
-            arrays = [torch.from_numpy(array[part]).to(self.device) for array in (gaps, used, kind, outcome)]
-            with torch.no_grad():
-                known = self.net.last_slots(x, *arrays[:3])
-                likely = self.net.next(known).double().softmax(dim=-1)
-                p[part, :2] = likely[:, 0].gather(1, arrays[3][:, :2]).cpu().numpy()
-                p[part, 2:] = likely[:, 1].gather(1, arrays[3][:, 2:]).cpu().numpy()
-                embedding[part] = known[:, 1].cpu().numpy()
-        return p, embedding
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON from which `from_state` makes the same model."""
@@ -355,8 +467,8 @@ def fit_sequences(
     """Fit to the history of n events.
 
     vectors: float16 [n, d], record embeddings; times: int64 [n], event ms; pairs: whom the events are about. The
-    network does not train on the last tenth of the time, where novelty is measured. Progress is called with (step,
-    steps, mean loss). Raises `EncoderError` where no event names an entity.
+    network does not train on the last tenth of the time, where its share beside the counts is chosen. Raises
+    `EncoderError` where no event names an entity.
     """
     torch.manual_seed(seed)
     history = _History(times, pairs)
@@ -369,12 +481,7 @@ def fit_sequences(
     silence = history.silence()
     codes = codebook(vectors)[history.row]
     follows = _outcomes(history, codes, silence, end)
-    net = SequenceNet(dim=vectors.shape[1], outcomes=end + 1, kinds=len(KINDS))
-    # Begin with how often each outcome is: else what is seen too seldom to be learned stays likely (AP .93, not .95).
-    often = np.bincount(follows[(follows >= 0) & ~held], minlength=end + 1) + 0.5
-    nn.init.zeros_(net.next.weight)
-    net.next.bias.data = torch.from_numpy(np.log(often / often.sum())).float()
-    net.to(device)
+    net = SequenceNet(dim=vectors.shape[1], outcomes=end + 1, kinds=len(KINDS)).to(device)
     scale = 1.0 / max(float(np.sqrt(np.square(codebook.centres.numpy()).mean())), 1e-6)
     task = _Task(net, history, vectors, scale, codes, follows, held, seed, device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
@@ -420,7 +527,7 @@ def _nats(p: NDArray[np.float64]) -> float:
 
 def _outcomes(history: _History, codes: NDArray[np.int64], silence: Mapping[int, int], end: int) -> NDArray[np.int64]:
     """int64 [m]: what followed each pair: the next record's outcome, the end, or -1 where the events ended first."""
-    quiet = np.array([silence.get(kind, _NEVER) for kind in range(len(KINDS))])[history.kind]
+    quiet = np.array([silence.get(kind, np.iinfo(np.int64).max) for kind in range(len(KINDS))])[history.kind]
     later = np.append(history.time[1:], 0)
     later[history.is_last] = history.time.max()
     follows = np.where(history.is_last, -1, np.append(codes[1:], -1))
@@ -461,11 +568,7 @@ def _novelty(kind: NDArray[np.int64], new: NDArray[np.bool_]) -> dict[str, float
 
 
 class _Task:
-    """The training task: predict what follows at every slot, the first record of an entity and its end among it.
-
-    To tell real windows from shuffled, spliced and gapped ones as a second task was tried: it cost the prediction
-    .02 to .08 nats a record, and its own verdict found little (AUROC .58 to .70 of a block on HDFS).
-    """
+    """The training task: predict what follows at every slot, and tell whole windows from broken ones."""
 
     def __init__(
         self,
@@ -507,7 +610,15 @@ class _Task:
         begins = ~used[:, :-1] & used[:, 1:]
         target[:, :-1][begins] = self.codes[at[:, 1:][begins]]
         wanted = torch.from_numpy(target).to(self.device)
-        return functional.cross_entropy(self.net.next(known).flatten(0, 1), wanted.flatten(), ignore_index=-1)
+        follow = functional.cross_entropy(self.net.next(known).flatten(0, 1), wanted.flatten(), ignore_index=-1)
+        spoiled, spoiled_gaps, spoiled_used, changed = spoil(at, gaps, used, self.codes, self.history.kind, self.rng)
+        broken = self.net.last_slots(*self._tensors(spoiled, spoiled_gaps, spoiled_used))[:, 1][
+            torch.from_numpy(changed)
+        ]
+        whole = known[:, -1][torch.from_numpy(changed)]
+        logits = self.net.broken(torch.cat([whole, broken]))[:, 0]
+        truth = torch.cat([torch.zeros(len(whole)), torch.ones(len(broken))]).to(self.device)
+        return follow + functional.binary_cross_entropy_with_logits(logits, truth) if len(logits) else follow
 
     def probability(self, places: NDArray[np.int64]) -> NDArray[np.float64]:
         """The network's probability of what followed at these places."""
@@ -520,3 +631,48 @@ class _Task:
             wanted = self._all_follows[part]
             found.append(p.double().cpu().numpy()[np.arange(len(part)), wanted])
         return np.concatenate(found)
+
+
+def spoil(
+    at: NDArray[np.int64],
+    gaps: NDArray[np.float32],
+    used: NDArray[np.bool_],
+    codes: NDArray[np.int64],
+    kind: NDArray[np.int64],
+    rng: np.random.Generator,
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Windows with a piece shuffled, with the past of another window of their kind, or with a piece left out; in equal
+    shares. Returns places, gaps, used, and which windows are not what they were. Gaps stay where they are, or go with
+    the records left out: a strange pause would give it away."""
+    at, gaps, used = at.copy(), gaps.copy(), used.copy()
+    m, width = at.shape
+    before = np.where(used, codes[at], -1)
+    by_kind = np.argsort(kind[at[:, -1]], kind="stable")
+    partner = np.empty(m, np.intp)
+    partner[by_kind] = np.roll(by_kind, 1)
+    original, original_used = at.copy(), used.copy()
+    how = rng.integers(0, 3, size=(m,), dtype=np.int64)
+    for i in range(m):
+        members = int(used[i].sum())
+        if members < 3:
+            continue
+        first = width - members
+        if how[i] == 0:
+            size = int(rng.integers(2, min(members, 8) + 1))
+            start = int(rng.integers(first, width - size + 1))
+            at[i, start : start + size] = rng.permutation(at[i, start : start + size])
+        elif how[i] == 1:
+            cut = int(rng.integers(first + 1, width))
+            theirs = original_used[partner[i]]
+            at[i, :cut] = original[partner[i], :cut]
+            used[i, :cut] = theirs[:cut]
+            if not theirs[:cut].any():
+                continue
+        else:
+            size = int(rng.integers(1, min(members - 2, 4) + 1))
+            start = int(rng.integers(first, width - size))
+            for array in (at, gaps, used):
+                array[i, size : start + size] = array[i, :start].copy()
+            used[i, :size] = False
+    after = np.where(used, codes[at], -1)
+    return at, gaps, used, (after != before).any(axis=1)

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from encoder import sequence
 from encoder.entities import KINDS
 from encoder.events import EncoderError
-from encoder.outcomes import ORDER, Codebook, RunCounts
 from encoder.sequence import (
     WIDTH,
+    Codebook,
     SequenceModel,
     SequenceNet,
     SequenceScores,
@@ -99,42 +99,12 @@ def test_only_kinds_that_end_have_endings(model: SequenceModel) -> None:
     assert score(model, ROUTINE[:3], kind=HOST).ending.tolist() == [0.0]
 
 
-@pytest.mark.parametrize(
-    "steps", [(0, 1, 3, 2, 4, 5), (0, 1, 4, 5, 2, 3), (0, 1, 2, 4, 5), (0, 1, 2, 0, 1, 2)], ids=str
-)
-def test_the_order_of_shuffled_gapped_and_spliced_runs_is_odd(model: SequenceModel, steps: tuple[int, ...]) -> None:
-    def oddest(run: tuple[int, ...]) -> float:
-        return float(score(model, *(run[:k] for k in range(1, len(run) + 1))).order.max())
-
-    assert oddest(steps) > oddest(ROUTINE) + 1
-
-
-def test_what_one_entity_does_over_and_over_is_one_observation() -> None:
-    entity, kind = np.zeros(1000, np.int64), np.full(1000, HOST)
-    runs, outcome = np.zeros((1000, ORDER), np.int64), np.zeros(1000, np.int64)
-    once = RunCounts.fit(entity[:1], kind[:1], runs[:1], outcome[:1], 8)
-    often = RunCounts.fit(entity, kind, runs, outcome, 8)
-    many = RunCounts.fit(np.arange(1000), kind, runs, outcome, 8)
-    other = (kind[:1], runs[:1], outcome[:1] + 3)
-    assert once.probability(*other) == often.probability(*other)
-    assert many.probability(*other) < 0.01 * often.probability(*other)
-
-
-def test_probabilities_of_counts_add_up_to_one() -> None:
-    rng = np.random.default_rng(0)
-    entity, outcome, runs = rng.integers(0, 9, 300), rng.integers(0, 5, 300), rng.integers(-1, 5, (300, ORDER))
-    counts = RunCounts.fit(entity, np.zeros(300, np.int64), runs, outcome, 8)
-    for run in (runs[:20], rng.integers(-1, 5, (20, ORDER))):
-        total = sum(counts.probability(np.zeros(20, np.int64), run, np.full(20, x)) for x in range(8))
-        np.testing.assert_allclose(total, 1.0)
-
-
 def test_a_score_depends_on_its_window_alone(model: SequenceModel) -> None:
     windows = [ROUTINE[:k] for k in range(1, 7)] + [ROUTINE * 5]
     together = score(model, *windows)
     for i, window in enumerate(windows):
         alone = score(model, window)
-        for name in ("surprise", "order", "ending", "embedding"):
+        for name in ("surprise", "broken", "ending", "embedding"):
             np.testing.assert_allclose(getattr(alone, name)[0], getattr(together, name)[i], atol=1e-5)
 
 
@@ -174,7 +144,7 @@ def test_state_and_back_gives_the_same_scores(model: SequenceModel) -> None:
     tensors, config = model.state()
     again = SequenceModel.from_state(tensors, orjson.loads(orjson.dumps(config)), CPU)
     a, b = score(model, ROUTINE, (0, 5)), score(again, ROUTINE, (0, 5))
-    for name in ("surprise", "order", "ending", "embedding"):
+    for name in ("surprise", "broken", "ending", "embedding"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
     with pytest.raises(EncoderError, match="fit the bundle again"):
         SequenceModel.from_state({}, config, CPU)
