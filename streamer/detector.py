@@ -117,17 +117,18 @@ class Silence:
 class Detector:
     """Joins encoder and state: decodes, encodes, appends to windows, scores, explains.
 
-    windows: where entities are remembered between batches; its vectors must be of the bundle's encoder.
+    windows: where entities are remembered between batches; its vectors must be of the bundle's encoder. timers:
+    remember who may fall silent, for `advance`; without a call of it now and then they would pile up.
     """
 
-    def __init__(self, bundle: Bundle, windows: WindowStore, *, tenant: str = "default") -> None:
+    def __init__(self, bundle: Bundle, windows: WindowStore, *, tenant: str = "default", timers: bool = True) -> None:
         self.bundle = bundle
         self.windows = windows
         self.tenant = tenant
         fields = bundle.encoder.schema.fields
         self._causes = np.array([f"record:{field.path}" for field in fields], object)
         sequences = bundle.scorer.sequences
-        silence = sequences.model.silence if sequences is not None else {}
+        silence = sequences.model.silence if sequences is not None and timers else {}
         self._silence = np.array([silence.get(kind, 0) for kind in KINDS], np.int64)
         self._open: dict[str, tuple[int, int, tuple[str, int], int, int]] = {}
 
@@ -416,4 +417,4 @@ def open_detector(settings: Settings) -> tuple[Detector, WindowStore]:
         retries=settings.redis.retries,
         **settings.redis.client_arguments(),
     )
-    return Detector(bundle, windows, tenant=settings.tenant), windows
+    return Detector(bundle, windows, tenant=settings.tenant, timers=False), windows
