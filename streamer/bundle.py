@@ -27,22 +27,15 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
 from encoder.runtime import Encoder
-from encoder.schema import Schema
 from encoder.sequence import SequenceModel
 from state.baseline import Baseline, Density
 from state.calibration import Calibration
-from streamer.errors import RipcurrentError
+from streamer.manifest import FORMAT, MANIFEST, SCHEMA, BundleError, digest_of, verify
 from streamer.scoring import RecordScorer, Scorer, SequenceScorer
 
-FORMAT = 1
-"""Changes with what a bundle holds."""
-_MANIFEST, _SCHEMA, _ENCODER = "manifest.json", "schema.json", "encoder.safetensors"
+_ENCODER = "encoder.safetensors"
 _INDEX, _SCORES, _EXEMPLARS = "baseline.hnsw", "scores.safetensors", "exemplars.ndjson"
 _SEQUENCES = "sequences.safetensors"
-
-
-class BundleError(RipcurrentError):
-    """A bundle that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +74,7 @@ def save(path: Path, *, encoder: Encoder, scorer: Scorer, exemplars: list[bytes]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        (temporary / _SCHEMA).write_bytes(encoder.schema.to_json())
+        (temporary / SCHEMA).write_bytes(encoder.schema.to_json())
         save_tensors(encoder.state(), temporary / _ENCODER)
         index = scorer.record.baseline.save(temporary / _INDEX)
         config = None
@@ -90,7 +83,7 @@ def save(path: Path, *, encoder: Encoder, scorer: Scorer, exemplars: list[bytes]
             save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary / _SEQUENCES)
         save_arrays(_scorer_arrays(scorer), temporary / _SCORES)
         (temporary / _EXEMPLARS).write_bytes(b"".join(line + b"\n" for line in exemplars))
-        files = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
+        files = {file.name: digest_of(file) for file in sorted(temporary.iterdir())}
         name = hashlib.sha256(orjson.dumps(files)).hexdigest()[:12]
         manifest = {
             "format": FORMAT,
@@ -102,7 +95,7 @@ def save(path: Path, *, encoder: Encoder, scorer: Scorer, exemplars: list[bytes]
             "sequences": config,
             "training": training,
         }
-        (temporary / _MANIFEST).write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+        (temporary / MANIFEST).write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
         temporary.chmod(0o755)
         _swap(temporary, path)
     except BaseException:
@@ -116,7 +109,7 @@ def _swap(new: Path, path: Path) -> None:
     if not path.exists():
         os.rename(new, path)
         return
-    if not (path / _MANIFEST).exists():
+    if not (path / MANIFEST).exists():
         raise BundleError(f"{path} exists and is not a bundle; choose another --out or remove it")
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
     os.rename(path, old)
@@ -151,25 +144,9 @@ def _calibrations(arrays: dict[str, NDArray[Any]], group: str) -> dict[str, Cali
     }
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def load(path: Path, device: str = "cpu") -> Bundle:
     """Raises BundleError: not there, not whole, changed, or of a schema that its weights do not fit."""
-    manifest = read_manifest(path)
-    for name, digest in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise BundleError(f"bundle {path} lacks {name}; fit it again or restore the file")
-        if _digest(file) != digest:
-            raise BundleError(f"{file} was changed or cut off since the bundle was written; fit it again or restore it")
-    schema = Schema.from_json((path / _SCHEMA).read_bytes(), str(path / _SCHEMA))
-    if schema.hash != manifest["schema_hash"]:
-        raise BundleError(
-            f"{path / _SCHEMA} has hash {schema.hash[:12]}, the bundle was fitted with {manifest['schema_hash'][:12]}; "
-            "fit a bundle with this schema"
-        )
+    manifest, schema = verify(path)
     try:
         encoder = Encoder.from_state(schema, load_tensors(path / _ENCODER), torch.device(device))
         arrays = load_arrays(path / _SCORES)
@@ -187,18 +164,3 @@ def load(path: Path, device: str = "cpu") -> Bundle:
         raise BundleError(f"bundle {path} does not hold what its manifest says ({error}); fit it again") from error
     exemplars = (path / _EXEMPLARS).read_bytes().splitlines()
     return Bundle(encoder, scorer, exemplars, manifest)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the bundle at `path`. Raises BundleError."""
-    file = path / _MANIFEST
-    try:
-        manifest = orjson.loads(file.read_bytes())
-    except FileNotFoundError as error:
-        raise BundleError(f"there is no bundle at {path}; make one: ripcurrent fit FILES --out {path}") from error
-    except (OSError, orjson.JSONDecodeError) as error:
-        raise BundleError(f"{file} cannot be read ({error}); fit the bundle again or restore the file") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise BundleError(f"{path} has bundle format {found}, this version reads {FORMAT}; fit the bundle again")
-    return manifest

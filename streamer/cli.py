@@ -132,8 +132,10 @@ def run(settings: Settings) -> None:
     _check_bundle(settings)
     _check_redis(settings)
     from streamer.kafka import check_topics
+    from streamer.manifest import verify
 
     check_topics(settings)
+    verify(settings.bundle)
     # Only now what takes seconds to import and load.
     from streamer.alerts import build_alerts
     from streamer.detector import open_detector

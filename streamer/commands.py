@@ -139,7 +139,7 @@ def schema(bundle: Annotated[Path, typer.Argument(help="The bundle to read.")] =
     from rich.console import Console
 
     from encoder.schema import Schema
-    from streamer.bundle import read_manifest
+    from streamer.manifest import read_manifest
     from streamer.schema_table import schema_table
 
     read_manifest(bundle)
