@@ -1,0 +1,293 @@
+"""The whole path with a bundle that was fitted: files and topics in, alerts out, and the same scores however they are
+asked for, cut into batches or cut off."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from stream import Topics, create, until
+from test_cli import COMMAND, ripcurrent
+
+import encoder.sequence
+import encoder.training
+from encoder.events import Message
+from state.windows import MemoryWindows
+from streamer.bundle import load
+from streamer.detector import Detector
+from streamer.fitting import fit
+from streamer.simulate import schedule, simulate, write
+
+LINE = 0.02
+DATA = os.environ.get("RIPCURRENT_EVAL_DATA", "")
+needs_data = pytest.mark.skipif(not DATA, reason="RIPCURRENT_EVAL_DATA names no folder of recordings")
+
+
+@contextmanager
+def short_training() -> Iterator[None]:
+    """What is tested here does not depend on how well the detector detects."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoder.training, "STEPS", 30)
+        patch.setattr(encoder.sequence, "STEPS", 30)
+        yield
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train.ndjson, a simulated day; test.ndjson, the next, with incidents; and bundle, fitted on the first."""
+    folder = tmp_path_factory.mktemp("end-to-end")
+    days = list(simulate(seed=3, days=2, events_per_day=2600, incidents=schedule(2, clean=1)))
+    write(days[:1], folder / "train.ndjson")
+    write(days[1:], folder / "test.ndjson")
+    with short_training():
+        fit([folder / "train.ndjson"], folder / "bundle")
+    return folder
+
+
+@pytest.fixture
+def topics(kafka: str, unique: Callable[[str], str]) -> Topics:
+    return create(kafka, unique("end"), partitions=1)
+
+
+def lines(path: Path) -> list[bytes]:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        return file.read().splitlines()
+
+
+class Service:
+    """`ripcurrent run` as a process, with its own database of Redis (0 to 15)."""
+
+    def __init__(self, topics: Topics, bundle: Path, redis_url: str, database: int, **settings: Any) -> None:
+        flags = {
+            "bundle": bundle,
+            "kafka-bootstrap-servers": topics.bootstrap,
+            "kafka-group-id": topics.name,
+            "kafka-instance-id": "one",
+            "kafka-property": "session.timeout.ms=6000",
+            "redis-url": redis_url.removesuffix("/0") + f"/{database}",
+            "tenant": topics.events,
+            "events": topics.events,
+            "alerts": f"{topics.name}-alerts",
+            "dead-letters": f"{topics.name}-dead",
+            "scores": f"{topics.name}-scores",
+            "start": "earliest",
+            "line": LINE,
+            "device": "cpu",
+            "metrics-port": 0,
+            "log-level": "warning",
+        }
+        given = {key.replace("_", "-"): value for key, value in settings.items()}
+        self.topics = topics
+        self.command = [*COMMAND, "run", *(f"--{key}={value}" for key, value in (flags | given).items())]
+
+    def run_until(self, n: int, *, kill: bool = False, seconds: float = 90) -> None:
+        """Start, wait until n messages are committed, and end with SIGTERM, or with SIGKILL wherever it stands."""
+        with subprocess.Popen(self.command) as process:
+            try:
+                until(lambda: process.poll() is not None or self.done() >= n, seconds)
+                assert process.poll() is None, f"it ended with {process.returncode}"
+            finally:
+                process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
+            code = process.wait(30)
+        assert code == (-signal.SIGKILL if kill else 0)
+
+    def done(self) -> int:
+        return sum(max(offset, 0) for offset in self.topics.committed().values())
+
+
+def scores_of(topics: Topics) -> dict[tuple[int, int], float]:
+    """p-value by (offset, index); each event is there once."""
+    found = [orjson.loads(message.value()) for message in topics.read("scores")]
+    scores = {(score["offset"], score["index"]): score["p_value"] for score in found}
+    assert len(scores) == len(found)
+    return scores
+
+
+def alerts_of(topics: Topics) -> dict[str, tuple[bytes, dict[str, Any]]]:
+    """Key and body of each alert by its id, without the times at which it was made; each is there once."""
+    found = {}
+    messages = topics.read("alerts")
+    for message in messages:
+        body = orjson.loads(message.value())
+        del body["time"]
+        for name in [name for name in body["metadata"] if name.endswith("_time")]:
+            del body["metadata"][name]
+        found[body["metadata"]["uid"]] = message.key(), body
+    assert len(found) == len(messages)
+    return found
+
+
+def undisturbed_run(topics: Topics, bundle: Path, redis_url: str, events: Sequence[bytes], **settings: Any) -> None:
+    topics.produce(list(events), 0)
+    Service(topics, bundle, redis_url, 1, **settings).run_until(len(events), seconds=600)
+
+
+def assert_killed_equals_undisturbed(
+    killed: Topics, undisturbed: Topics, bundle: Path, redis_url: str, n: int, **settings: Any
+) -> None:
+    """Run over the n events of the undisturbed run, in other batches, killed on the way and started again."""
+    settings |= {"batch_size": 50, "batches_per_transaction": 2, "transaction_latency_ms": 20}
+    service = Service(killed, bundle, redis_url, 2, **settings)
+    service.run_until(n // 4, kill=True, seconds=600)
+    done = service.done()
+    assert done < n
+    service.run_until(n, seconds=600)
+
+    expected, found = scores_of(undisturbed), scores_of(killed)
+    assert found.keys() == expected.keys()
+    assert len(found) == n
+    difference = max(abs(found[at] - expected[at]) for at in expected)
+    assert difference <= 1e-6
+    expected_alerts, found_alerts = alerts_of(undisturbed), alerts_of(killed)
+    assert found_alerts.keys() == expected_alerts.keys() != set()
+    for uid, (key, _) in expected_alerts.items():
+        assert found_alerts[uid][0] == key
+    print(f"{n} events, killed at {done}; {len(found_alerts)} alerts; p-values differ by at most {difference:.1e}")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(kafka: str, folder: Path, redis_url: str) -> Topics:
+    """An undisturbed run over test.ndjson."""
+    topics = create(kafka, f"undisturbed-{os.getpid()}", partitions=1)
+    undisturbed_run(topics, folder / "bundle", redis_url, lines(folder / "test.ndjson"))
+    return topics
+
+
+def test_sigkill_half_way_leaves_the_alerts_and_scores_of_an_undisturbed_run(
+    undisturbed: Topics, topics: Topics, folder: Path, redis_url: str
+) -> None:
+    killed = replace(topics, source=undisturbed.events)
+    n = len(lines(folder / "test.ndjson"))
+    assert_killed_equals_undisturbed(killed, undisturbed, folder / "bundle", redis_url, n)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@needs_data
+def test_sigkill_half_way_on_a_recorded_stream(
+    topics: Topics, tmp_path: Path, redis_url: str, unique: Callable[[str], str]
+) -> None:
+    bundle, line = tmp_path / "bundle", 0.002
+    fit([Path(DATA) / "windows-a.train.ndjson.gz"], bundle)
+    events = lines(Path(DATA) / "windows-a.test.ndjson.gz")
+    undisturbed_run(topics, bundle, redis_url, events, line=line)
+    killed = replace(create(topics.bootstrap, unique("killed"), partitions=1), source=topics.events)
+    assert_killed_equals_undisturbed(killed, topics, bundle, redis_url, len(events), line=line)
+
+
+def test_a_file_scores_as_the_topic_with_the_same_events(undisturbed: Topics, folder: Path) -> None:
+    done = ripcurrent("score", "test.ndjson", "--bundle", "bundle", "--out", "scores.ndjson", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    offline = [orjson.loads(line) for line in lines(folder / "scores.ndjson")]
+    online = scores_of(undisturbed)
+    # At the end of a file, and not of a stream, it shows who fell silent: that is judged beside what the event gives.
+    same = [n for n, score in enumerate(offline) if score["cause"] != "sequence:silence"]
+    assert len(same) > 0.9 * len(offline)
+    assert len(offline) == len(online)
+    np.testing.assert_allclose([offline[n]["p_value"] for n in same], [online[n, 0] for n in same], rtol=0, atol=1e-6)
+
+
+def test_scores_do_not_depend_on_how_the_stream_is_cut(folder: Path) -> None:
+    bundle = load(folder / "bundle")
+    events = lines(folder / "test.ndjson")[:300]
+    messages = [Message("events", 0, offset, -1, value) for offset, value in enumerate(events)]
+    scores = []
+    for size in (1, 7, 512):
+        detector = Detector(bundle, MemoryWindows(dim=bundle.scorer.record.baseline.dim))
+        parts = [detector.score(messages[start : start + size]) for start in range(0, len(messages), size)]
+        scores.append(np.concatenate([part.p_value for part in parts]))
+    np.testing.assert_allclose(scores[0], scores[2], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(scores[1], scores[2], rtol=0, atol=1e-6)
+
+
+def test_what_is_broken_is_kept_or_repaired_and_the_stream_goes_on(
+    topics: Topics, folder: Path, redis_url: str
+) -> None:
+    first, *rest = [orjson.loads(line) for line in lines(folder / "test.ndjson")[:60]]
+    deep = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
+    bad: list[bytes | None] = [b"not json", b"", None, b"null", orjson.dumps([first]), deep, b"\xff\xfe\xfa"]
+    repaired = [
+        orjson.dumps(first | {"message": "x" * 5_000_000}),
+        orjson.dumps(first | {"message": "MARK"}).replace(b"MARK", b"\xff\xfe"),
+        orjson.dumps(first | {"time": first["time"] // 1000, "unmapped": "text", "metadata": None}),
+        b"\x00\x00\x00\x00\x07" + orjson.dumps(first),
+    ]
+    bundle = orjson.dumps({"events": [first, 7, first]})
+    values = [*bad, *repaired, bundle, *map(orjson.dumps, rest)]
+    topics.produce(values, 0)
+    Service(topics, folder / "bundle", redis_url, 4, line=1.0).run_until(len(values))
+    dead = {int(dict(message.headers())["__connect.errors.offset"]): message.value() for message in topics.read("dead")}
+    assert dead == dict(enumerate(bad)) | {len(bad) + len(repaired): b"7"}
+    scored = scores_of(topics)
+    alone = [(offset, 0) for offset in range(len(bad), len(values)) if values[offset] != bundle]
+    at = values.index(bundle)
+    assert set(scored) == {*alone, (at, 0), (at, 2)}
+    assert len(alerts_of(topics)) == len(scored)  # At this line everything is an alert.
+
+
+@needs_data
+def test_the_example_events_pass_through_fit_score_and_run(topics: Topics, tmp_path: Path, redis_url: str) -> None:
+    examples = Path(DATA) / "ocsf-examples.ndjson"
+    with short_training():
+        fitted = fit([examples], tmp_path / "bundle")
+    assert (fitted.events, fitted.rejects) == (93, 0)
+    done = ripcurrent("score", str(examples), "--bundle", "bundle", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(lines(tmp_path / "scores.ndjson")) == 93
+    topics.produce(list(lines(examples)), 0)
+    Service(topics, tmp_path / "bundle", redis_url, 5, line=1.0).run_until(93)
+    assert len(scores_of(topics)) == len(alerts_of(topics)) == 93
+    assert topics.read("dead") == []
+
+
+def test_a_bundle_that_cannot_be_used_is_named_in_one_line_within_seconds(
+    topics: Topics, folder: Path, tmp_path: Path, redis_url: str
+) -> None:
+    def edited(name: str, change: Callable[[Path], None]) -> Path:
+        copy = tmp_path / name
+        shutil.copytree(folder / "bundle", copy)
+        change(copy)
+        return copy
+
+    def cut(name: str) -> Callable[[Path], None]:
+        return lambda bundle: os.truncate(bundle / name, (bundle / name).stat().st_size // 2)
+
+    def another_schema(bundle: Path) -> None:
+        manifest = orjson.loads((bundle / "manifest.json").read_bytes())
+        schema = orjson.loads((bundle / "schema.json").read_bytes())
+        schema["fields"] = schema["fields"][:-1]
+        (bundle / "schema.json").write_bytes(orjson.dumps(schema))
+        manifest["files"]["schema.json"] = sha256((bundle / "schema.json").read_bytes()).hexdigest()
+        (bundle / "manifest.json").write_bytes(orjson.dumps(manifest))
+
+    cases = [
+        (tmp_path / "nowhere", "no bundle at"),
+        (edited("schema", lambda bundle: (bundle / "schema.json").write_text("{}")), "schema.json was changed"),
+        (edited("other-schema", another_schema), "schema"),
+        (edited("weights", cut("encoder.safetensors")), "encoder.safetensors was changed or cut off"),
+        (edited("index", cut("baseline.hnsw")), "baseline.hnsw was changed or cut off"),
+        (edited("lacking", lambda bundle: (bundle / "exemplars.ndjson").unlink()), "lacks exemplars.ndjson"),
+        (edited("manifest", cut("manifest.json")), "manifest.json cannot be read"),
+    ]
+    for bundle, message in cases:
+        began = time.monotonic()
+        command = Service(topics, bundle, redis_url, 6).command
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert time.monotonic() - began < 15, bundle.name
+        assert done.returncode == 1, (bundle.name, done.stderr)
+        (line,) = done.stderr.strip().splitlines()
+        assert line.startswith("ripcurrent: "), line
+        assert message in line, (bundle.name, line)
