@@ -29,6 +29,7 @@ from streamer.settings import Settings, is_secret, leaves, load, shown, variable
 app = typer.Typer(
     name="ripcurrent",
     no_args_is_help=True,
+    rich_markup_mode="markdown",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -28,6 +28,7 @@ def ripcurrent(*arguments: str, cwd: Path, **variables: str) -> subprocess.Compl
 
 def test_help_names_every_setting_and_imports_nothing_heavy(tmp_path: Path) -> None:
     text = ripcurrent("run", "--help", cwd=tmp_path).stdout
+    assert "Topics must exist. Secrets (kafka.sasl_password," in text
     for name, field in leaves():
         flag = "--" + name.replace(".", "-").replace("_", "-").replace("properties", "property")
         assert (flag in text) == ("password" not in name), flag
