@@ -259,7 +259,7 @@ class _Finding:
         where = wording.event_kind(record)
         if field is None:
             return f"Unusual {where}{wording.subject(self.entity, record)}: like none seen before"
-        who = wording.subject(self.entity, record, field.path, field.given)
+        who = wording.subject(self.entity, record, field.path, {field.given, field.observed})
         name, shown = wording.attribute(field.path), wording.value(field.path, field.observed, record)
         usual = wording.usually(field.path, field.observed, field.expected, record)
         told = "" if field.path in ("class_uid", "type_uid") else f" in {where}"

@@ -300,6 +300,9 @@ class Detector:
         surprise = encoder.rarity(features)
         by_type = dict(zip(encoder.rarity.columns, surprise.by_type[0].tolist(), strict=True))
         by_actor = dict(zip(encoder.rarity.columns, surprise.by_actor[0].tolist(), strict=True))
+        # Of an actor that hardly ever does this, every value is a little odd: that is told once, of the type of event.
+        hardly_ever = min(by_actor.values())
+        by_actor = {i: nats if i == 0 else nats - hardly_ever for i, nats in by_actor.items()}
         counted = {i: max(by_type[i], by_actor[i]) for i in by_type}
         numbers = [i for i, f in enumerate(fields) if f.kind == "number" and features.codes[0, i]]
         likely = sorted(counted, key=lambda i: -counted[i])[: 2 * EXPLAINED_FIELDS]

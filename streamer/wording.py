@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -90,7 +90,9 @@ _WHOLE = {
     "activity_id": "activity",
     "actor.process.cmd_line": "command line",
     "actor.process.file.path": "program path",
+    "actor.process.file.name": "acting process",
     "actor.process.name": "acting process",
+    "actor.process.user.name": "user",
     "actor.process.parent_process.name": "parent process",
     "actor.session.is_mfa": "use of a second factor",
     "actor.user.name": "user",
@@ -102,13 +104,21 @@ _WHOLE = {
     "connection_info.protocol_name": "protocol",
     "device.hostname": "host",
     "dst_endpoint.svc_name": "destination service",
+    "device.os.name": "operating system",
+    "device.type_id": "kind of host",
     "file.path": "file path",
+    "job.name": "job",
     "logon_type_id": "kind of logon",
     "message": "message",
     "metadata.event_code": "event code",
-    "process.cmd_line": "command line",
+    "module.file.name": "module",
+    "process.cmd_line": "command line of the process",
+    "process.file.name": "process",
+    "process.file.path": "path of the process",
     "process.name": "process",
+    "process.parent_process.file.name": "parent process",
     "process.parent_process.name": "parent process",
+    "process.user.name": "user of the process",
     "query.hostname": "looked-up name",
     "src_endpoint.svc_name": "source service",
     "status_id": "outcome",
@@ -274,12 +284,14 @@ def value(path: str, text: str, record: Mapping[str, Any]) -> str:
 
 _NUMBER = re.compile(r"-?\d{1,15}(\.\d+)?(e[+-]?\d+)?")
 _RANGE = re.compile(rf"(over )?{_NUMBER.pattern}( to {_NUMBER.pattern})?")
-_YES_NO = {"true": "yes", "false": "no"}
+_YES_NO = {"true": "yes", "false": "no", "ephemeral": "any high port"}
 
 
 def _names_something(name: str) -> bool:
     """Whether a number in this attribute names something, so that it is never rounded."""
-    return name.endswith(("id", "port", "code", "version", "num", "uid", "mask", "line", "flags", "name"))
+    return name.endswith(
+        ("id", "port", "code", "version", "num", "uid", "mask", "line", "flags", "name", "permissions")
+    )
 
 
 def _quantity(name: str, x: float) -> str:
@@ -353,21 +365,23 @@ def _at(record: Mapping[str, Any], path: str) -> str:
     return shorten(node, 60) if isinstance(node, str) and node != "-" else ""
 
 
-def subject(entity: str, record: Mapping[str, Any], but: str = "", said: str = "") -> str:
+def subject(entity: str, record: Mapping[str, Any], but: str = "", said: Collection[str] = ()) -> str:
     """Who or what it was: " of process winword.exe of user bob on host PC-7", with the word that joins it on,
-    or "" where the event tells nothing. but: an attribute path that is told already; said: a name that is."""
+    or "" where the event tells nothing. but: an attribute path that is told already; said: names that are."""
     kind, _, name = entity.partition(":")
     parts = {
-        "process": _first(record, but, "actor.process.name", "process.name"),
+        "process": _first(
+            record, but, "actor.process.name", "actor.process.file.name", "process.name", "process.file.name"
+        ),
         "user": _first(record, but, "actor.user.name", "actor.process.user.name", "user.name"),
         "host": _first(record, but, "device.hostname", "device.name", "src_endpoint.hostname", "device.ip"),
     }
-    parts = {word: "" if found == said else found for word, found in parts.items()}
+    parts = {word: "" if found in said else found for word, found in parts.items()}
     kind = {"device": "host", "hostname": "host"}.get(kind, kind)
     if name and kind not in parts:
         where = f" on host {parts['host']}" if parts["host"] else ""
         return f" of {_KINDS.get(kind, kind.replace('_', ' '))} {shorten(name, 60)}{where}"
-    if name and not parts[kind] and not _names(but, kind) and name != said:
+    if name and not parts[kind] and not _names(but, kind) and name not in said:
         parts[kind] = shorten(name, 60)
     joined = ""
     for word, link in (("process", ""), ("user", "of "), ("host", "on ")):
@@ -384,7 +398,7 @@ def subject(entity: str, record: Mapping[str, Any], but: str = "", said: str = "
 def _names(path: str, kind: str) -> bool:
     """Whether this attribute is itself the name of the process, user or host."""
     return path in {
-        "process": ("actor.process.name", "process.name"),
+        "process": ("actor.process.name", "actor.process.file.name", "process.name", "process.file.name"),
         "user": ("actor.user.name", "user.name"),
         "host": ("device.hostname", "device.name"),
     }.get(kind, ())
