@@ -42,7 +42,7 @@ BUDGET = 20.0
 WARM_DAYS = 3
 """Days of the week behind it that the service catches up on first, so that its windows are those of a service that has
 run for a while; how fast it does so is its throughput."""
-PRODUCED_FOR_S = 40.0
+PRODUCED_FOR_S = 30.0
 """Seconds into which the eighth day is pressed."""
 STARTS_WITHIN_S = 90.0
 SILENT_FOR_S = 60.0

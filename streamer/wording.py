@@ -365,14 +365,15 @@ def _at(record: Mapping[str, Any], path: str) -> str:
     return shorten(node, 60) if isinstance(node, str) and node != "-" else ""
 
 
+_PROCESS = ("actor.process.name", "actor.process.file.name", "process.name", "process.file.name")
+
+
 def subject(entity: str, record: Mapping[str, Any], but: str = "", said: Collection[str] = ()) -> str:
     """Who or what it was: " of process winword.exe of user bob on host PC-7", with the word that joins it on,
     or "" where the event tells nothing. but: an attribute path that is told already; said: names that are."""
     kind, _, name = entity.partition(":")
     parts = {
-        "process": _first(
-            record, but, "actor.process.name", "actor.process.file.name", "process.name", "process.file.name"
-        ),
+        "process": _first(record, but if but.startswith("actor.") else "", *_PROCESS),
         "user": _first(record, but, "actor.user.name", "actor.process.user.name", "user.name"),
         "host": _first(record, but, "device.hostname", "device.name", "src_endpoint.hostname", "device.ip"),
     }
@@ -398,7 +399,7 @@ def subject(entity: str, record: Mapping[str, Any], but: str = "", said: Collect
 def _names(path: str, kind: str) -> bool:
     """Whether this attribute is itself the name of the process, user or host."""
     return path in {
-        "process": ("actor.process.name", "actor.process.file.name", "process.name", "process.file.name"),
+        "process": _PROCESS,
         "user": ("actor.user.name", "user.name"),
         "host": ("device.hostname", "device.name"),
     }.get(kind, ())
