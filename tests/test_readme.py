@@ -90,8 +90,3 @@ def test_the_alert_shown_is_a_detection_finding() -> None:
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text()):
         assert (ROOT / target).exists(), target
-
-
-@pytest.mark.parametrize("block", blocks("python"))
-def test_python_blocks_run(block: str) -> None:
-    exec(compile(block, "README.md", "exec"), {})
