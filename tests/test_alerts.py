@@ -4,7 +4,7 @@ import gzip
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,28 @@ import orjson
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from ocsf_json_schema import OcsfJsonSchemaEmbedded, get_ocsf_schema
 
+import encoder.sequence
+import encoder.training
 from encoder.events import Message, decode
+from state.windows import MemoryWindows
 from streamer import wording
 from streamer.alerts import CLOSE, CREATE, OCSF_VERSION, UPDATE, Alert, Episode, build_alerts, confidence
-from streamer.detector import Explanation, FieldFinding, ScoredBatch
+from streamer.bundle import Bundle
+from streamer.detector import Detector, Explanation, FieldFinding, ScoredBatch
+from streamer.fitting import fit
 from streamer.observables import EVIDENCE, OBSERVABLE_TYPES, Leaf, Shape, evidence, observables
 from streamer.peers import flatten
 from streamer.redaction import Redactor
+from streamer.simulate import schedule, simulate, write
 
 DATA = os.environ.get("RIPCURRENT_EVAL_DATA")
 STREAMS = ("flows-nsl", "windows-a", "sequences-hdfs", "cloud")
 NOW = 1_790_000_000_000
 Json = dict[str, Any]
+Told = list[tuple[ScoredBatch, int, Explanation]]
 
 SCHEMA = get_ocsf_schema(version=OCSF_VERSION)
 VALIDATOR = jsonschema.Draft202012Validator(
@@ -77,10 +85,15 @@ def explanation(*fields: FieldFinding, **more: Any) -> Explanation:
     return Explanation(fields, more.get("neighbours", ()), 3.0, 0.5, more.get("window", ()))
 
 
-def alerts(batch: ScoredBatch, explanations: list[Explanation] | None = None, **changes: Any) -> list[Alert]:
+def alerts(
+    batch: ScoredBatch,
+    explanations: list[Explanation] | None = None,
+    rows: NDArray[np.intp] | None = None,
+    **changes: Any,
+) -> list[Alert]:
     chosen: Json = {"line": 1e-4, "bundle_version": "lab-3f2a", "tenant": "default", "now_ms": NOW, **changes}
     told = explanations or [explanation(PORT)] * len(batch)
-    return build_alerts(batch, np.arange(len(batch)), told, **chosen)
+    return build_alerts(batch, np.arange(len(batch)) if rows is None else rows, told, **chosen)
 
 
 def one(record: Json = WORD, told: Explanation | None = None, **changes: Any) -> Json:
@@ -260,6 +273,97 @@ def test_titles_speak_of_things_not_of_paths(field: FieldFinding, class_uid: int
     ]
     assert title.startswith(begins)
     assert len(title) < 320
+
+
+ODD = "rundll32.exe does not usually do this: unusual destination port 4444 in network activity of process winword.exe"
+MORE_TITLES = [
+    (FieldFinding("dst_endpoint.port", "4444", (), 7, given="rundll32.exe"), ODD),
+    (
+        FieldFinding("actor.process.name", "winword.exe", (), 7, new=True),
+        "Never seen before: acting process winword.exe in network activity of user bob on host PC-7",
+    ),
+    (
+        FieldFinding("traffic.bytes_out", "559000", (("304 to 24700", 0.9),), 6),
+        "Unusually high bytes sent 559 kB in network activity of process winword.exe of user bob on host PC-7; "
+        "usually 304 to 24.7 kB (90 %)",
+    ),
+    (
+        FieldFinding("unmapped.same_srv_rate", "0.05", (("0.99 to 1", 0.9),), 6),
+        "Unusually low same service rate 0.05 in network activity of process winword.exe of user bob on host PC-7; "
+        "usually 0.99 to 1 (90 %)",
+    ),
+    (FieldFinding("actor.session.is_mfa", "false", (), 6), "Unusual use of a second factor: no in network activity"),
+]
+
+
+@pytest.mark.parametrize(("field", "begins"), MORE_TITLES)
+def test_titles_say_whether_it_is_new_high_low_or_odd_for_whom(field: FieldFinding, begins: str) -> None:
+    assert one(told=explanation(field), cause=f"record:{field.path}")["finding_info"]["title"].startswith(begins)
+
+
+def test_numbers_have_units_and_names_stay_as_they_are() -> None:
+    assert wording.value("traffic.bytes", "43133000", {}) == "43.1 MB"
+    assert wording.value("traffic.bytes", "over 4200", {}) == "over 4.2 kB"
+    assert wording.value("duration", "388", {}) == "388 ms"
+    assert wording.value("dst_endpoint.port", "44444", {}) == "44444"
+    assert wording.value("process.pid", "12345", {}) == "12345"
+    assert wording.value("unmapped.rate", "0.333333", {}) == "0.333"
+    assert wording.value("privileges", '["SeDebug","SeLoad"]', {}) == "SeDebug, SeLoad"
+    told = {"type_uid": 300201, "status_id": 2, "dst_endpoint.hostname": "WS-7"}
+    assert wording.told(told) == "authentication: logon, failure, WS-7"
+
+
+@pytest.fixture(scope="module")
+def day(tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, Told]:
+    """A detector fitted to two simulated days, its training cut short, and the oddest of a third day."""
+    folder = tmp_path_factory.mktemp("alerts")
+    days = list(simulate(seed=5, days=3, events_per_day=2_600, incidents=schedule(3, clean=2)))
+    write(days[:2], folder / "train.ndjson.gz")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoder.training, "STEPS", 200)
+        patch.setattr(encoder.sequence, "STEPS", 100)
+        bundle = fit([folder / "train.ndjson.gz"], folder / "bundle").bundle
+    return explained(bundle, days[2].events, each=4)
+
+
+def explained(bundle: Bundle, lines: Sequence[bytes], each: int) -> tuple[Detector, Told]:
+    """The most unusual of each batch, by record and by sequence, explained as the service does: right after scoring."""
+    detector = Detector(bundle, MemoryWindows(dim=bundle.dim))
+    stream = [Message("events", 0, i, NOW, line) for i, line in enumerate(lines)]
+    found: Told = []
+    for start in range(0, len(stream), 256):
+        batch = detector.score(stream[start : start + 256])
+        by_sequence = np.array([cause.startswith("sequence:") for cause in batch.cause])
+        for kind in (by_sequence, ~by_sequence):
+            rows = np.flatnonzero(kind)
+            rows = rows[np.argsort(batch.p_value[rows], kind="stable")[:each]]
+            found += [(batch, int(r), e) for r, e in zip(rows, detector.explain(batch, rows), strict=True)]
+    return detector, found
+
+
+def test_a_fitted_detector_explains_in_words(day: tuple[Detector, Told]) -> None:
+    _, told = day
+    assert {batch.cause[row].partition(":")[0] for batch, row, _ in told} == {"record", "sequence"}
+    for batch, row, why in told:
+        (alert,) = alerts(batch, [why], np.array([row]))
+        info = check(alert)["finding_info"]
+        assert why.fields or why.window
+        for field in why.fields:
+            assert field.observed not in [text for text, _ in field.expected], "what was expected did happen"
+            assert not any(set("{}#*") & set(text) for text, _ in field.expected if field.path != "process.cmd_line")
+        assert "a rare value" not in info["desc"]
+        assert len(info["title"]) < 400
+        assert not why.window or batch.cause[row].startswith("sequence:")
+    assert any(why.window for _, _, why in told)
+
+
+def test_explaining_an_alert_takes_milliseconds(day: tuple[Detector, Told]) -> None:
+    detector, ((batch, _, _), *_) = day
+    detector.explain(batch, np.arange(3))
+    started = time.process_time()
+    detector.explain(batch, np.arange(50))
+    per_alert = (time.process_time() - started) / 50
+    assert per_alert < 0.02, f"{per_alert * 1e3:.0f} ms an alert"
 
 
 def test_two_usual_values_are_named_and_rare_ones_are_not() -> None:
@@ -472,3 +576,18 @@ def test_evidence_keeps_nothing_that_is_not_evidence() -> None:
     }
     assert evidence({"module": {"file": {"path": "/lib/x.so"}}})["file"]["name"] == "x.so"
     assert observables({"actor": {"user": {"name": "-"}}}, "e") == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA, reason="RIPCURRENT_EVAL_DATA names no folder")
+@pytest.mark.parametrize("name", STREAMS)
+def test_every_stream_makes_valid_alerts_with_a_fitted_detector(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder.training, "STEPS", 200)
+    monkeypatch.setattr(encoder.sequence, "STEPS", 100)
+    bundle = fit([Path(DATA or "") / f"{name}.train.ndjson.gz"], tmp_path / "bundle").bundle
+    with gzip.open(Path(DATA or "") / f"{name}.test.ndjson.gz") as lines:
+        _, told = explained(bundle, list(lines), each=2)
+    for batch, row, why in told:
+        check(alerts(batch, [why], np.array([row]))[0])
