@@ -141,7 +141,7 @@ def assert_killed_equals_undisturbed(
     """Run over the n events of the undisturbed run, in other batches, killed on the way and started again."""
     settings |= {"batch_size": 50, "batches_per_transaction": 2, "transaction_latency_ms": 20}
     service = Service(killed, bundle, redis_url, 2, **settings)
-    service.run_until(n // 4, kill=True, seconds=600)
+    service.run_until(n // 2, kill=True, seconds=600)
     done = service.done()
     assert done < n
     service.run_until(n, seconds=600)
