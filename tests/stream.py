@@ -143,7 +143,14 @@ class Topics:
         return load({key: value for key, value in (flags | more).items() if value is not None})
 
     def produce(self, values: Sequence[bytes | None], partition: int | None = None, **more: Any) -> None:
-        producer = Producer({"enable.idempotence": True, "bootstrap.servers": self.bootstrap, "message.max.bytes": 10_000_000, "linger.ms": 5})
+        producer = Producer(
+            {
+                "enable.idempotence": True,
+                "bootstrap.servers": self.bootstrap,
+                "message.max.bytes": 10_000_000,
+                "linger.ms": 5,
+            }
+        )
         failed: list[Any] = []
         for i, value in enumerate(values):
             to = i % self.partitions if partition is None else partition
