@@ -254,7 +254,8 @@ class _Finding:
         record = self.record
         if kind == "sequence":
             who = wording.subject(self.entity, record)
-            return f"Unusual {wording.sequence(cause)}{who}{self.sequence_in_short()}"
+            what = "first event" if len(self.window) == 1 else wording.sequence(cause)
+            return f"Unusual {what}{who}{self.sequence_in_short()}"
         field = self.leading()
         where = wording.event_kind(record)
         if field is None:
@@ -279,15 +280,17 @@ class _Finding:
     def sequence_in_short(self) -> str:
         if not self.window:
             return ""
+        worst = wording.shorten(max(self.window, key=lambda entry: entry[3])[2])
+        if len(self.window) == 1:
+            return f": {worst}" if worst else ""
         length = wording.duration(self.window[-1][0] - self.window[0][0])
-        worst = max(self.window, key=lambda entry: entry[3])[2]
-        count = f"{len(self.window)} events in {length}" if len(self.window) > 1 else "1 event"
-        return f": {count}{f', above all {wording.shorten(worst)}' if worst else ''}"
+        return f": {len(self.window)} events in {length}{f', least expected {worst}' if worst else ''}"
 
     def description(self) -> str:
         record = self.record
         lines = [f"{wording.moment(self.time)}: {wording.event_kind(record)}{wording.subject(self.entity, record)}."]
-        for f in self.fields:
+        # By itself each event of a sequence may be ordinary: its own attributes would mislead.
+        for f in () if self.window else self.fields:
             shown = wording.value(f.path, f.observed, record)
             usual = wording.usually(f.path, f.observed, f.expected, record)
             name = wording.attribute(f.path)
@@ -296,7 +299,8 @@ class _Finding:
             rare = "never seen in training" if f.new else f"expected {wording.one_in(f.surprise)}{whose}"
             lines.append(f"- {name}{path}: {'; '.join(filter(None, (shown, usual, rare)))}.")
         for time, label, summary, share in self.window[-10:]:
-            lines.append(f"- {wording.moment(time)}: {wording.shorten(summary)} ({wording.percent(share)}; {label}).")
+            part = f"{wording.percent(share)} of the surprise"
+            lines.append(f"- {wording.moment(time)}: {wording.shorten(summary)} ({part}; {label}).")
         if self.neighbours:
             differs = self.differences(self.neighbours[0])
             lines.append(
