@@ -6,25 +6,22 @@ imported before a command needs it. Does not contain any logic of the service.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from importlib.metadata import version as installed_version
-from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 
 import orjson
 import structlog
 import typer
 
-from streamer import commands
+from streamer import commands, stream_commands
 from streamer.errors import ConfigurationError, RipcurrentError
-from streamer.settings import Settings, is_secret, leaves, load, shown, variable
+from streamer.flags import takes_settings
+from streamer.settings import Settings, leaves, shown, variable
 
 app = typer.Typer(
     name="ripcurrent",
@@ -39,59 +36,6 @@ app = typer.Typer(
         "ripcurrent.toml (group_id in its section kafka), else defaults; `ripcurrent config` shows what they come to."
     ),
 )
-
-_PANELS = {"kafka": "Kafka connection", "redis": "Redis connection"}
-_METAVARS = {str(int): "N", str(float): "N", str(float | None): "N", str(Path): "PATH"}
-
-
-def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command of `settings` a flag for each setting, and --config; other parameters stay as they are.
-
-    A secret has no flag: a command line can be read by everybody on the host.
-    """
-    names = {name.replace(".", "_"): name for name, field in leaves() if not is_secret(field)}
-
-    @functools.wraps(command)
-    def with_flags(config: Path | None = None, **given: Any) -> None:
-        flags = {full: _properties(given.pop(short)) for short, full in names.items()}
-        command(settings=load(flags, config), **given)
-
-    file = typer.Option(None, "--config", help="TOML file of settings (default: ripcurrent.toml where there is one)")
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
-    parameters.append(inspect.Parameter("config", keyword, default=file, annotation=Path | None))
-    for name, field in leaves():
-        if is_secret(field):
-            continue
-        section = name.rpartition(".")[0]
-        many = get_origin(field.annotation) is dict
-        option = typer.Option(
-            None,
-            "--" + (name.removesuffix("ies") + "y" if many else name).replace(".", "-").replace("_", "-"),
-            help=f"{field.description} (default: {_default(field.default)})",
-            metavar="KEY=VALUE" if many else _METAVARS.get(str(field.annotation), "TEXT"),
-            rich_help_panel=_PANELS.get(section, "Settings"),
-            show_default=False,
-        )
-        kind: Any = list[str] | None if many else str | None
-        parameters.append(inspect.Parameter(name.replace(".", "_"), keyword, default=option, annotation=kind))
-    with_flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    with_flags.__annotations__ = {p.name: p.annotation for p in parameters}
-    return with_flags
-
-
-def _default(value: Any) -> str:
-    return ",".join(value) if isinstance(value, tuple) else "none" if value in (None, "", {}) else str(value)
-
-
-def _properties(given: Any) -> Any:
-    """KEY=VALUE words as a dict; anything else as it is. None was not given."""
-    if not isinstance(given, list):
-        return given
-    wrong = [word for word in given if "=" not in word]
-    if wrong:
-        raise typer.BadParameter(f"KEY=VALUE is needed, not {wrong[0]!r}")
-    return dict(word.split("=", 1) for word in given) or None
 
 
 def _print_version(wanted: bool) -> None:
@@ -119,10 +63,11 @@ for _command in (
     commands.gradients,
 ):
     app.command()(_command)
+app.command()(stream_commands.replay)
 
 
 @app.command()
-@takes_settings
+@takes_settings()
 def run(settings: Settings) -> None:
     """Read events from Kafka, write alerts to Kafka, until SIGTERM.
 
@@ -163,7 +108,7 @@ def run(settings: Settings) -> None:
 
 
 @app.command()
-@takes_settings
+@takes_settings()
 def config(
     settings: Settings,
     as_json: bool = typer.Option(False, "--json", help="As JSON."),

@@ -24,7 +24,7 @@ Device = Annotated[str, typer.Option(help="Where the network runs: cpu, cuda, cu
 
 
 @contextmanager
-def _progress() -> Iterator[Progress]:
+def progress_bars() -> Iterator[Progress]:
     """Progress bars on stderr, a bar a stage; a line a stage where stderr is no terminal."""
     import sys
 
@@ -63,7 +63,7 @@ def fit(
     from streamer import fitting
 
     _must_exist(files)
-    with _progress() as progress:
+    with progress_bars() as progress:
         fitted = fitting.fit(files, out, seed=seed, device=device, progress=progress)
     table = Table(show_header=False, box=None)
     for what, value in fitting.summary(fitted):
@@ -88,7 +88,7 @@ def score(
 
     _must_exist([file])
     opened = load(bundle, device)
-    with _progress() as progress:
+    with progress_bars() as progress:
         scored = score_files([file], opened, lambda done: progress("score", done, 0, f"{done:,} events"))
     alerts = write_scores(scored, line_of_a_day(alerts_per_day, len(scored)), out)
     typer.echo(f"{len(scored):,} events, {alerts:,} alerts, scores in {out}")
@@ -120,7 +120,7 @@ def evaluate(
     from streamer.offline import detect
 
     _must_exist([*train, *test, labels])
-    with tempfile.TemporaryDirectory() as folder, _progress() as progress:
+    with tempfile.TemporaryDirectory() as folder, progress_bars() as progress:
         results = run(
             train,
             test,

@@ -403,14 +403,18 @@ def compact(record: dict[str, Any], schema: Schema) -> dict[str, Any]:
     return {path: column.values[0] for path, column in events.columns.items() if path in read}
 
 
+def device_of(settings: Settings) -> str:
+    """cpu or cuda, also where the settings leave it open."""
+    if settings.device != "auto":
+        return settings.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def open_detector(settings: Settings) -> tuple[Detector, WindowStore]:
     """The detector of the service: the settings' bundle, and windows in its Redis."""
     from state.redis_windows import RedisWindows
 
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    bundle = load(settings.bundle, device)
+    bundle = load(settings.bundle, device_of(settings))
     windows = RedisWindows(
         settings.redis.url,
         encoder=bundle.encoder_hash,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol
 
@@ -22,6 +22,7 @@ from streamer.kafka import (
     HOPELESS,
     TRANSIENT,
     Offsets,
+    SourcePartition,
     TransactionAbortedError,
     build,
     client_properties,
@@ -29,7 +30,6 @@ from streamer.kafka import (
     topic_partitions,
 )
 from streamer.settings import Settings
-from streamer.source import Source
 
 TRANSACTION_S = 120.0
 """How long a broker that is down is waited for in mid-transaction."""
@@ -56,6 +56,22 @@ class Output(NamedTuple):
     origin: str
 
 
+class Inputs(Protocol):
+    """What a publisher needs of where the events come from: `Source`, or a replay's own group."""
+
+    def group_metadata(self) -> Any:
+        """Member and generation, for the transaction's fence."""
+        ...
+
+    def owns(self, partitions: Iterable[SourcePartition]) -> bool:
+        """Whether these may still be committed."""
+        ...
+
+    def commit(self, offsets: Mapping[SourcePartition, int]) -> None:
+        """Commit without a transaction."""
+        ...
+
+
 class Publisher(Protocol):
     """What writes outputs and commits offsets."""
 
@@ -78,7 +94,7 @@ class Publisher(Protocol):
 class _Writer:
     """What both publishers share: one producer, and what became of the messages given to it."""
 
-    def __init__(self, settings: Settings, source: Source, properties: dict[str, Any]) -> None:
+    def __init__(self, settings: Settings, source: Inputs, properties: dict[str, Any]) -> None:
         self.refused: set[str] = set()
         self._settings = settings
         self._source = source
@@ -149,7 +165,7 @@ class TransactionalPublisher(_Writer):
        metadata stale, and the coordinator refuses it. 2. Begin. 3. Write and flush. 4. Send the offsets. 5. Commit.
     """
 
-    def __init__(self, settings: Settings, source: Source, instance: str) -> None:
+    def __init__(self, settings: Settings, source: Inputs, instance: str) -> None:
         self.transactional_id = f"{settings.kafka.group_id}-{instance}"
         super().__init__(settings, source, {"transactional.id": self.transactional_id})
 
@@ -236,7 +252,7 @@ class TransactionalPublisher(_Writer):
 class PlainPublisher(_Writer):
     """At least once: write, wait for acknowledgement, then commit. A crash between the two doubles alerts."""
 
-    def __init__(self, settings: Settings, source: Source) -> None:
+    def __init__(self, settings: Settings, source: Inputs) -> None:
         super().__init__(settings, source, {"enable.idempotence": True})
 
     def open(self) -> None:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import numpy as np
-import orjson
 import structlog
 from numpy.typing import NDArray
 
@@ -30,6 +29,7 @@ from streamer.kafka import Offsets, TransactionAbortedError, claim_instance
 from streamer.metrics import Metrics, serve
 from streamer.publishing import Output, PlainPublisher, Publisher, TransactionalPublisher
 from streamer.rebuild import Rebuild, Rebuildable
+from streamer.scores import score_lines
 from streamer.settings import Settings
 from streamer.source import Batch, Source
 
@@ -399,19 +399,6 @@ class Service:
 
 
 def _scores(scored: ScoredBatch, topic: str, now_ms: int) -> Iterator[Output]:
-    """One message an event: coordinates, p-value, severity, and whether no history of its entities is known to be
-    missing. Its key is its coordinates."""
-    where = scored.coordinates
-    for row in range(len(scored)):
-        label = where.label(row)
-        source_topic, partition = where.sources[where.source[row]]
-        value = {
-            "topic": source_topic,
-            "partition": partition,
-            "offset": int(where.offset[row]),
-            "index": int(where.index[row]),
-            "p_value": float(scored.p_value[row]),
-            "severity": float(scored.severity[row]),
-            "complete": scored.complete is None or bool(scored.complete[row]),
-        }
-        yield Output(topic, label.encode(), orjson.dumps(value), [], now_ms, label)
+    """One message an event, whose key is its coordinates."""
+    for label, value in score_lines(scored):
+        yield Output(topic, label.encode(), value, [], now_ms, label)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from streamer import servers
+
+if TYPE_CHECKING:
+    from stream import Topics
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the command does, before torch is imported
 
@@ -31,3 +36,31 @@ def redis_url() -> Iterator[str]:
 def unique() -> Callable[[str], str]:
     """Names that no other test has: unique("events") -> "events-3f2a9c"."""
     return lambda name: f"{name}-{uuid.uuid4().hex[:10]}"
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train.ndjson, a simulated day; test.ndjson, the next, with incidents; and bundle, fitted on the first."""
+    from whole import short_training
+
+    from streamer.fitting import fit
+    from streamer.simulate import schedule, simulate, write
+
+    folder = tmp_path_factory.mktemp("end-to-end")
+    days = list(simulate(seed=3, days=2, events_per_day=2600, incidents=schedule(2, clean=1)))
+    write(days[:1], folder / "train.ndjson")
+    write(days[1:], folder / "test.ndjson")
+    with short_training():
+        fit([folder / "train.ndjson"], folder / "bundle")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(kafka: str, folder: Path, redis_url: str) -> Topics:
+    """An undisturbed run over test.ndjson."""
+    from stream import create
+    from whole import lines, undisturbed_run
+
+    topics = create(kafka, f"undisturbed-{os.getpid()}", partitions=1)
+    undisturbed_run(topics, folder / "bundle", redis_url, lines(folder / "test.ndjson"))
+    return topics

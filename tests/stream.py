@@ -176,8 +176,11 @@ class Topics:
             time.sleep(seconds / steps)
 
     def read(self, suffix: str, isolation: str = "read_committed") -> list[Any]:
-        """All messages of a topic up to its end, as a subscriber sees them."""
-        topic = f"{self.name}-{suffix}"
+        """All messages of one of these topics up to its end, as a subscriber sees them."""
+        return self.read_topic(f"{self.name}-{suffix}", isolation)
+
+    def read_topic(self, topic: str, isolation: str = "read_committed") -> list[Any]:
+        """The same, of any topic of the broker."""
         properties = {"bootstrap.servers": self.bootstrap, "group.id": "reader", "enable.partition.eof": True}
         consumer = Consumer(properties | {"isolation.level": isolation, "auto.offset.reset": "earliest"})
         partitions = list(consumer.list_topics(topic, timeout=10).topics[topic].partitions)

@@ -3,14 +3,11 @@ asked for, cut into batches or cut off."""
 
 from __future__ import annotations
 
-import gzip
 import os
 import shutil
-import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -19,120 +16,23 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from stream import Topics, create, until
-from test_cli import COMMAND, ripcurrent
+from stream import Topics, create
+from test_cli import ripcurrent
+from whole import Service, alerts_of, lines, scores_of, short_training, undisturbed_run
 
-import encoder.sequence
-import encoder.training
 from encoder.events import Message
 from state.windows import MemoryWindows
 from streamer.bundle import load
 from streamer.detector import Detector
 from streamer.fitting import fit
-from streamer.simulate import schedule, simulate, write
 
-LINE = 0.02
 DATA = os.environ.get("RIPCURRENT_EVAL_DATA", "")
 needs_data = pytest.mark.skipif(not DATA, reason="RIPCURRENT_EVAL_DATA names no folder of recordings")
-
-
-@contextmanager
-def short_training() -> Iterator[None]:
-    """What is tested here does not depend on how well the detector detects."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoder.training, "STEPS", 30)
-        patch.setattr(encoder.sequence, "STEPS", 30)
-        yield
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train.ndjson, a simulated day; test.ndjson, the next, with incidents; and bundle, fitted on the first."""
-    folder = tmp_path_factory.mktemp("end-to-end")
-    days = list(simulate(seed=3, days=2, events_per_day=2600, incidents=schedule(2, clean=1)))
-    write(days[:1], folder / "train.ndjson")
-    write(days[1:], folder / "test.ndjson")
-    with short_training():
-        fit([folder / "train.ndjson"], folder / "bundle")
-    return folder
 
 
 @pytest.fixture
 def topics(kafka: str, unique: Callable[[str], str]) -> Topics:
     return create(kafka, unique("end"), partitions=1)
-
-
-def lines(path: Path) -> list[bytes]:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        return file.read().splitlines()
-
-
-class Service:
-    """`ripcurrent run` as a process, with its own database of Redis (0 to 15)."""
-
-    def __init__(self, topics: Topics, bundle: Path, redis_url: str, database: int, **settings: Any) -> None:
-        flags = {
-            "bundle": bundle,
-            "kafka-bootstrap-servers": topics.bootstrap,
-            "kafka-group-id": topics.name,
-            "kafka-instance-id": "one",
-            "kafka-property": "session.timeout.ms=6000",
-            "redis-url": redis_url.removesuffix("/0") + f"/{database}",
-            "tenant": topics.events,
-            "events": topics.events,
-            "alerts": f"{topics.name}-alerts",
-            "dead-letters": f"{topics.name}-dead",
-            "scores": f"{topics.name}-scores",
-            "start": "earliest",
-            "line": LINE,
-            "device": "cpu",
-            "metrics-port": 0,
-            "log-level": "warning",
-        }
-        given = {key.replace("_", "-"): value for key, value in settings.items()}
-        self.topics = topics
-        self.command = [*COMMAND, "run", *(f"--{key}={value}" for key, value in (flags | given).items())]
-
-    def run_until(self, n: int, *, kill: bool = False, seconds: float = 90) -> None:
-        """Start, wait until n messages are committed, and end with SIGTERM, or with SIGKILL wherever it stands."""
-        with subprocess.Popen(self.command) as process:
-            try:
-                until(lambda: process.poll() is not None or self.done() >= n, seconds)
-                assert process.poll() is None, f"it ended with {process.returncode}"
-            finally:
-                process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
-            code = process.wait(30)
-        assert code == (-signal.SIGKILL if kill else 0)
-
-    def done(self) -> int:
-        return sum(max(offset, 0) for offset in self.topics.committed().values())
-
-
-def scores_of(topics: Topics) -> dict[tuple[int, int], float]:
-    """p-value by (offset, index); each event is there once."""
-    found = [orjson.loads(message.value()) for message in topics.read("scores")]
-    scores = {(score["offset"], score["index"]): score["p_value"] for score in found}
-    assert len(scores) == len(found)
-    return scores
-
-
-def alerts_of(topics: Topics) -> dict[str, tuple[bytes, dict[str, Any]]]:
-    """Key and body of each alert by its id, without the times at which it was made; each is there once."""
-    found = {}
-    messages = topics.read("alerts")
-    for message in messages:
-        body = orjson.loads(message.value())
-        del body["time"]
-        for name in [name for name in body["metadata"] if name.endswith("_time")]:
-            del body["metadata"][name]
-        found[body["metadata"]["uid"]] = message.key(), body
-    assert len(found) == len(messages)
-    return found
-
-
-def undisturbed_run(topics: Topics, bundle: Path, redis_url: str, events: Sequence[bytes], **settings: Any) -> None:
-    topics.produce(list(events), 0)
-    Service(topics, bundle, redis_url, 1, **settings).run_until(len(events), seconds=600)
 
 
 def assert_killed_equals_undisturbed(
@@ -156,14 +56,6 @@ def assert_killed_equals_undisturbed(
     for uid, (key, _) in expected_alerts.items():
         assert found_alerts[uid][0] == key
     print(f"{n} events, killed at {done}; {len(found_alerts)} alerts; p-values differ by at most {difference:.1e}")
-
-
-@pytest.fixture(scope="session")
-def undisturbed(kafka: str, folder: Path, redis_url: str) -> Topics:
-    """An undisturbed run over test.ndjson."""
-    topics = create(kafka, f"undisturbed-{os.getpid()}", partitions=1)
-    undisturbed_run(topics, folder / "bundle", redis_url, lines(folder / "test.ndjson"))
-    return topics
 
 
 def test_sigkill_half_way_leaves_the_alerts_and_scores_of_an_undisturbed_run(
