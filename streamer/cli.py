@@ -18,7 +18,7 @@ import orjson
 import structlog
 import typer
 
-from streamer import commands, stream_commands
+from streamer import commands, dlq_commands, stream_commands
 from streamer.errors import ConfigurationError, RipcurrentError
 from streamer.flags import takes_settings
 from streamer.settings import Settings, leaves, shown, variable
@@ -64,6 +64,7 @@ for _command in (
 ):
     app.command()(_command)
 app.command()(stream_commands.replay)
+app.add_typer(dlq_commands.app)
 
 
 @app.command()

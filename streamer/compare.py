@@ -27,6 +27,7 @@ class Candidate:
     """An alert of one of the bundles, as a line of JSON."""
 
     value: bytes
+    uid: str = ""
     key: bytes = b""
     headers: Sequence[tuple[str, bytes]] = ()
 

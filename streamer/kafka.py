@@ -56,6 +56,15 @@ def check_topics(settings: Settings) -> None:
     Raises:
         ConfigurationError: with the address, or the topics and how to make them.
     """
+    written = [settings.alerts, settings.dead_letters] + ([settings.scores] if settings.scores else [])
+    both = set(settings.events) & set(written)
+    if both:
+        raise ConfigurationError(f"topic {both.pop()!r} is both read and written")
+    must_exist(settings, [*settings.events, *written])
+
+
+def must_exist(settings: Settings, wanted: Iterable[str]) -> None:
+    """Raise ConfigurationError where a broker does not answer or one of these topics does not exist."""
     where = settings.kafka.bootstrap_servers
     try:
         topics = build(AdminClient, client_properties(settings)).list_topics(timeout=START_S).topics
@@ -63,11 +72,7 @@ def check_topics(settings: Settings) -> None:
         raise ConfigurationError(
             f"no Kafka answers at {where} within {START_S:.0f} s ({reason_of(error)}); kafka.bootstrap_servers names it"
         ) from None
-    written = [settings.alerts, settings.dead_letters] + ([settings.scores] if settings.scores else [])
-    both = set(settings.events) & set(written)
-    if both:
-        raise ConfigurationError(f"topic {both.pop()!r} is both read and written")
-    missing = [topic for topic in (*settings.events, *written) if topic not in topics or topics[topic].error]
+    missing = [topic for topic in wanted if topic not in topics or topics[topic].error]
     if missing:
         raise ConfigurationError(
             f"no such topic at {where}: {', '.join(missing)}; create with kafka-topics.sh --create --topic {missing[0]}"

@@ -10,19 +10,18 @@ from __future__ import annotations
 import heapq
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import structlog
 from confluent_kafka import Consumer, KafkaError
 
-from encoder.events import Message
 from streamer.errors import StreamError
 from streamer.kafka import HOPELESS, SourcePartition, build, consumer_properties, label, topic_partitions
 from streamer.ranges import Range
 from streamer.settings import Settings
-from streamer.source import BATCH_BYTES, message_of
+from streamer.source import BATCH_BYTES
 
 CHUNK = 1000
 """Messages asked of librdkafka at once."""
@@ -34,13 +33,34 @@ SILENT_S = 90.0
 _log = structlog.get_logger("ripcurrent.range")
 
 
-class RangeReader:
-    """The messages of a range; a context manager. partitions that are empty are not asked."""
+class Record(Protocol):
+    """What the reader needs to know of what it reads: `encoder.events.Message` and more."""
 
-    def __init__(self, settings: Settings, wanted: Range) -> None:
+    @property
+    def topic(self) -> str: ...
+    @property
+    def partition(self) -> int: ...
+    @property
+    def timestamp(self) -> int: ...
+    @property
+    def value(self) -> bytes | None: ...
+
+
+R = TypeVar("R", bound=Record)
+
+
+class RangeReader(Generic[R]):
+    """The messages of a range; a context manager. Partitions that are empty are not asked.
+
+    Args:
+        keep: librdkafka's message as it is wanted.
+    """
+
+    def __init__(self, settings: Settings, wanted: Range, keep: Callable[[Any], R]) -> None:
+        self._keep = keep
         self._ends = {source: end for source, (start, end) in wanted.items() if start < end}
         self._share = AHEAD_BYTES // max(len(self._ends), 1)
-        self._queues: dict[SourcePartition, deque[Message]] = {source: deque() for source in self._ends}
+        self._queues: dict[SourcePartition, deque[R]] = {source: deque() for source in self._ends}
         self._ahead = dict.fromkeys(self._ends, 0)
         self._missing = set(self._ends)
         """Partitions whose next message is not here yet: without it nobody knows whose turn it is."""
@@ -62,13 +82,13 @@ class RangeReader:
         self._fill()
         return {(topic, partition): timestamp for timestamp, topic, partition in self._heads}
 
-    def batches(self, size: int) -> Iterator[list[Message]]:
+    def batches(self, size: int) -> Iterator[list[R]]:
         """All messages in order, at most `size` (and about BATCH_BYTES) at a time.
 
         Raises:
             StreamError: messages of the range no longer exist, or Kafka does not answer.
         """
-        batch: list[Message] = []
+        batch: list[R] = []
         weight = 0
         while True:
             self._fill()
@@ -117,7 +137,7 @@ class RangeReader:
         if source not in self._unfinished:
             return False
         if error is None and raw.offset() < self._ends[source]:
-            message = message_of(raw)
+            message = self._keep(raw)
             queue = self._queues[source]
             queue.append(message)
             self._ahead[source] += _size(message)
@@ -142,6 +162,6 @@ class RangeReader:
         _log.warning("reading again", reason=error.str())
 
 
-def _size(message: Message) -> int:
+def _size(message: Record) -> int:
     """Bytes in memory, about."""
     return len(message.value or b"") + 200

@@ -30,6 +30,7 @@ from streamer.ranges import KAFKA_S, Range, freeze, metadata_consumer, offsets_a
 from streamer.rebuild import FUTURE_MS
 from streamer.scores import score_lines
 from streamer.settings import Settings
+from streamer.source import message_of
 
 MAX_ENTITIES = 1_000_000
 """Entities remembered, about 5 kB each; of more, those that were silent longest go, and their next scores say so."""
@@ -44,6 +45,8 @@ Show = Callable[[str, int, int, str], None]
 class Written(Protocol):
     """What a replay needs of an alert."""
 
+    @property
+    def uid(self) -> str: ...
     @property
     def key(self) -> bytes: ...
     @property
@@ -250,7 +253,7 @@ def plan(settings: Settings, since: Sequence[str], until: Sequence[str], warmup_
 
 
 def _heads(settings: Settings, wanted: Range) -> dict[SourcePartition, int]:
-    with RangeReader(settings, wanted) as reader:
+    with RangeReader(settings, wanted, message_of) as reader:
         return reader.heads()
 
 
@@ -266,7 +269,7 @@ def replay(settings: Settings, progress: Progress, judge: Judge, sink: Sink, sho
     warm = _Meter("warm up", sum(done_before[s] - start for s, start in progress.plan.start.items()), show)
     fresh = _Meter("replay", sum(end - start for start, end in progress.plan.scored.values()), show, counts.messages)
     checkpoint_at = time.monotonic() + CHECKPOINT_S
-    with RangeReader(settings, progress.plan.read) as reader:
+    with RangeReader(settings, progress.plan.read, message_of) as reader:
         for batch in reader.batches(settings.batch_size):
             new = [message for message in batch if message.offset >= done_before[_source(message)]]
             if len(new) < len(batch):

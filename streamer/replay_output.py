@@ -14,25 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from confluent_kafka import Consumer, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient
+import structlog
 
-from streamer.errors import ConfigurationError, StreamError
-from streamer.kafka import (
-    START_S,
-    Offsets,
-    TransactionAbortedError,
-    build,
-    client_properties,
-    committed_offsets,
-    reason_of,
-)
-from streamer.publishing import Output, TransactionalPublisher
+from streamer.errors import ConfigurationError
+from streamer.kafka import must_exist
+from streamer.positions import Positions
+from streamer.publishing import Output
 from streamer.replay import Judged, Plan, Progress
 from streamer.settings import Settings
 
-ABORTS = 5
-"""Times that a transaction is tried again: Kafka says when it is worth it."""
+_log = structlog.get_logger("ripcurrent.replay")
 
 
 class FileSink:
@@ -87,94 +78,45 @@ class TopicSink:
         used = {*settings.events, settings.alerts, settings.dead_letters, settings.scores}
         if topic in used:
             raise ConfigurationError(f"topic {topic!r} belongs to the live service; a replay needs one of its own")
-        self.group = f"{settings.kafka.group_id}-replay-{topic}"
-        kafka = settings.kafka.model_copy(update={"group_id": self.group})
-        own = {"alerts": topic, "dead_letters": topic, "scores": "", "kafka": kafka}
-        self._settings, self._topic = settings.model_copy(update=own), topic
+        self._topic = topic
         self._progress = _Beside(Path(f"{topic}.progress"))
-        self._admin = build(AdminClient, client_properties(settings))
-        self._check_topic()
-        self._group = _OwnGroup(self._settings)
-        self._publisher = TransactionalPublisher(self._settings, self._group, "writer")
+        must_exist(settings, [topic])
+        self._positions = Positions(settings, f"{settings.kafka.group_id}-replay-{topic}", [topic])
         self._outputs: list[Output] = []
 
     def begin(self, request: str, plan: Callable[[], Plan]) -> Progress:
         """Go on where the same request was cut off, or begin. Raises ConfigurationError where another one was."""
-        self._publisher.open()
+        self._positions.open()
         found = self._progress.read(request)
         if found is None:
-            self._remove_group()
+            self._positions.remove()
             progress = _fresh(request, plan())
             self._progress.write(progress, [])
             return progress
         progress, _ = found
-        progress.positions |= self._group.committed(progress.positions)
+        progress.positions |= self._positions.committed(progress.positions)
         return progress
 
     def write(self, judged: Judged) -> None:
         """Take alerts for the next transaction."""
         now_ms = int(time.time() * 1000)
         self._outputs.extend(
-            Output(self._topic, alert.key, alert.value, [*alert.headers], now_ms, "") for alert in judged.alerts
+            Output(self._topic, alert.key, alert.value, [*alert.headers], now_ms, alert.uid) for alert in judged.alerts
         )
 
     def checkpoint(self, progress: Progress) -> None:
         """Alerts and positions in one transaction; figures after it."""
-        for attempt in range(ABORTS):
-            try:
-                self._publisher.publish(self._outputs, progress.positions)
-                break
-            except TransactionAbortedError as error:
-                if attempt == ABORTS - 1:
-                    raise StreamError(f"writing to {self._topic}: {error}; run it again to go on") from error
-                time.sleep(0.2 * 2**attempt)
+        refused = self._positions.publish(self._outputs, progress.positions)
+        if refused:
+            _log.error("alerts are too large for the topic", topic=self._topic, alerts=sorted(refused))
         self._outputs = []
         self._progress.write(progress, [])
 
     def finish(self) -> None:
         """The replay is done: its group goes, the alerts stay."""
         self._progress.remove()
-        self._group.close()
-        self._remove_group()
-
-    def _check_topic(self) -> None:
-        try:
-            known = self._admin.list_topics(timeout=START_S).topics
-        except KafkaException as error:
-            raise ConfigurationError(
-                f"no Kafka answers at {self._settings.kafka.bootstrap_servers} ({reason_of(error)})"
-            ) from None
-        if self._topic not in known:
-            raise ConfigurationError(
-                f"no such topic: {self._topic}; create with kafka-topics.sh --create --topic {self._topic}"
-            )
-
-    def _remove_group(self) -> None:
-        for future in self._admin.delete_consumer_groups([self.group], request_timeout=10).values():
-            future.exception(15)  # Mostly: there is no such group.
-
-
-class _OwnGroup:
-    """The group that holds a replay's positions: it has no members, so nothing of it rebalances."""
-
-    def __init__(self, settings: Settings) -> None:
-        own = {"group.id": settings.kafka.group_id, "enable.auto.commit": False}
-        self._consumer = build(Consumer, client_properties(settings) | own)
-
-    def group_metadata(self) -> Any:
-        return self._consumer.consumer_group_metadata()
-
-    def owns(self, partitions: Any) -> bool:
-        return True
-
-    def commit(self, offsets: Any) -> None:
-        raise NotImplementedError("positions go out in the transaction")
-
-    def committed(self, sources: Offsets) -> Offsets:
-        return committed_offsets(self._consumer, [TopicPartition(*source) for source in sources])
-
-    def close(self) -> None:
-        self._consumer.close()
+        self._positions.close()
+        self._positions.remove()
 
 
 class _Beside:

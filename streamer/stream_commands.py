@@ -34,6 +34,13 @@ Last = Annotated[
 ]
 
 
+def ends_of(since: list[str] | None, until: list[str] | None, last: str | None) -> tuple[list[str], list[str]]:
+    """Both ends of a range as they were given. Raises ConfigurationError."""
+    if last and since:
+        raise ConfigurationError("--last and --from both say where to begin")
+    return [last] if last else since or [], until or []
+
+
 @takes_settings("bundle", "tenant", "device", "events", "alerts_per_day", "line", "batch_size", "kafka")
 def replay(
     settings: Settings,
@@ -69,11 +76,9 @@ def replay(
     from streamer.replay import replay as run
     from streamer.replay_output import FileSink, TopicSink
 
-    if last and since:
-        raise ConfigurationError("--last and --from both say where to begin")
     if ((scores or compare) and out_topic) or (scores and compare):
         raise ConfigurationError("--scores, --compare and --out-topic: choose one")
-    starts, ends = [last] if last else since or [], until or []
+    starts, ends = ends_of(since, until, last)
     warmup_ms = 0 if warmup == "0" else parse_duration(warmup)
     for bundle in (settings.bundle, compare):
         if bundle is not None:

@@ -12,6 +12,7 @@ from streamer import range_reader
 from streamer.errors import ConfigurationError, RipcurrentError
 from streamer.range_reader import RangeReader
 from streamer.ranges import Bound, freeze, parse_bound, parse_duration
+from streamer.source import message_of
 
 NOW = 1_763_000_000_000
 
@@ -82,7 +83,7 @@ def test_a_time_beyond_the_last_message_is_an_empty_range_and_no_live_tail(topic
     settings = topics.settings()
     empty = freeze(settings, ["last 10s"], [], NOW)
     topics.produce([b"later"] * 4, timestamp=NOW)
-    with RangeReader(settings, empty) as reader:
+    with RangeReader(settings, empty, message_of) as reader:
         assert list(reader.batches(10)) == []
 
 
@@ -103,7 +104,7 @@ def test_partitions_are_merged_by_timestamp_and_coordinates_within_bounded_memor
     topics.produce([b"not of the range"] * 10, timestamp=NOW)
     runs = []
     for size in (7, 1000):
-        with RangeReader(settings, wanted) as reader:
+        with RangeReader(settings, wanted, message_of) as reader:
             read = [message for batch in reader.batches(size) for message in batch]
             most = max(reader._ahead.values())
         assert most == 0
@@ -123,7 +124,7 @@ def test_marks_of_transactions_and_what_was_aborted_are_no_part_of_a_range(topic
     settings = topics.settings()
     wanted = freeze(settings, [], [], NOW)
     assert wanted[topics.events, 0] == (0, 4)  # two messages, two marks
-    with RangeReader(settings, wanted) as reader:
+    with RangeReader(settings, wanted, message_of) as reader:
         assert [m.value for batch in reader.batches(10) for m in batch] == [b"a"]
 
 
@@ -135,7 +136,7 @@ def test_a_range_that_is_gone_by_the_time_it_is_read_is_named(topics: Topics) ->
     wanted = freeze(settings, [], [], NOW)
     expire(topics, 5)
     with (
-        RangeReader(settings, wanted) as reader,
+        RangeReader(settings, wanted, message_of) as reader,
         pytest.raises(RipcurrentError, match=f"{topics.events}:0: messages of the range no longer exist"),
     ):
         list(reader.batches(100))
