@@ -1,8 +1,9 @@
-"""The commands that need no settings of the service: fit, score, evaluate, schema, simulate, demo."""
+"""The commands that need no running service: fit, score, evaluate, schema, simulate, demo."""
 
 from __future__ import annotations
 
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +14,12 @@ import orjson
 import typer
 
 from streamer.errors import ConfigurationError
+from streamer.flags import From, Last, To, ends_of, takes_settings
+from streamer.settings import Settings
 
 if TYPE_CHECKING:
-    from streamer.fitting import Progress
+    from encoder.events import Message
+    from streamer.fitting import Progress, Reread
 
 BUNDLE = Path("bundle")
 Files = Annotated[list[Path], typer.Argument(help="Events: NDJSON, gzipped NDJSON or Parquet.", show_default=False)]
@@ -46,8 +50,18 @@ def progress_bars() -> Iterator[Progress]:
         yield show
 
 
+@takes_settings("kafka")
 def fit(
-    files: Files,
+    settings: Settings,
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Events: NDJSON, gzipped NDJSON or Parquet.", show_default=False)
+    ] = None,
+    topic: Annotated[
+        str | None, typer.Option(help="A topic to read events from, in place of files.", show_default="none")
+    ] = None,
+    since: From = None,
+    until: To = None,
+    last: Last = None,
     out: Annotated[Path, typer.Option(help="Where the bundle goes; a bundle that is there is replaced.")] = BUNDLE,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -62,13 +76,34 @@ def fit(
 
     from streamer import fitting
 
-    _must_exist(files)
+    starts, ends = ends_of(since, until, last)
+    if bool(files) == bool(topic) or (files and (starts or ends)):
+        raise ConfigurationError("events come from files, or from --topic with --from, --to or --last")
+    source: list[Path] | fitting.Reread = files or []
+    if topic:
+        source = _range(settings.model_copy(update={"events": (topic,)}), starts, ends)
+    _must_exist(files or [])
     with progress_bars() as progress:
-        fitted = fitting.fit(files, out, seed=seed, device=device, progress=progress)
+        fitted = fitting.fit(source, out, seed=seed, device=device, progress=progress)
     table = Table(show_header=False, box=None)
     for what, value in fitting.summary(fitted):
         table.add_row(f"[bold]{what}[/bold]", str(value))
     Console().print(table)
+
+
+def _range(settings: Settings, since: list[str], until: list[str]) -> Reread:
+    """A frozen range of a topic, to be read as often as it takes."""
+    from streamer.range_reader import RangeReader
+    from streamer.ranges import freeze
+    from streamer.source import message_of
+
+    wanted = freeze(settings, since, until, int(time.time() * 1000))
+
+    def read() -> Iterator[list[Message]]:
+        with RangeReader(settings, wanted, message_of) as reader:
+            yield from reader.batches(settings.batch_size)
+
+    return read
 
 
 def score(

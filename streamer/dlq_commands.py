@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import orjson
 import typer
 
-from streamer.flags import takes_settings
+from streamer.flags import From, Last, To, ends_of, takes_settings
 from streamer.settings import Settings
-from streamer.stream_commands import From, Last, To, ends_of
 
 if TYPE_CHECKING:
     from streamer.dlq import Letter

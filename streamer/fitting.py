@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from encoder.entities import KINDS, Entities
 from encoder.entities import entities as find_entities
-from encoder.events import EventBatch, decode
+from encoder.events import EventBatch, Message, decode
 from encoder.rarity import ContextRarity
 from encoder.runtime import Encoder
 from encoder.schema import Schema, SchemaLearner
@@ -44,6 +44,8 @@ MAX_EVENTS = 2_000_000
 """Events kept as features (about 400 bytes each); of more, every k-th is used, and the summary says so."""
 DAY_MS = 86_400_000
 
+Reread = Callable[[], Iterable[Sequence[Message]]]
+"""Gives the same messages each time it is called: a range of a topic."""
 Progress = Callable[[str, int, int, str], None]
 """Called with (stage, done, total or 0, what to show beside it)."""
 
@@ -80,9 +82,10 @@ class _Loaded:
 
 
 def fit(
-    paths: Sequence[Path], out: Path, *, seed: int = 0, device: str = "cpu", progress: Progress | None = None
+    paths: Sequence[Path] | Reread, out: Path, *, seed: int = 0, device: str = "cpu", progress: Progress | None = None
 ) -> Fitted:
-    """Fit a bundle to the events of `paths` (NDJSON, .gz, Parquet) and write it to `out`.
+    """Fit a bundle to the events of `paths` (NDJSON, .gz, Parquet; or anything that can be read twice) and write it to
+    `out`.
 
     Deterministic for a seed and machine. Raises FitError for fewer than MIN_EVENTS readable events.
     """
@@ -133,13 +136,13 @@ def fit(
     return Fitted(bundle, loaded.events, n, loaded.rejects, loaded.repairs, seconds, report)
 
 
-def _decoded(paths: Sequence[Path]) -> Iterator[tuple[EventBatch, int]]:
-    for batch in batches(paths):
+def _decoded(paths: Sequence[Path] | Reread) -> Iterator[tuple[EventBatch, int]]:
+    for batch in paths() if callable(paths) else batches(paths):
         events, rejects = decode(batch)
         yield events, len(rejects)
 
 
-def _load(paths: Sequence[Path], tell: Progress) -> _Loaded:
+def _load(paths: Sequence[Path] | Reread, tell: Progress) -> _Loaded:
     """Both passes: the schema, then features, times and the raw events (for exemplars) of at most MAX_EVENTS."""
     learner = SchemaLearner()
     total = rejected = 0
@@ -151,9 +154,9 @@ def _load(paths: Sequence[Path], tell: Progress) -> _Loaded:
         repairs.update(events.repairs)
         tell("read", total, 0, f"{total:,} events")
     if total < MIN_EVENTS:
-        files = ", ".join(str(path) for path in paths)
+        where = "the range" if callable(paths) else ", ".join(str(path) for path in paths)
         raise FitError(
-            f"{files}: {total} events could be read and {rejected} could not; at least {MIN_EVENTS} are needed, and a "
+            f"{where}: {total} events could be read and {rejected} could not; at least {MIN_EVENTS} are needed, and a "
             "day or more of normal traffic is what makes a detector"
         )
     schema = learner.finish()

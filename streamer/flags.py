@@ -1,4 +1,5 @@
-"""Settings as flags of a command: each under its dotted name, with the meaning and default that it has elsewhere."""
+"""What the flags of commands share: settings, each under its dotted name with the meaning and default that it has
+everywhere, and the ends of a range of a topic."""
 
 from __future__ import annotations
 
@@ -6,15 +7,30 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Annotated, Any, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 
+from streamer.errors import ConfigurationError
 from streamer.settings import is_secret, leaves, load
 
 _PANELS = {"kafka": "Kafka connection", "redis": "Redis connection"}
 _METAVARS = {str(int): "N", str(float): "N", str(float | None): "N", str(Path): "PATH"}
+
+PLACE = (
+    "earliest, latest, an offset (5000), epoch ms, an ISO time (2026-11-23T10:00Z) or a time before now (6h); 2=5000 "
+    "for partition 2, topic:2=5000 where there are several topics"
+)
+From = Annotated[
+    list[str] | None, typer.Option("--from", help=f"Where to begin: {PLACE}.", metavar="PLACE", show_default="earliest")
+]
+To = Annotated[
+    list[str] | None, typer.Option("--to", help="Where to end, in the same words.", metavar="PLACE", show_default="now")
+]
+Last = Annotated[
+    str | None, typer.Option(help="The last 6h, 15m, 7d: short for --from.", metavar="TIME", show_default="none")
+]
 
 
 def takes_settings(*only: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -74,3 +90,10 @@ def _properties(given: Any) -> Any:
     if wrong:
         raise typer.BadParameter(f"KEY=VALUE is needed, not {wrong[0]!r}")
     return dict(word.split("=", 1) for word in given) or None
+
+
+def ends_of(since: list[str] | None, until: list[str] | None, last: str | None) -> tuple[list[str], list[str]]:
+    """Both ends of a range as they were given. Raises ConfigurationError."""
+    if last and since:
+        raise ConfigurationError("--last and --from both say where to begin")
+    return [last] if last else since or [], until or []

@@ -12,33 +12,12 @@ import typer
 
 from streamer.commands import progress_bars
 from streamer.errors import ConfigurationError
-from streamer.flags import takes_settings
+from streamer.flags import From, Last, To, ends_of, takes_settings
 from streamer.settings import Settings
 
 if TYPE_CHECKING:
     from streamer.compare import Change
     from streamer.replay import Counts, Plan
-
-PLACE = (
-    "earliest, latest, an offset (5000), epoch ms, an ISO time (2026-11-23T10:00Z) or a time before now (6h); 2=5000 "
-    "for partition 2, topic:2=5000 where there are several topics"
-)
-From = Annotated[
-    list[str] | None, typer.Option("--from", help=f"Where to begin: {PLACE}.", metavar="PLACE", show_default="earliest")
-]
-To = Annotated[
-    list[str] | None, typer.Option("--to", help="Where to end, in the same words.", metavar="PLACE", show_default="now")
-]
-Last = Annotated[
-    str | None, typer.Option(help="The last 6h, 15m, 7d: short for --from.", metavar="TIME", show_default="none")
-]
-
-
-def ends_of(since: list[str] | None, until: list[str] | None, last: str | None) -> tuple[list[str], list[str]]:
-    """Both ends of a range as they were given. Raises ConfigurationError."""
-    if last and since:
-        raise ConfigurationError("--last and --from both say where to begin")
-    return [last] if last else since or [], until or []
 
 
 @takes_settings("bundle", "tenant", "device", "events", "alerts_per_day", "line", "batch_size", "kafka")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -16,7 +17,7 @@ import numpy as np
 import orjson
 import pytest
 import redis
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 from stream import Topics, create, until
 from typer.testing import CliRunner, Result
@@ -281,3 +282,26 @@ def test_ranks_are_those_among_the_alerts_of_both() -> None:
     }
     assert (found["b", "c"].rank_before, found["b", "c"].rank_after) == (2, 3)
     assert [change.what for change in compare([*before, *after])][:3] == ["gained", "gained", "lost"]
+
+
+def test_a_bundle_fitted_to_a_range_of_a_topic_is_that_of_the_file_with_the_same_events(
+    kafka: str, unique: Callable[[str], str], folder: Path, tmp_path: Path
+) -> None:
+    topics = create(kafka, unique("fit"), partitions=3)
+    events = lines(folder / "train.ndjson")[:600]
+    (tmp_path / "events.ndjson").write_bytes(b"\n".join(events))
+    after = int(time.time() * 1000) - 60_000  # one after the other, whatever the partition
+    producer = Producer({"bootstrap.servers": kafka})
+    for i, event in enumerate([b"before the range", *events, b"after it"]):
+        producer.produce(topics.events, event, partition=i % 3, timestamp=after + i)
+    assert producer.flush(20) == 0
+    given = ["--topic", topics.events, "--from", after + 1, "--to", after + 601, "--kafka-bootstrap-servers", kafka]
+    with short_training():
+        for name, source in [("file", [tmp_path / "events.ndjson"]), ("topic", given)]:
+            done = CliRunner().invoke(app, ["fit", "--out", str(tmp_path / name), *map(str, source)])
+            assert done.exit_code == 0, done.exception
+            assert "600 read, 600 used, 0 could not be read" in done.stdout
+    manifests = [orjson.loads((tmp_path / name / "manifest.json").read_bytes()) for name in ("file", "topic")]
+    assert manifests[0]["files"] == manifests[1]["files"]
+    for wrong in ([], ["events.ndjson", "--topic", "t"], ["events.ndjson", "--last", "1h"]):
+        assert "events come from files, or from --topic" in str(CliRunner().invoke(app, ["fit", *wrong]).exception)
