@@ -69,7 +69,7 @@ def build_alerts(
     rows: NDArray[np.intp],
     explanations: Sequence[Explanation],
     *,
-    line: float,
+    line: float | NDArray[np.float64],
     bundle_version: str,
     tenant: str,
     now_ms: int,
@@ -79,14 +79,15 @@ def build_alerts(
     """One alert for each of `rows`, in their order.
 
     explanations and (where given) episodes: one a row; without episodes every event is a Create of its own. line: the
-    p-value at or under which this tenant's events are alerts; now_ms: epoch ms of making the alerts. Raises ValueError
-    where the lengths differ.
+    p-value at or under which this tenant's events are alerts, one for all or one a row; now_ms: epoch ms of making the
+    alerts. Raises ValueError where the lengths differ.
     """
     redactor = redactor or Redactor()
     story = episodes if episodes is not None else [None] * len(rows)
+    lines = np.broadcast_to(line, len(rows)).tolist()
     return [
-        _Finding(scored, int(row), explanation, episode, line, bundle_version, tenant, now_ms, redactor).alert()
-        for row, explanation, episode in zip(rows, explanations, story, strict=True)
+        _Finding(scored, int(row), explanation, episode, crossed, bundle_version, tenant, now_ms, redactor).alert()
+        for row, explanation, episode, crossed in zip(rows, explanations, story, lines, strict=True)
     ]
 
 

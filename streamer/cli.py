@@ -86,23 +86,27 @@ def run(settings: Settings) -> None:
     # Only now what takes seconds to import and load.
     from streamer.alerts import build_alerts
     from streamer.detector import open_detector
+    from streamer.kafka import claim_instance
+    from streamer.ledger import Ledger
     from streamer.service import Service
 
     detector, windows = open_detector(settings)
-    line = settings.line if settings.line is not None else detector.bundle.line(settings.alerts_per_day)
+    instance = claim_instance(settings)
+    rate = float(detector.bundle.manifest["training"]["events_per_day"])
+    line = settings.line if settings.line is not None else Ledger(settings, instance, rate)
 
     def alerts(scored: Any, rows: Any, explanations: Any) -> Any:
         return build_alerts(
             scored,
             rows,
             explanations,
-            line=line,
+            line=scored.line[rows],
             bundle_version=detector.bundle.version,
             tenant=settings.tenant,
             now_ms=int(time.time() * 1000),
         )
 
-    service = Service(settings, detector, alerts, line=line, windows=windows)
+    service = Service(settings, detector, alerts, line=line, windows=windows, instance=instance)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop())
     service.run()

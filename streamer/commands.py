@@ -110,7 +110,7 @@ def score(
     file: Annotated[Path, typer.Argument(help="Events: NDJSON, gzipped NDJSON or Parquet.", show_default=False)],
     bundle: Annotated[Path, typer.Option(help="The bundle to score with.")] = BUNDLE,
     out: Annotated[Path, typer.Option(help="Where the scores go: a JSON line an event.")] = Path("scores.ndjson"),
-    alerts_per_day: Annotated[float, typer.Option(help="Alerts to spend on FILE, which counts as a day.")] = 20,
+    alerts_per_day: Annotated[float, typer.Option(help="Alerts a day to spend; a FILE of less counts as a day.")] = 20,
     device: Device = "cpu",
 ) -> None:
     """Score a file of events, without servers.
@@ -119,13 +119,13 @@ def score(
     severity (0 to 100), alert (true or false), entity and cause.
     """
     from streamer.bundle import load
-    from streamer.offline import line_of_a_day, score_files, write_scores
+    from streamer.offline import lines_of, score_files, write_scores
 
     _must_exist([file])
     opened = load(bundle, device)
     with progress_bars() as progress:
         scored = score_files([file], opened, lambda done: progress("score", done, 0, f"{done:,} events"))
-    alerts = write_scores(scored, line_of_a_day(alerts_per_day, len(scored)), out)
+    alerts = write_scores(scored, lines_of(scored, alerts_per_day, opened), out)
     typer.echo(f"{len(scored):,} events, {alerts:,} alerts, scores in {out}")
     if scored.rejects:
         line, first = scored.rejects[0]

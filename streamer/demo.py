@@ -153,6 +153,7 @@ def _play(
     topics = stack.enter_context(_topics(bootstrap, name))
     environment = {
         "bundle": "bundle", "tenant": name, "events": topics[0], "alerts": topics[1], "dead_letters": topics[2],
+        "ledger": topics[3],
         "start": "earliest", "metrics_port": "0", "log_level": "warning", "alerts_per_day": str(BUDGET),
         "kafka.bootstrap_servers": bootstrap, "kafka.group_id": name, "redis.url": redis_url,
     }  # fmt: skip
@@ -208,12 +209,13 @@ def _child(command: list[str], folder: Path, settings: dict[str, str], log: Any)
 
 
 @contextmanager
-def _topics(bootstrap: str, name: str) -> Iterator[tuple[str, str, str]]:
-    """The three topics, of one partition each, with the broker's own clock on every message."""
+def _topics(bootstrap: str, name: str) -> Iterator[tuple[str, str, str, str]]:
+    """The four topics, of one partition each, with the broker's own clock on every message."""
     admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
-    topics = (f"{name}-events", f"{name}-alerts", f"{name}-dead-letters")
+    topics = (f"{name}-events", f"{name}-alerts", f"{name}-dead-letters", f"{name}-ledger")
     config = {"message.timestamp.type": "LogAppendTime"}
     new = [NewTopic(topic, num_partitions=1, replication_factor=1, config=config) for topic in topics]
+    new[-1].config["cleanup.policy"] = "compact"
     for made in admin.create_topics(new).values():
         made.result(30)
     try:
@@ -229,7 +231,7 @@ def _topics(bootstrap: str, name: str) -> Iterator[tuple[str, str, str]]:
 class _Stream:
     """Both ends of the stream: events in, alerts out, and how far the service has come in between."""
 
-    def __init__(self, bootstrap: str, group: str, topics: tuple[str, str, str]) -> None:
+    def __init__(self, bootstrap: str, group: str, topics: tuple[str, ...]) -> None:
         self.events = topics[0]
         self.sent, self.done = 0, -1
         self.appended: dict[int, int] = {}

@@ -41,7 +41,8 @@ class ScoredBatch:
     severity: float32 [n], 0 to 100; entity: str object [n] (`kind:value`, "" where the event names none); cause: str
     object [n] (`record:ATTRIBUTE PATH` or `sequence:WHAT`); records: the n decoded events; rejects: what could not be
     read; repairs: how often each kind of repair was made; complete: bool [n], False where the history of an entity is
-    known to be missing (None: nothing is).
+    known to be missing (None: nothing is); line: float64 [n], the p-value at or under which each event is an alert
+    (None: whoever scored did not ask).
     """
 
     coordinates: Coordinates
@@ -54,6 +55,7 @@ class ScoredBatch:
     rejects: list[Reject]
     repairs: Counter[str] = field(default_factory=Counter)
     complete: NDArray[np.bool_] | None = None
+    line: NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return len(self.records)

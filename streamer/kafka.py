@@ -57,6 +57,8 @@ def check_topics(settings: Settings) -> None:
         ConfigurationError: with the address, or the topics and how to make them.
     """
     written = [settings.alerts, settings.dead_letters] + ([settings.scores] if settings.scores else [])
+    if settings.line is None:
+        written.append(settings.ledger)
     both = set(settings.events) & set(written)
     if both:
         raise ConfigurationError(f"topic {both.pop()!r} is both read and written")

@@ -14,20 +14,23 @@ from numpy.typing import NDArray
 
 from encoder.events import Reject
 from state.windows import MemoryWindows
+from streamer.budget import Budget
 from streamer.bundle import Bundle
 from streamer.detector import Detector, ScoredBatch
 from streamer.evaluation import Detected, event_uid
 from streamer.files import batches
-from streamer.fitting import Progress, fit
+from streamer.fitting import DAY_MS, Progress, fit
 from streamer.scoring import severity
 
 
 @dataclass(frozen=True)
 class ScoredFile:
-    """n scored events of files, in their order: uids (`metadata.uid`, else the line); p_value: float64 [n]; severity:
-    float32 [n]; entity and cause: object [n]; rejects: what could not be read, with the line of each."""
+    """n scored events of files, in their order: uids (`metadata.uid`, else the line); time: int64 [n], ms; p_value:
+    float64 [n]; severity: float32 [n]; entity and cause: object [n]; rejects: what could not be read, with the line of
+    each."""
 
     uids: list[str]
+    time: NDArray[np.int64]
     p_value: NDArray[np.float64]
     severity: NDArray[np.float32]
     entity: NDArray[np.object_]
@@ -55,6 +58,7 @@ def score_files(paths: Sequence[Path], bundle: Bundle, progress: Callable[[int],
         scored.records.clear()
         parts.append(scored)
         progress(len(uids))
+    time = np.concatenate([np.empty(0, np.int64), *(part.time for part in parts)])
     empty = np.empty(0, object)
     p_value = np.concatenate([np.empty(0), *(part.p_value for part in parts)])
     entity = np.concatenate([empty, *(part.entity for part in parts)])
@@ -64,7 +68,7 @@ def score_files(paths: Sequence[Path], bundle: Bundle, progress: Callable[[int],
         place = places[(silence.source, silence.offset, silence.index)]
         if silence.p_value < p_value[place]:
             p_value[place], entity[place], cause[place] = silence.p_value, silence.entity, "sequence:silence"
-    return ScoredFile(uids, p_value, severity(p_value), entity, cause, rejects)
+    return ScoredFile(uids, time, p_value, severity(p_value), entity, cause, rejects)
 
 
 def _coordinates(scored: ScoredBatch) -> Iterator[tuple[tuple[str, int], int, int]]:
@@ -78,8 +82,18 @@ def line_of_a_day(alerts_per_day: float, events: int) -> float:
     return min(0.5, alerts_per_day / max(events, 1))
 
 
-def write_scores(scored: ScoredFile, line: float, out: Path) -> int:
-    """Write one JSON line an event; returns how many alerts."""
+def lines_of(scored: ScoredFile, alerts_per_day: float, bundle: Bundle) -> NDArray[np.float64]:
+    """The line that each event is held against, float64 [n]: what spans more than a day is judged as the stream would
+    be, hour by hour; what does not counts as one day, whose one line needs no hours to be learned from."""
+    if not len(scored) or int(np.ptp(scored.time)) <= DAY_MS:
+        return np.full(len(scored), line_of_a_day(alerts_per_day, len(scored)))
+    budget = Budget(alerts_per_day, float(bundle.manifest["training"]["events_per_day"]))
+    return budget.judge(scored.time, scored.p_value)
+
+
+def write_scores(scored: ScoredFile, line: float | NDArray[np.float64], out: Path) -> int:
+    """Write one JSON line an event; returns how many alerts. line: the p-value at or under which an event is one, for
+    all or for each."""
     alerts = scored.p_value <= line
     rows = zip(
         scored.uids,

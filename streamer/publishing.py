@@ -274,7 +274,13 @@ def _producer_properties(settings: Settings) -> dict[str, Any]:
 
 def _batch_bytes(settings: Settings) -> int:
     """What the strictest of the topics written to takes at once: librdkafka does not split a batch that is refused."""
-    topics = [topic for topic in (settings.alerts, settings.dead_letters, settings.scores) if topic]
+    written = (
+        settings.alerts,
+        settings.dead_letters,
+        settings.scores,
+        settings.ledger if settings.line is None else "",
+    )
+    topics = [topic for topic in written if topic]
     limits = [1_000_000]
     with contextlib.suppress(KafkaException):  # Not everybody may describe topics.
         wanted = [ConfigResource(ResourceType.TOPIC, topic) for topic in topics]

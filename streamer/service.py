@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -26,6 +26,7 @@ from streamer.dead_letters import dead_letter
 from streamer.detector import Explanation, ScoredBatch
 from streamer.errors import StreamError
 from streamer.kafka import Offsets, TransactionAbortedError, claim_instance
+from streamer.ledger import Ledger
 from streamer.metrics import Metrics, serve
 from streamer.publishing import Output, PlainPublisher, Publisher, TransactionalPublisher
 from streamer.rebuild import Rebuild, Rebuildable
@@ -103,7 +104,8 @@ class Service:
     Args:
         detector: scores messages and explains rows.
         build_alerts: makes the alerts of a batch.
-        line: p-value at or under which an event is an alert.
+        line: p-value at or under which an event is an alert, fixed or from the ledger of the budget.
+        instance: the name of this process in the group; by default the one that it can claim.
         windows: is told what is committed; None where the detector remembers nothing outside this process.
         clock: seconds since the epoch.
     """
@@ -114,17 +116,18 @@ class Service:
         detector: Scorer,
         build_alerts: AlertBuilder,
         *,
-        line: float,
+        line: float | Ledger,
         windows: Remembering | None = None,
+        instance: str = "",
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.metrics = Metrics()
-        self.metrics.line.set(line)
         self.metrics.promised.set(settings.alerts_per_day)
         self._settings = settings
         self._detector = detector
         self._build_alerts = build_alerts
         self._line = line
+        self._ledger = line if isinstance(line, Ledger) else None
         self._windows = windows
         self._clock = clock
         self._stop = threading.Event()
@@ -136,7 +139,7 @@ class Service:
         self._watched_at = 0.0
         self._source = Source(settings, self._release)
         self._publisher: Publisher = (
-            TransactionalPublisher(settings, self._source, claim_instance(settings))
+            TransactionalPublisher(settings, self._source, instance or claim_instance(settings))
             if settings.delivery == "exactly_once"
             else PlainPublisher(settings, self._source)
         )
@@ -177,7 +180,8 @@ class Service:
         self._check_windows()  # After it was taken: no message comes before the check of its partition.
         if batch is not None:
             scored = self._score(batch)
-            rows = np.flatnonzero(scored.p_value <= self._line)
+            line = self._line_for(scored)
+            rows, scored = np.flatnonzero(scored.p_value <= line), replace(scored, line=line)
             alerts = self._explain(scored, rows)
             self._add(batch, scored, rows, alerts)
         if self._due():
@@ -189,6 +193,9 @@ class Service:
         server = serve(self.metrics, port, alive=self.not_alive, ready=self.not_ready) if port else None
         try:
             self._publisher.open()
+            if self._ledger is not None:  # After the publisher, which ends the transaction that a killed one left open.
+                self._ledger.open()
+            self._show_line()
             self._source.open()
             self._opened = True
             _log.info("running", topics=list(self._settings.events), delivery=self._settings.delivery)
@@ -204,6 +211,8 @@ class Service:
             if self._rebuild is not None:
                 self._rebuild.close()
             self._source.close(DRAIN_S)
+            if self._ledger is not None:
+                self._ledger.close()
             if server is not None:
                 server.shutdown()
                 server.server_close()
@@ -217,7 +226,8 @@ class Service:
 
     def _due(self) -> bool:
         if not self._group.batches:
-            return bool(self._source.unrecorded())
+            moved = self._ledger is not None and self._ledger.idle(self._source.owned())
+            return moved or bool(self._source.unrecorded())
         age_ms = (time.monotonic() - self._group.since) * 1000
         full = self._group.batches >= self._settings.batches_per_transaction
         return full or age_ms >= self._settings.transaction_latency_ms
@@ -249,7 +259,7 @@ class Service:
                 lost = StateLostError(str(lost), wiped=False, resume=self._rebuild.resume | lost.resume)
         _log.error("windows were lost, filling them again from Kafka", reason=str(lost))
         self.metrics.losses.inc()
-        self._group = _Group()
+        self._forget()
         self._source.rewind()
         self._watched_at = time.monotonic()
         targets, now_ms = self._source.owned(), int(self._clock() * 1000)
@@ -271,6 +281,11 @@ class Service:
             scored = self._waiting("score", lambda: self._detector.score(batch.messages))
         self.metrics.batches.inc()
         return scored
+
+    def _line_for(self, scored: ScoredBatch) -> NDArray[np.float64]:
+        if isinstance(self._line, Ledger):
+            return self._line.judge(scored.time, scored.p_value, self._source.owned())
+        return np.full(len(scored), self._line)
 
     def _explain(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> Sequence[Written]:
         if not len(rows):
@@ -313,13 +328,19 @@ class Service:
         """Publish the group with its offsets. The order is the promise: windows are told of offsets before Kafka holds
         them, and may forget what a redelivery needs only after."""
         offsets = self._source.unrecorded() | self._group.offsets
+        ledger, windows = self._ledger, self._windows
+        recorded = ledger.outputs(int(self._clock() * 1000)) if ledger is not None else []
+        if ledger is not None and recorded and not offsets:
+            owned = self._source.owned()  # Without the decider's partition a line cannot be committed.
+            offsets = {ledger.decider: owned[ledger.decider]} if ledger.decider in owned else {}
         if not offsets:
             return
-        windows = self._windows
         if windows is not None:
             self._waiting("prepare", lambda: windows.prepare(offsets))
         with self.metrics.time("publish"):
-            self._publisher.publish(self._group.outputs, offsets)
+            self._publisher.publish([*self._group.outputs, *recorded], offsets)
+        if ledger is not None:
+            ledger.committed()
         self._source.committed(offsets)
         done, self._group, self._aborts = self._group, _Group(), 0
         self._publisher.refused.clear()
@@ -343,15 +364,25 @@ class Service:
             if appended >= 0:
                 self.metrics.latency.observe(max(now - appended, 0) / 1000)
         self.metrics.spend([event_time for event_time, _ in done.alert_times])
+        self._show_line()
+
+    def _show_line(self) -> None:
+        self.metrics.line.set(self._line.line if isinstance(self._line, Ledger) else self._line)
 
     def _begin_again(self, reason: Exception) -> None:
         """After an abort: forget the group and read it again from what is committed, later each time it fails."""
-        self._group = _Group()
+        self._forget()
         self._source.rewind()
         self._aborts += 1
         self.metrics.transactions.labels("aborted").inc()
         _log.warning("read again from the last commit", reason=str(reason), times=self._aborts)
         self._stop.wait(min(0.05 * 2 ** min(self._aborts, 7), 5.0) if self._aborts > 1 else 0)
+
+    def _forget(self) -> None:
+        """What is scored and not committed."""
+        self._group = _Group()
+        if self._ledger is not None:
+            self._ledger.rewind()
 
     def _release(self, gone: set[SourcePartition], lost: bool) -> None:
         """A rebalance takes partitions: finish what is scored of them, or throw it away if they are lost already."""

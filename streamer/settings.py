@@ -153,8 +153,16 @@ class Settings(BaseSettings):
     alerts_per_day: float = Field(
         default=20.0, gt=0, description="alert budget: how many a day normal traffic may cost"
     )
+    ledger: str = Field(
+        default="ledger",
+        description="compacted topic of one partition that holds the alert lines and what was spent; needed unless "
+        "line is set",
+    )
     line: float | None = Field(
-        default=None, gt=0, le=1, description="fixed p-value to alert at or under, in place of the one the budget gives"
+        default=None,
+        gt=0,
+        le=1,
+        description="fixed p-value to alert at or under, in place of the one that follows the budget",
     )
 
     start: Literal["earliest", "latest"] = Field(

@@ -134,6 +134,7 @@ class Topics:
             "alerts": f"{self.name}-alerts",
             "dead_letters": f"{self.name}-dead",
             "scores": f"{self.name}-scores",
+            "ledger": f"{self.name}-ledger",
             "start": "earliest",
             "batch_size": 50,
             "linger_ms": 10,
@@ -227,6 +228,7 @@ def create(bootstrap: str, name: str, partitions: int = 2, config: dict[str, str
     admin = AdminClient({"bootstrap.servers": bootstrap})
     sizes = {"events": (partitions, config or {"max.message.bytes": "8000000"})}
     sizes |= {"alerts": (2, {}), "dead": (1, {"max.message.bytes": "6000000"}), "scores": (2, {})}
+    sizes |= {"ledger": (1, {"cleanup.policy": "compact"})}
     new = [NewTopic(f"{name}-{suffix}", count, 1, config=settings) for suffix, (count, settings) in sizes.items()]
     for future in admin.create_topics(new).values():
         future.result(20)

@@ -1,0 +1,136 @@
+"""The alert line in Kafka: recorded with the alerts that crossed it, the same after a crash, shared by the processes of
+a group, and there for a replay."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from confluent_kafka.admin import AdminClient, NewTopic
+from stream import EVENT, HashDetector, Topics, build_alerts, create, p_value, running, until
+
+from encoder.events import Message
+from streamer.budget import HOUR_MS, Budget
+from streamer.errors import ConfigurationError
+from streamer.ledger import Ledger, Lines
+from streamer.service import Service
+
+RATE = 4000.0
+START = EVENT["time"] // HOUR_MS * HOUR_MS
+
+
+@pytest.fixture
+def topics(kafka: str, unique: Callable[[str], str]) -> Topics:
+    return create(kafka, unique("ledger"), partitions=1)
+
+
+def produce_hours(topics: Topics, first: int, n: int) -> None:
+    """Events first to first + n of a stream of 200 events an hour."""
+    topics.produce([orjson.dumps(EVENT | {"time": START + i * HOUR_MS // 200}) for i in range(first, first + n)])
+
+
+def service_for(
+    topics: Topics, instance: str = "one", before: Callable[[Sequence[Message]], None] = lambda _: None, **more: Any
+) -> Service:
+    settings = topics.settings(**({"alerts_per_day": 60, "kafka.instance_id": instance} | more))
+    ledger = Ledger(settings, instance, RATE)
+    return Service(settings, HashDetector(before), build_alerts, line=ledger, instance=instance)
+
+
+def expected(topics: Topics, n: int) -> tuple[list[str], Budget]:
+    """The alerts of an undisturbed run over `produce_hours(topics, 0, n)` on one partition, and its budget."""
+    budget = Budget(60, RATE)
+    labels = [f"{topics.events}:0:{i}:0" for i in range(n)]
+    p = np.array([p_value(label) for label in labels])
+    line = budget.judge(START + np.arange(n) * HOUR_MS // 200, p)
+    return sorted(label for label, alert in zip(labels, p <= line, strict=True) if alert), budget
+
+
+def test_lines_are_recorded_with_the_alerts_and_give_the_same_alerts_again(topics: Topics) -> None:
+    n = 4000
+    produce_hours(topics, 0, n)
+    service = service_for(topics)
+    with running(service) as raised:
+        topics.wait_until_read(n)
+    assert raised == []
+    alerts, budget = expected(topics, n)
+    assert topics.alerts() == alerts != []
+    lines = Lines.read(topics.settings())
+    assert len(lines) == len(budget.lines) >= 20
+    labels = [f"{topics.events}:0:{i}:0" for i in range(n)]
+    replayed = lines.at(START + np.arange(n) * HOUR_MS // 200)
+    assert sorted(x for x, line in zip(labels, replayed.tolist(), strict=True) if p_value(x) <= line) == alerts
+    assert service.metrics.line._value.get() == budget.lines[-1].in_force
+
+
+def test_a_process_that_is_started_again_goes_on_with_what_was_spent(topics: Topics) -> None:
+    n = 4000
+    produce_hours(topics, 0, n // 2)
+    with running(service_for(topics)):
+        topics.wait_until_read(n // 2)
+    produce_hours(topics, n // 2, n // 2)
+    with running(service_for(topics)) as raised:
+        topics.wait_until_read(n)
+    assert raised == []
+    assert topics.alerts() == expected(topics, n)[0]
+
+
+def test_what_was_judged_in_an_aborted_transaction_is_not_spent(topics: Topics) -> None:
+    n = 2000
+    produce_hours(topics, 0, n)
+    service = service_for(topics, transaction_latency_ms=1000)
+    publish, calls = service._publisher.publish, [0]
+
+    def failing(*arguments: Any) -> None:
+        calls[0] += 1
+        if calls[0] in (2, 4):
+            from streamer.kafka import TransactionAbortedError
+
+            raise TransactionAbortedError("as if the broker had gone away")
+        publish(*arguments)
+
+    service._publisher.publish = failing  # type: ignore[method-assign]
+    with running(service) as raised:
+        topics.wait_until_read(n)
+    assert raised == []
+    assert calls[0] > 4
+    assert topics.alerts() == expected(topics, n)[0]
+
+
+def test_two_processes_share_one_line_and_one_budget(kafka: str, unique: Callable[[str], str]) -> None:
+    topics = create(kafka, unique("ledger"), partitions=4)
+    slow = lambda _: time.sleep(0.01)  # noqa: E731
+    first, second = service_for(topics, "a", slow), service_for(topics, "b", slow)
+    with running(first) as raised, running(second) as raised_too:
+        until(lambda: len(first._source.owned()) == len(second._source.owned()) == 2)
+        for step in range(10):
+            produce_hours(topics, step * 200, 200)
+            time.sleep(0.2)
+        topics.wait_until_read(2000)
+        deciding = [service._ledger._owner for service in (first, second) if service._ledger is not None]
+        assert sorted(deciding) == [False, True]
+    assert raised == raised_too == []
+    ledger = Ledger(topics.settings(), "reader", RATE)
+    ledger.open()
+    ledger.close()
+    counted = ledger._budget.elsewhere
+    assert sum(tally.events for tally in counted.values()) == 2000
+    assert len(ledger._budget.lines) >= 8
+    hours = sorted(counted)
+    spent = [sum(counted[h].spent for h in hours if h0 <= h < h0 + 6) for h0 in hours]
+    assert 0 < max(spent) <= 30 + 5  # Until one has read what the other spent, it may spend too.
+    assert len(topics.alerts()) >= sum(tally.spent for tally in counted.values()) > 0
+
+
+def test_a_ledger_that_kafka_would_forget_is_refused(kafka: str, unique: Callable[[str], str], topics: Topics) -> None:
+    name = unique("forgetful")
+    admin = AdminClient({"bootstrap.servers": kafka})
+    admin.create_topics([NewTopic(name, 1, 1)])[name].result(10)
+    with pytest.raises(ConfigurationError, match=r"cleanup\.policy=compact"):
+        Ledger(topics.settings(ledger=name), "one", RATE).open()
+    with pytest.raises(ValueError, match="no line"):
+        Lines.read(topics.settings()).at(np.array([0]))
