@@ -214,8 +214,9 @@ def _topics(bootstrap: str, name: str) -> Iterator[tuple[str, str, str, str]]:
     admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
     topics = (f"{name}-events", f"{name}-alerts", f"{name}-dead-letters", f"{name}-ledger")
     config = {"message.timestamp.type": "LogAppendTime"}
-    new = [NewTopic(topic, num_partitions=1, replication_factor=1, config=config) for topic in topics]
-    new[-1].config["cleanup.policy"] = "compact"
+    new = [NewTopic(topic, num_partitions=1, replication_factor=1, config=config) for topic in topics[:3]]
+    compacted = config | {"cleanup.policy": "compact"}
+    new.append(NewTopic(topics[3], num_partitions=1, replication_factor=1, config=compacted))
     for made in admin.create_topics(new).values():
         made.result(30)
     try:

@@ -150,13 +150,20 @@ class Lines:
 
     @classmethod
     def read(cls, settings: Settings) -> Lines:
-        """All lines of `settings.tenant` in `settings.ledger`. Raises ConfigurationError where it cannot be read."""
-        reader = _Reader(settings)
+        """The lines of `settings.tenant` in `settings.ledger` that were decided for its `alerts_per_day`; none where
+        there is no such topic. Raises ConfigurationError where it cannot be read."""
+        try:
+            topics = build(AdminClient, client_properties(settings)).list_topics(timeout=10).topics
+        except KafkaException as error:
+            raise ConfigurationError(f"topic {settings.ledger!r} (ledger): {reason_of(error)}") from None
+        if settings.ledger not in topics:
+            return cls({})
+        reader, budget = _Reader(settings), settings.alerts_per_day
         try:
             reader.read(READ_S)
         finally:
             reader.close()
-        return cls(reader.lines)
+        return cls({start: reader.lines[start] for start in reader.lines if reader.budgets[start] == budget})
 
     def at(self, event_time: NDArray[np.int64]) -> NDArray[np.float64]:
         """int64 [n], ms, to the line in force at each, float64 [n]; before the first line, the first. Raises ValueError
@@ -171,6 +178,7 @@ class _Reader:
 
     def __init__(self, settings: Settings) -> None:
         self.lines: dict[int, Line] = {}
+        self.budgets: dict[int, float] = {}
         self.tallies: dict[tuple[int, str], Tally] = {}
         self._settings = settings
         self._tenant = settings.tenant
@@ -214,6 +222,7 @@ class _Reader:
             return
         body = orjson.loads(value) if value else None
         if kind == "line" and body is not None:
+            self.budgets[int(number)] = body["alerts_per_day"]
             self.lines[int(number)] = Line(int(number), body["p_value"], body["correction"], body["closed"])
         elif kind == "tally":
             place = int(number), "".join(instance)

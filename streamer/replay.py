@@ -25,6 +25,7 @@ from streamer.bundle import Bundle, load
 from streamer.detector import Detector, ScoredBatch, device_of
 from streamer.errors import StreamError
 from streamer.kafka import Offsets, SourcePartition, reason_of
+from streamer.ledger import Lines as RecordedLines
 from streamer.range_reader import RangeReader
 from streamer.ranges import KAFKA_S, Range, freeze, metadata_consumer, offsets_at
 from streamer.rebuild import FUTURE_MS
@@ -161,10 +162,14 @@ class ReplayDetector:
 
     @classmethod
     def open(cls, settings: Settings, path: Path) -> ReplayDetector:
-        """With the bundle at `path`, at the line that the service would take with it. Raises BundleError."""
+        """With the bundle at `path`, at the lines that the service recorded; where it recorded none, at the one that
+        the budget gives at the rate of training. Raises BundleError."""
         bundle = load(path, device_of(settings))
-        line = settings.line if settings.line is not None else bundle.line(settings.alerts_per_day)
-        return cls(bundle, settings.tenant, fixed_line(line))
+        if settings.line is not None:
+            return cls(bundle, settings.tenant, fixed_line(settings.line))
+        recorded = RecordedLines.read(settings)
+        lines = recorded.at if len(recorded) else fixed_line(bundle.line(settings.alerts_per_day))
+        return cls(bundle, settings.tenant, lines)
 
     def begin(self, horizon_ms: int) -> None:
         """Windows that reach back behind this event time are not complete."""
