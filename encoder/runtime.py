@@ -22,6 +22,8 @@ from encoder.schema import FIRST, MISSING, UNKNOWN, Field, Schema
 from encoder.training import DEPTH, EMBEDDING, WIDTH, network_codes, network_sizes
 from encoder.vectorize import FeatureBatch, Vectorizer
 
+BEHAVIOUR_STEPS = 8
+"""Into how many equal parts of training's values a quantity falls where only what was done counts."""
 CHUNK = 256
 """Rows a pass through the network. One event or a thousand, the matrices have this many rows."""
 
@@ -63,6 +65,9 @@ class Encoder:
         self.rarity = rarity.to(device)
         numbers = [i for i, field in enumerate(schema.fields) if field.kind == "number"]
         self._numbers = np.array(numbers, np.int32)
+        bins = [len(schema.fields[i].edges) + 1 for i in numbers]
+        self._coarse = np.array([max(1, round(count / BEHAVIOUR_STEPS)) for count in bins], np.int32)
+        self._identities = np.array([i for i, field in enumerate(schema.fields) if field.kind == "identity"], np.int32)
         self._discrete = np.array(rarity.columns, np.int32)
 
     @classmethod
@@ -91,6 +96,20 @@ class Encoder:
         odd_value, odd_for_actor = (score.cpu().numpy() for score in self.rarity.summary(surprise))
         odd_field = self._discrete[surprise.by_type.argmax(1).cpu().numpy()]
         return Encoded(self._vectors(features), odd_value, odd_for_actor, odd_field, self._far_number(features))
+
+    def behaviours(self, features: FeatureBatch) -> NDArray[np.float16]:
+        """float16 [n, 64]: what was done, without by whom and where: of identities only that they are there, of
+        quantities roughly how large. Two machines that do the same have the same, so a sequence of them says something
+        about a machine that training never saw."""
+        codes = features.codes.copy()
+        named = codes[:, self._identities]
+        codes[:, self._identities] = np.where(named == MISSING, MISSING, UNKNOWN)
+        bins = codes[:, self._numbers]
+        codes[:, self._numbers] = np.where(bins < FIRST, bins, FIRST + (bins - FIRST) // self._coarse * self._coarse)
+        coarse = np.round(features.quantiles * BEHAVIOUR_STEPS) / np.float32(BEHAVIOUR_STEPS)
+        hidden = FeatureBatch(codes, coarse, features.actor)
+        first, like = hidden.distinct()
+        return self._vectors(hidden.take(first))[like]
 
     def _far_number(self, features: FeatureBatch) -> NDArray[np.int32]:
         if not len(self._numbers):

@@ -63,14 +63,17 @@ _PROFILE = re.compile(r"(\\users\\|/home/|/users/|documents and settings\\)[^\\/
 _EXACT = re.compile(r"(^|[._])(code|id|ip|ips|mac|port|version|cidr)$")
 """Attributes whose digits are the value: codes and addresses, not text that counts or dates something."""
 _SEPARATOR = re.compile(r"[\\/]+")
-EPHEMERAL_PORTS = 49152
+EPHEMERAL_PORTS = 32768
+"""From here on systems take the port of an outgoing connection (Linux; RFC 6335 says 49152)."""
+USER_PORTS = 1024
+"""From here on a client's port says nothing: address translation gives it any."""
 _MAX_TEXT = 200
 
 
 def normalise(value: Any, path: str) -> str:
     """The form in which a value enters a vocabulary: text lower-cased with ids, hex and numbers templated away (codes
-    and addresses as they are) and home folders without their owner; integers as they are, but ephemeral ports (RFC
-    6335) as one value; lists as sets."""
+    and addresses as they are) and home folders without their owner; integers as they are, but ephemeral ports as
+    one value; lists as sets."""
     kind = type(value)
     if kind is str:
         text = _PROFILE.sub(r"\1*", value[: 4 * _MAX_TEXT].lower())
@@ -82,7 +85,7 @@ def normalise(value: Any, path: str) -> str:
     if kind is int or kind is float:
         if kind is float and value.is_integer() and abs(value) < 2**53:
             value = int(value)
-        if path.endswith("port") and value >= EPHEMERAL_PORTS:
+        if path.endswith("port") and value >= (USER_PORTS if path == "src_endpoint.port" else EPHEMERAL_PORTS):
             return "ephemeral"
         return str(value)
     if kind is list:

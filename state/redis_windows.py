@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from state.errors import Source, StateError, StateLostError
 from state.redis_server import RedisServer
+from state.tally import PARTNERS
 from state.windows import DAY_MS, MAX_SLACK, WindowEntries, Windows, is_complete, progress_of, source_id, validate
 
 _FUNCTIONS = files("state").joinpath("windows.lua").read_text()
-_HEADER, _SOURCE, _HEAD, _ENTRY = 27, 21, 22, 27
+_HEADER, _SOURCE, _HEAD, _ENTRY = 27, 21, 30, 39
 """Sizes of the records that windows.lua describes."""
 _Bytes = NDArray[np.uint8]
 
@@ -176,6 +177,7 @@ class RedisWindows:
         done = np.array([self._committed.get(source, 0) for source in entries.sources], np.int64)
         columns = ((ids[entries.source], 6), (entries.time, 6), (entries.offset, 6), (entries.index, 3))
         packed = [_bytes(column[order], size) for column, size in (*columns, (done[entries.source], 6))]
+        packed.append(_act_bytes(entries)[order])
         heads = memoryview(np.ascontiguousarray(np.concatenate(packed, axis=1)).tobytes())
         vectors = memoryview(np.ascontiguousarray(entries.vectors[order]).tobytes())
         parameters, size, stride = self._parameters(), _ENTRY, 2 * self.dim
@@ -246,6 +248,7 @@ class RedisWindows:
             source=(source[picked] - 1).astype(np.int32),
             offset=table.offset[picked],
             index=table.index[picked],
+            levels=table.levels[np.where(own >= 0, picked[np.arange(len(own)), own], -1)],
         )
 
     def _sources(self, ids: NDArray[np.int64]) -> tuple[Source, ...]:
@@ -330,8 +333,8 @@ class _Table:
     """All entries of the keys that a batch touched, as columns: one row an entry, in the order of its entity, entities
     one after another, and last a row of zeros that stands for "unused".
 
-    Of R rows: entity, number, time, source (48-bit id), offset, index, vectors float16 [R, d]. Of E entities: start,
-    end (rows), live, trimmed, ordered (row order is number order).
+    Of R rows: entity, number, time, source (48-bit id), offset, index, levels uint8 [R, 8], vectors float16 [R, d]. Of
+    E entities: start, end (rows), live, trimmed, ordered (row order is number order).
     """
 
     def __init__(self, replies: Sequence[Sequence[bytes]], dim: int) -> None:
@@ -350,6 +353,7 @@ class _Table:
             _uint(head[:, a:b]) for a, b in ((0, 5), (5, 11), (11, 13), (13, 19), (19, 22))
         )
         self.index = index.astype(np.int32)
+        self.levels = head[:, 22:]
         self.vectors = np.frombuffer(vectors, np.float16).reshape(-1, dim)
         self.end = np.cumsum(kept)
         self.start = self.end - kept
@@ -377,6 +381,17 @@ def _uint(column: _Bytes) -> NDArray[np.int64]:
 def _bytes(column: NDArray[Any], size: int) -> _Bytes:
     """The inverse of `_uint`: integers [n] as uint8 [n, size]."""
     return column.astype("<i8")[:, None].view(np.uint8)[:, :size]
+
+
+def _act_bytes(entries: WindowEntries) -> _Bytes:
+    """What each entry adds to the counts, as windows.lua unpacks it: uint8 [m, 12]."""
+    packed = np.zeros((len(entries), 7 + PARTNERS), np.uint8)
+    if (acts := entries.acts) is not None:
+        there = (acts.partners >= 0) << np.arange(2, 2 + PARTNERS)
+        packed[:, 0] = acts.counted + 2 * acts.failed + there.sum(1)
+        packed[:, 1:7] = _bytes(acts.amount, 6)
+        packed[:, 7:] = np.maximum(acts.partners, 0)
+    return packed
 
 
 def _name(source: Source) -> str:

@@ -2,18 +2,23 @@
 -- they work on a cluster. The rules are those of windows.py; what is decided here is decided there in the same words.
 --
 -- The value of an entity's key, little endian, without padding:
---   header      version 1, epoch 6, next number 5, trimmed 5, kept 4, live 2, sources 2, aggregates 2
+--   header      version 1, epoch 6, next number 5, trimmed 5, kept 4, live 2, sources 2, size of the tally 2
 --   sources     of each source: id 6, highest applied offset 6 and index 3, committed offset 6
 --   displaced   of each displaced entry, in order: the number that displaced it, 5
---   heads       of each entry kept, in order, displaced first: number 5, time 6, place of the source 2, offset 6, index 3
+--   heads       of each entry kept, in order, displaced first: number 5, time 6, place of the source 2, offset 6, index 3,
+--               levels that it raised 8 (see tally.py)
 --   vectors     of each entry kept, in the same order: fp16 x d
---   aggregates  what is counted beside the window: carried along, not looked into
+--   tally       buckets, by hour: hour 4, events 4, failures 4, bytes 6, bitmap of partners 32
 
-local VERSION = 1
+local VERSION = 2
 local HEADER, HEADER_SIZE = '<I1I6I5I5I4I2I2I2', 27
 local SOURCE, SOURCE_SIZE = '<I6I6I3I6', 21
-local HEAD, HEAD_SIZE = '<I5I6I2I6I3', 22
-local ENTRY, ENTRY_SIZE = '<I6I6I6I3I6', 27
+local HEAD, HEAD_SIZE = '<I5I6I2I6I3c8', 30
+local ENTRY, ENTRY_SIZE = '<I6I6I6I3I6', 39 -- and what it adds to the counts:
+local ACT, ACT_AT = '<I1I6BBBBB', 27 -- flags (counted, failed, which partners are there), bytes, partners
+local BUCKET, BUCKET_SIZE = '<I4I4I4I6I4I4I4I4I4I4I4I4', 50
+local HOUR_MS, HOURS, NEAR, PLACES, MOST_BYTES = 3600000, 24, 2, 256, 2 ^ 47 - 1
+local NOTHING = '\0\0\0\0\0\0\0\0'
 
 -- The records of `block`, of `size` bytes each, that `order` names, in that order: consecutive ones in one piece.
 local function assemble(block, size, order, ascending)
@@ -30,8 +35,116 @@ local function assemble(block, size, order, ascending)
   return table.concat(parts)
 end
 
+local function level(count)
+  return math.min(math.floor(6 * math.log(1 + count) / math.log(2) + 1e-9), 255)
+end
+
+local function bits_of(word)
+  local count = 0
+  while word ~= 0 do
+    word = bit.band(word, word - 1)
+    count = count + 1
+  end
+  return count
+end
+
+-- The counts of one entity, as tally.py has them. A bucket is {hour, events, failures, bytes, 8 words of the bitmap};
+-- sums are {0, events, failures, bytes, 8 words, how many bits}.
+local function tally_of(packed)
+  local buckets, newest, near, day = {}, -1, nil, nil
+  for at = 1, #packed, BUCKET_SIZE do
+    local bucket = { struct.unpack(BUCKET, packed, at) }
+    bucket[13] = nil -- where it ended
+    for word = 5, 12 do bucket[word] = bit.tobit(bucket[word]) end
+    buckets[#buckets + 1] = bucket
+    newest = bucket[1]
+  end
+
+  local function sum(from)
+    local sums = { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+    for _, bucket in ipairs(buckets) do
+      if bucket[1] >= from then
+        for i = 2, 4 do sums[i] = sums[i] + bucket[i] end
+        for word = 5, 12 do sums[word] = bit.bor(sums[word], bucket[word]) end
+      end
+    end
+    for word = 5, 12 do sums[13] = sums[13] + bits_of(sums[word]) end
+    return sums
+  end
+
+  local function lift(sums, failed, bytes, places)
+    local levels = { 0, 0, 0, 0 }
+    local function add(which, place, more)
+      local before = level(sums[which])
+      sums[which] = sums[which] + more
+      local now = level(sums[which])
+      if now > before then levels[place] = now end
+    end
+    add(2, 1, 1)
+    if failed > 0 then add(3, 2, failed) end
+    if bytes > 0 then add(4, 4, bytes) end
+    local before = sums[13]
+    for _, place in ipairs(places) do
+      local word, mask = 5 + math.floor(place / 32), bit.lshift(1, place % 32)
+      if bit.band(sums[word], mask) == 0 then
+        sums[word] = bit.bor(sums[word], mask)
+        sums[13] = sums[13] + 1
+      end
+    end
+    local function estimate(used) return level(-PLACES * math.log(1 - math.min(used, PLACES - 0.5) / PLACES)) end
+    if estimate(sums[13]) > estimate(before) then levels[3] = estimate(sums[13]) end
+    return levels
+  end
+
+  local function add(time, act)
+    local flags, bytes = act[1], act[2]
+    local hour, failed, places = math.floor(time / HOUR_MS), bit.band(flags, 2) / 2, {}
+    for i = 1, 5 do
+      if bit.band(flags, bit.lshift(2, i)) ~= 0 then places[#places + 1] = act[2 + i] end
+    end
+    if hour > newest then
+      local kept = {}
+      for _, bucket in ipairs(buckets) do
+        if bucket[1] > hour - HOURS then kept[#kept + 1] = bucket end
+      end
+      buckets, newest, near, day = kept, hour, nil, nil
+    elseif hour <= newest - HOURS then
+      return NOTHING
+    end
+    near, day = near or sum(newest - NEAR + 1), day or sum(newest - HOURS + 1)
+    local at = #buckets
+    while at > 0 and buckets[at][1] > hour do at = at - 1 end
+    if at == 0 or buckets[at][1] < hour then
+      at = at + 1
+      table.insert(buckets, at, { hour, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 })
+    end
+    local bucket = buckets[at]
+    bytes = math.min(bytes, MOST_BYTES - bucket[4])
+    bucket[2], bucket[3], bucket[4] = bucket[2] + 1, bucket[3] + failed, bucket[4] + bytes
+    for _, place in ipairs(places) do
+      local word = 5 + math.floor(place / 32)
+      bucket[word] = bit.bor(bucket[word], bit.lshift(1, place % 32))
+    end
+    local long, short = lift(day, failed, bytes, places), { 0, 0, 0, 0 }
+    if hour > newest - NEAR then short = lift(near, failed, bytes, places) end
+    return string.char(short[1], long[1], short[2], long[2], short[3], long[3], short[4], long[4])
+  end
+
+  local function packed_again()
+    local parts = {}
+    for i, bucket in ipairs(buckets) do
+      local words = {}
+      for word = 5, 12 do words[word - 4] = bucket[word] % 4294967296 end
+      parts[i] = struct.pack(BUCKET, bucket[1], bucket[2], bucket[3], bucket[4], unpack(words))
+    end
+    return table.concat(parts)
+  end
+  return { add = add, packed = packed_again }
+end
+
 -- Append entries to one entity. args: parameters; (source id, committed offset) pairs known beyond those of the
--- entries; entries (source id, time, offset, index, committed offset of the source); their vectors.
+-- entries; entries (source id, time, offset, index, committed offset of the source, what it adds to the counts); their
+-- vectors.
 -- Returns the number of each entry (5 bytes each, 0: applied before and forgotten since) and the value of the key.
 local function push(keys, args)
   local pack, unpack, sub = struct.pack, struct.unpack, string.sub -- libraries are there in a call, not at load
@@ -127,7 +240,7 @@ local function push(keys, args)
     return known[s .. ':' .. offset .. ':' .. index]
   end
 
-  local numbers, ascending, unused = {}, true, string.rep('\0', HEAD_SIZE)
+  local numbers, ascending, unused, tally = {}, true, string.rep('\0', HEAD_SIZE), nil
   for i = 1, count do
     local id, time, offset, index = unpack(ENTRY, entries, (i - 1) * ENTRY_SIZE + 1)
     local s = place[id]
@@ -144,8 +257,12 @@ local function push(keys, args)
         ids[s], committed[s], place[id] = id, done, s
       end
       if not seen then applied[s], applied_index[s] = offset, index end
-      local ref = kept + i
-      fresh[i] = pack(HEAD, number, time, s, offset, index)
+      local ref, levels = kept + i, NOTHING
+      if not seen and string.byte(entries, (i - 1) * ENTRY_SIZE + ACT_AT + 1) % 2 == 1 then
+        tally = tally or tally_of(tail > 0 and sub(state, -tail) or '')
+        levels = tally.add(time, { unpack(ACT, entries, (i - 1) * ENTRY_SIZE + ACT_AT + 1) })
+      end
+      fresh[i] = pack(HEAD, number, time, s, offset, index, levels)
       if known then known[s .. ':' .. offset .. ':' .. index] = number end
       local newest = time
       local low, high = 1, #order + 1
@@ -176,14 +293,15 @@ local function push(keys, args)
 
   if changed then
     local live_now = #order - first + 1
-    local parts = { pack(HEADER, VERSION, epoch, next_number, trimmed, #order, live_now, sources, tail) }
+    local counts = tally and tally.packed() or (tail > 0 and sub(state, -tail) or '')
+    local parts = { pack(HEADER, VERSION, epoch, next_number, trimmed, #order, live_now, sources, #counts) }
     for s = 1, sources do parts[#parts + 1] = pack(SOURCE, ids[s], applied[s], applied_index[s], committed[s]) end
     for i = 1, first - 1 do parts[#parts + 1] = pack('<I5', displaced[order[i]]) end
     local heads = sub(state, heads_at, vectors_at - 1) .. table.concat(fresh)
     local vectors = sub(state, vectors_at, vectors_at + kept * stride - 1) .. args[4]
     parts[#parts + 1] = assemble(heads, HEAD_SIZE, order, ascending)
     parts[#parts + 1] = assemble(vectors, stride, order, ascending)
-    if tail > 0 then parts[#parts + 1] = sub(state, -tail) end
+    parts[#parts + 1] = counts
     state = table.concat(parts)
     redis.call('SET', key, state, 'PX', ttl)
   end

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.errors import Source, StateLostError
+from state.tally import LEVELS, PARTNERS, Acts, Tally, bitmaps
 
 DAY_MS = 86_400_000
 MAX_SLACK = 16_384
@@ -38,7 +39,8 @@ class WindowEntries:
     """m (event, entity) pairs in stream order: within a source, by ascending coordinates; whole messages.
 
     entity: m strings `kind:value`; time: int64 [m], event ms >= 0; vectors: float16 [m, d]; sources: distinct (topic,
-    partition) pairs; source: int32 [m], index into them; offset: int64 [m]; index: int32 [m], place in the message.
+    partition) pairs; source: int32 [m], index into them; offset: int64 [m]; index: int32 [m], place in the message; acts: what
+    each adds to the counts of its entity (None: nothing is counted).
     """
 
     entity: Sequence[str]
@@ -48,6 +50,7 @@ class WindowEntries:
     source: NDArray[np.int32]
     offset: NDArray[np.int64]
     index: NDArray[np.int32]
+    acts: Acts | None = None
 
     def __len__(self) -> int:
         return len(self.entity)
@@ -60,7 +63,8 @@ class Windows:
     vectors: float16 [m, W, d], unused slots zero; times: int64 [m, W], event ms, unused 0; length: int32 [m], members;
     own: int32 [m], the slot of the entry itself (W - 1 unless it came out of order, -1: late, not a member); complete:
     bool [m], False where members are known to be missing. Coordinates of the members: sources, with source: int32
-    [m, W] (index into them, -1 unused), offset: int64 [m, W] and index: int32 [m, W].
+    [m, W] (index into them, -1 unused), offset: int64 [m, W] and index: int32 [m, W]. levels: uint8 [m, 8], what the
+    entry raised (`tally.LEVELS`), all 0 where it is not a member.
     """
 
     vectors: NDArray[np.float16]
@@ -72,6 +76,7 @@ class Windows:
     source: NDArray[np.int32]
     offset: NDArray[np.int64]
     index: NDArray[np.int32]
+    levels: NDArray[np.uint8]
 
     def __len__(self) -> int:
         return len(self.length)
@@ -138,6 +143,8 @@ def validate(entries: WindowEntries, dim: int) -> None:
     expected = {name: (m, dim) if name == "vectors" else (m,) for name in shapes}
     if shapes != expected:
         raise ValueError(f"window entries do not fit together: {shapes}, expected {expected}")
+    if entries.acts is not None and entries.acts.partners.shape != (m, PARTNERS):
+        raise ValueError(f"acts with partners {entries.acts.partners.shape} do not fit: [{m}, {PARTNERS}] was expected")
     if entries.vectors.dtype != np.float16:
         raise ValueError(f"window vectors must be float16, not {entries.vectors.dtype}")
     if m:
@@ -175,7 +182,7 @@ _Key = tuple[int, int, int, int]
 class _Entity:
     """One entity: slots of the window's members in order, and of displaced entries with the number that did it."""
 
-    __slots__ = ("applied", "batch", "horizon", "live", "newest", "next", "slack", "trimmed")
+    __slots__ = ("applied", "batch", "horizon", "live", "newest", "next", "slack", "tally", "trimmed")
 
     def __init__(self, horizon: int) -> None:
         self.live = array("i")
@@ -186,6 +193,7 @@ class _Entity:
         self.trimmed = 0
         self.horizon = horizon
         self.batch = 0
+        self.tally: Tally | None = None
 
 
 class MemoryWindows:
@@ -221,6 +229,7 @@ class MemoryWindows:
         self._offset = np.zeros(1, np.int64)
         self._index = np.zeros(1, np.int32)
         self._number = np.zeros(1, np.int64)
+        self._levels = np.zeros((1, len(LEVELS)), np.uint8)
 
     def __len__(self) -> int:
         return len(self._entities)
@@ -232,6 +241,12 @@ class MemoryWindows:
         slots = self._store(entries, sources)
         self._batch += 1
         entities, keys, numbers, times_kept = self._entities, self._source_keys, self._number, self._time
+        counted: Sequence[bool] = [False] * m
+        if entries.acts is not None:
+            counted, failed = entries.acts.counted.tolist(), entries.acts.failed.tolist()
+            amount, partners = entries.acts.amount.tolist(), bitmaps(entries.acts.partners)
+        raised: list[bytes] = []
+        at: list[int] = []
         flat, length = array("i"), [0] * m
         freed: list[int] = []
         own = np.full(m, width - 1, np.int32)
@@ -259,6 +274,11 @@ class MemoryWindows:
                 number = entity.next
                 entity.next = number + 1
                 numbers[slot] = number
+                if counted[i]:
+                    if entity.tally is None:
+                        entity.tally = Tally()
+                    raised.append(entity.tally.add(time, failed[i], amount[i], partners[i]))
+                    at.append(slot)
                 key = (time, keys[source], offset, index)
                 live = entity.live
                 if key > entity.newest:
@@ -276,6 +296,7 @@ class MemoryWindows:
             length[i] = len(window)
         if m:
             self._newest = max(self._newest, int(entries.time.max()))
+        self._levels[at] = np.frombuffer(b"".join(raised), np.uint8).reshape(-1, len(LEVELS))
         lengths = np.array(length, np.int32)
         picked = np.zeros((m, width), np.int32)
         picked[np.arange(width) >= width - lengths[:, None]] = np.array(flat, np.int32)
@@ -336,7 +357,7 @@ class MemoryWindows:
         m, size = len(entries), len(self._time)
         if len(self._free) < m:
             grown = max(2 * size, size + m, 1024)
-            for name in ("_vectors", "_time", "_source", "_offset", "_index", "_number"):
+            for name in ("_vectors", "_time", "_source", "_offset", "_index", "_number", "_levels"):
                 old = getattr(self, name)
                 new = np.empty((grown, *old.shape[1:]), old.dtype)
                 new[:size] = old
@@ -346,7 +367,7 @@ class MemoryWindows:
         del self._free[len(self._free) - m :]
         at = np.array(slots, np.intp)
         self._vectors[at], self._time[at], self._source[at] = entries.vectors, entries.time, sources
-        self._offset[at], self._index[at] = entries.offset, entries.index
+        self._offset[at], self._index[at], self._levels[at] = entries.offset, entries.index, 0
         return slots
 
     def _key(self, slot: int) -> _Key:
@@ -439,4 +460,5 @@ class MemoryWindows:
             source=self._source[picked],
             offset=self._offset[picked],
             index=self._index[picked],
+            levels=self._levels[np.where(own >= 0, picked[np.arange(len(own)), own], 0)],
         )

@@ -30,22 +30,25 @@ from encoder.runtime import Encoder
 from encoder.sequence import SequenceModel
 from state.baseline import Baseline, Density
 from state.calibration import Calibration
+from state.habits import Habits
 from streamer.manifest import FORMAT, MANIFEST, SCHEMA, BundleError, digest_of, verify
-from streamer.scoring import RecordScorer, Scorer, SequenceScorer
+from streamer.scoring import RateScorer, RecordScorer, Scorer, SequenceScorer
 
 _ENCODER = "encoder.safetensors"
 _INDEX, _SCORES, _EXEMPLARS = "baseline.hnsw", "scores.safetensors", "exemplars.ndjson"
-_SEQUENCES = "sequences.safetensors"
+_SEQUENCES, _BEHAVIOURS = "sequences.safetensors", "behaviours.ndjson"
 
 
 @dataclass(frozen=True)
 class Bundle:
     """What a detector needs. exemplars: for each vector of the baseline, the normal event that it stands for, compact
-    and redacted; manifest: what `manifest.json` says."""
+    and redacted; behaviours: for each outcome that sequences are made of, a normal event without who and where;
+    manifest: what `manifest.json` says."""
 
     encoder: Encoder
     scorer: Scorer
     exemplars: list[bytes]
+    behaviours: list[bytes]
     manifest: dict[str, Any]
 
     @property
@@ -68,7 +71,15 @@ class Bundle:
         return min(0.5, alerts_per_day / max(events_per_day or float(self.manifest["training"]["events_per_day"]), 1.0))
 
 
-def save(path: Path, *, encoder: Encoder, scorer: Scorer, exemplars: list[bytes], training: dict[str, Any]) -> Bundle:
+def save(
+    path: Path,
+    *,
+    encoder: Encoder,
+    scorer: Scorer,
+    exemplars: list[bytes],
+    behaviours: list[bytes],
+    training: dict[str, Any],
+) -> Bundle:
     """Write a bundle; what stands at `path` is replaced only once the new one is whole."""
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +94,7 @@ def save(path: Path, *, encoder: Encoder, scorer: Scorer, exemplars: list[bytes]
             save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary / _SEQUENCES)
         save_arrays(_scorer_arrays(scorer), temporary / _SCORES)
         (temporary / _EXEMPLARS).write_bytes(b"".join(line + b"\n" for line in exemplars))
+        (temporary / _BEHAVIOURS).write_bytes(b"".join(line + b"\n" for line in behaviours))
         files = {file.name: digest_of(file) for file in sorted(temporary.iterdir())}
         name = hashlib.sha256(orjson.dumps(files)).hexdigest()[:12]
         manifest = {
@@ -101,7 +113,7 @@ def save(path: Path, *, encoder: Encoder, scorer: Scorer, exemplars: list[bytes]
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return Bundle(encoder, scorer, exemplars, manifest)
+    return Bundle(encoder, scorer, exemplars, behaviours, manifest)
 
 
 def _swap(new: Path, path: Path) -> None:
@@ -129,6 +141,10 @@ def _scorer_arrays(scorer: Scorer) -> dict[str, NDArray[Any]]:
     groups = {"record": record.calibrations, "event": {"event": scorer.event}}
     if scorer.sequences is not None:
         groups["sequence"] = scorer.sequences.calibrations
+    if scorer.rates is not None:
+        habits = scorer.rates.habits
+        arrays |= {"habits.keys": habits.keys, "habits.most": habits.most, "habits.usual": habits.usual}
+        groups["rate"] = scorer.rates.calibrations
     for group, calibrations in groups.items():
         for name, calibration in calibrations.items():
             arrays[f"scores.{group}/{name}"] = calibration.scores
@@ -159,8 +175,13 @@ def load(path: Path, device: str = "cpu") -> Bundle:
                 load_tensors(path / _SEQUENCES), manifest["sequences"], torch.device(device)
             )
             sequences = SequenceScorer(model, _calibrations(arrays, "sequence"))
-        scorer = Scorer(record, sequences, _calibrations(arrays, "event")["event"])
+        rates = None
+        if "habits.keys" in arrays:
+            habits = Habits(*(arrays[f"habits.{name}"] for name in ("keys", "most", "usual")))
+            rates = RateScorer(habits, _calibrations(arrays, "rate"))
+        scorer = Scorer(record, sequences, rates, _calibrations(arrays, "event")["event"])
     except (SafetensorError, KeyError) as error:
         raise BundleError(f"bundle {path} does not hold what its manifest says ({error}); fit it again") from error
     exemplars = (path / _EXEMPLARS).read_bytes().splitlines()
-    return Bundle(encoder, scorer, exemplars, manifest)
+    behaviours = (path / _BEHAVIOURS).read_bytes().splitlines()
+    return Bundle(encoder, scorer, exemplars, behaviours, manifest)

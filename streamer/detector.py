@@ -18,16 +18,18 @@ import orjson
 import torch
 from numpy.typing import NDArray
 
+from encoder.acts import acts
 from encoder.entities import KINDS, Entities
 from encoder.entities import entities as find_entities
 from encoder.events import Coordinates, EventBatch, Message, Reject, decode
 from encoder.runtime import Encoded
 from encoder.schema import UNKNOWN, Field, Schema, folder, normalise
 from encoder.vectorize import FeatureBatch
+from state.tally import LEVELS
 from state.windows import WindowEntries, Windows, WindowStore
 from streamer import wording
 from streamer.bundle import Bundle, load
-from streamer.scoring import DENSITY_TRUST, NEIGHBOURS, SEQUENCE_TRUST, Parts, severity
+from streamer.scoring import DENSITY_TRUST, NEIGHBOURS, SEQUENCE_TRUST, Parts, RateScorer, severity, weighed
 
 if TYPE_CHECKING:
     from streamer.settings import Settings
@@ -116,6 +118,20 @@ class Silence:
     p_value: float
 
 
+_RATES = np.array([f"rate:{name}" for name in LEVELS], object)
+
+
+@dataclass(frozen=True)
+class _History:
+    """Of n events: the strongest evidence of a window or count of theirs (float64, nats, weighed), whose it is, which
+    it is, and whether no history of theirs is missing."""
+
+    evidence: NDArray[np.float64]
+    entity: NDArray[np.object_]
+    cause: NDArray[np.object_]
+    complete: NDArray[np.bool_]
+
+
 class Detector:
     """Joins encoder and state: decodes, encodes, appends to windows, scores, explains.
 
@@ -148,20 +164,20 @@ class Detector:
         cause = self._causes[_causal_field(encoded, parts)][like]
         entities = find_entities(events)
         entity = np.array(entities.primary, object)
-        sequence, strongest, complete = self._judge_windows(events, entities, encoded.vectors[like])
-        by_sequence = SEQUENCE_TRUST * sequence > record
-        p_value = scorer.p_value(record, sequence)
+        history = self._judge_windows(events, entities, encoder.behaviours(distinct)[like])
+        by_history = history.evidence > record
+        p_value = scorer.p_value(record, history.evidence)
         return ScoredBatch(
             events.coordinates,
             events.time,
             p_value,
             severity(p_value),
-            np.where(by_sequence, strongest, entity),
-            np.where(by_sequence, "sequence:order", cause),
+            np.where(by_history, history.entity, entity),
+            np.where(by_history, history.cause, cause),
             events.records,
             rejects,
             events.repairs,
-            complete,
+            history.complete,
         )
 
     def remember(self, messages: Sequence[Message]) -> None:
@@ -169,32 +185,45 @@ class Detector:
         events, _ = decode(messages)
         features = self.bundle.encoder.vectorize(events)
         first, like = features.distinct()
-        vectors = self.bundle.encoder.encode(features.take(first)).vectors[like]
+        vectors = self.bundle.encoder.behaviours(features.take(first))[like]
         entities = find_entities(events)
         if len(entities.row):
             self.windows.append(window_entries(events, entities, vectors))
 
-    def _judge_windows(
-        self, events: EventBatch, entities: Entities, vectors: NDArray[np.float16]
-    ) -> tuple[NDArray[np.float64], NDArray[np.object_], NDArray[np.bool_]]:
-        """Append the events to the windows of their entities. Returns, an event: the strongest evidence of these
-        windows (float64, nats), whose it is, and whether no history of theirs is missing."""
-        n = len(events)
-        evidence, strongest, complete = np.zeros(n), np.full(n, "", object), np.ones(n, bool)
-        if not len(entities.row):
-            return evidence, strongest, complete
+    def _judge_windows(self, events: EventBatch, entities: Entities, vectors: NDArray[np.float16]) -> _History:
+        """Append the events to the windows of their entities, and judge each by the histories that it is part of."""
+        n, kind, row = len(events), entities.kind, entities.row
+        found = _History(np.zeros(n), np.full(n, "", object), np.full(n, "", object), np.ones(n, bool))
+        if not len(row):
+            return found
         windows = self.windows.append(window_entries(events, entities, vectors))
-        np.logical_and.at(complete, entities.row, windows.complete)
-        sequences = self.bundle.scorer.sequences
-        if sequences is None:
-            return evidence, strongest, complete
-        found = sequences.evidence("order", sequences.raw(windows, entities.kind), entities.kind)
-        weakest_first = np.argsort(found, kind="stable")
-        rows = entities.row[weakest_first]
-        evidence[rows] = found[weakest_first]
-        strongest[rows] = np.array(entities.entity, object)[weakest_first]
+        np.logical_and.at(found.complete, row, windows.complete)
+        sequences, rates = self.bundle.scorer.sequences, self.bundle.scorer.rates
+        if sequences is None or rates is None:
+            return found
+        order = sequences.evidence("order", sequences.raw(windows, kind), kind)
+        rate, count = self._judge_rates(rates, entities, windows)
+        evidence = weighed(order, rate)
+        weakest_first = np.argsort(evidence, kind="stable")
+        cause = np.where(evidence > SEQUENCE_TRUST * order, _RATES[count], "sequence:order")
+        found.evidence[row[weakest_first]] = evidence[weakest_first]
+        found.entity[row[weakest_first]] = np.array(entities.entity, object)[weakest_first]
+        found.cause[row[weakest_first]] = cause[weakest_first]
         self._watch(events, entities)
-        return evidence, strongest, complete
+        return found
+
+    @staticmethod
+    def _judge_rates(
+        rates: RateScorer, entities: Entities, windows: Windows
+    ) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
+        """Evidence and count (place in `LEVELS`) of each pair: most raise nothing, and are not looked at."""
+        evidence, count = np.zeros(len(entities)), np.zeros(len(entities), np.int8)
+        raised = np.flatnonzero(windows.levels.any(1))
+        if len(raised):
+            names, kinds = [entities.entity[pair] for pair in raised.tolist()], entities.kind[raised]
+            excess = rates.habits.excess(names, kinds, windows.levels[raised])
+            evidence[raised], count[raised] = rates.evidence(excess, kinds)
+        return evidence, count
 
     def _watch(self, events: EventBatch, entities: Entities) -> None:
         """Remember the last event of each entity that may fall silent."""
@@ -232,7 +261,7 @@ class Detector:
         kinds = np.array([timer[1] for _, timer in due], np.int8)
         windows = self.windows.latest([name for name, _ in due])
         evidence = sequences.evidence("ending", sequences.raw(windows, kinds), kinds)
-        p_value = self.bundle.scorer.p_value(np.zeros(len(due)), evidence)
+        p_value = self.bundle.scorer.p_value(np.zeros(len(due)), SEQUENCE_TRUST * evidence)
         return [
             Silence(name, timer[2], timer[3], timer[4], float(p))
             for (name, timer), p in zip(due, p_value.tolist(), strict=True)
@@ -261,16 +290,21 @@ class Detector:
         kind = np.full(len(slots), KINDS.index(entity.partition(":")[0]), np.int8)
         surprise = sequences.raw(_prefixes(window, slots), kind)["order"]
         share = surprise / max(float(surprise.sum()), 1e-9)
-        _, places = self.bundle.scorer.record.baseline.search(window.vectors[0, slots], 1)
+        codes = sequences.model.codebook(window.vectors[0, slots]).tolist()
         return tuple(
             (
                 int(window.times[0, slot]),
                 self._coordinates(window, int(slot)),
-                wording.told(orjson.loads(self.bundle.exemplars[place])),
+                self._told(code),
                 float(part),
             )
-            for slot, place, part in zip(slots.tolist(), places[:, 0].tolist(), share.tolist(), strict=True)
+            for slot, code, part in zip(slots.tolist(), codes, share.tolist(), strict=True)
         )
+
+    def _told(self, code: int) -> str:
+        """A record of a window in words: what those of its outcome have in common, which names nobody."""
+        known = self.bundle.behaviours
+        return wording.told(orjson.loads(known[code])) if code < len(known) else "an event like none in training"
 
     @staticmethod
     def _coordinates(window: Windows, slot: int) -> str:
@@ -370,6 +404,7 @@ def window_entries(events: EventBatch, entities: Entities, vectors: NDArray[np.f
         at.source[rows],
         at.offset[rows],
         at.index[rows],
+        acts(events, entities),
     )
 
 

@@ -18,6 +18,7 @@ import orjson
 import torch
 from numpy.typing import NDArray
 
+from encoder.acts import Acts, acts
 from encoder.entities import KINDS, Entities
 from encoder.entities import entities as find_entities
 from encoder.events import EventBatch, Message, decode
@@ -29,13 +30,14 @@ from encoder.training import TrainingReport, train
 from encoder.vectorize import FeatureBatch, Vectorizer
 from state.baseline import Baseline, Density
 from state.calibration import FEW, Calibration
+from state.habits import Habits
 from state.windows import MemoryWindows, WindowEntries, Windows
 from streamer.bundle import Bundle, save
 from streamer.detector import compact
 from streamer.errors import RipcurrentError
 from streamer.files import batches
 from streamer.redaction import Redactor
-from streamer.scoring import RecordScorer, Scorer, SequenceScorer, joined
+from streamer.scoring import RateScorer, RecordScorer, Scorer, SequenceScorer, joined, weighed
 
 HELD_OUT = 0.15
 """The latest share of the training events, by event time, that calibrates."""
@@ -75,6 +77,7 @@ class _Loaded:
     features: FeatureBatch
     time: NDArray[np.int64]
     entities: Entities
+    acts: Acts
     records: list[bytes]
     events: int
     rejects: int
@@ -110,10 +113,10 @@ def fit(
     )
     encoder = Encoder(loaded.schema, net, rarity, where)
     tell("baseline", 0, 0, "")
-    record = _fit_record(encoder, features, weights, later, seed)
-    by_record = _evidence(encoder, record, later)
-    sequences, by_sequence = _fit_sequences(encoder, loaded, cut, seed, tell)
-    scorer = Scorer(record, sequences, Calibration.fit(joined(by_record, by_sequence), tail_from=FEW))
+    record, by_record = _fit_record(encoder, features, weights, later, seed)
+    behaviours = encoder.behaviours(loaded.features)
+    sequences, rates, by_history = _fit_history(encoder, loaded, behaviours, cut, seed, tell)
+    scorer = Scorer(record, sequences, rates, Calibration.fit(joined(by_record, by_history), tail_from=FEW))
     exemplars = [loaded.records[first[place]] for place in record.baseline.members.tolist()]
     span = max(int(np.ptp(loaded.time)), 60_000)
     training = {
@@ -130,8 +133,14 @@ def fit(
         "validation_loss": report.validation,
         "seed": seed,
     }
-    exemplars = _exemplars(exemplars, loaded.schema)
-    bundle = save(out, encoder=encoder, scorer=scorer, exemplars=exemplars, training=training)
+    bundle = save(
+        out,
+        encoder=encoder,
+        scorer=scorer,
+        exemplars=_exemplars(exemplars, loaded.schema),
+        behaviours=_steps(sequences, loaded, behaviours),
+        training=training,
+    )
     seconds = time.monotonic() - started
     return Fitted(bundle, loaded.events, n, loaded.rejects, loaded.repairs, seconds, report)
 
@@ -164,12 +173,12 @@ def _load(paths: Sequence[Path] | Reread, tell: Progress) -> _Loaded:
     stride = -(-total // MAX_EVENTS)
     parts: list[FeatureBatch] = []
     times: list[NDArray[np.int64]] = []
-    pairs: list[Entities] = []
+    pairs: list[tuple[Entities, Acts]] = []
     records: list[bytes] = []
     seen = 0
     for events, _ in _decoded(paths):
         kept = np.arange(-seen % stride, len(events), stride)
-        pairs.append(_kept(find_entities(events), kept, len(events), len(records)))
+        pairs.append(_kept(events, kept, len(records)))
         parts.append(vectorize(events).take(kept))
         times.append(events.time[kept])
         records.extend(orjson.dumps(events.records[i]) for i in kept.tolist())
@@ -186,7 +195,7 @@ def _load(paths: Sequence[Path] | Reread, tell: Progress) -> _Loaded:
         schema,
         features.take(order),
         moments[order],
-        _reordered(pairs, order),
+        *_reordered(pairs, order),
         [records[i] for i in order.tolist()],
         total,
         rejected,
@@ -194,25 +203,28 @@ def _load(paths: Sequence[Path] | Reread, tell: Progress) -> _Loaded:
     )
 
 
-def _kept(entities: Entities, kept: NDArray[np.intp], n: int, offset: int) -> Entities:
+def _kept(events: EventBatch, kept: NDArray[np.intp], offset: int) -> tuple[Entities, Acts]:
     """The pairs of the kept events, numbered from `offset`."""
-    place = np.full(n, -1, np.int64)
+    entities = find_entities(events)
+    place = np.full(len(events), -1, np.int64)
     place[kept] = np.arange(offset, offset + len(kept))
     rows = place[entities.row]
     pairs = np.flatnonzero(rows >= 0)
     names = [entities.entity[i] for i in pairs.tolist()]
-    return Entities(rows[pairs].astype(np.int32), entities.kind[pairs], names, [])
+    found = Entities(rows[pairs].astype(np.int32), entities.kind[pairs], names, [])
+    return found, acts(events, entities).take(pairs)
 
 
-def _reordered(parts: list[Entities], order: NDArray[np.intp]) -> Entities:
+def _reordered(parts: list[tuple[Entities, Acts]], order: NDArray[np.intp]) -> tuple[Entities, Acts]:
     """All pairs, their events numbered by the new order."""
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
-    row = rank[np.concatenate([part.row for part in parts])]
+    row = rank[np.concatenate([entities.row for entities, _ in parts])]
     by_row = np.argsort(row, kind="stable")
-    names = [name for part in parts for name in part.entity]
-    kind = np.concatenate([part.kind for part in parts])
-    return Entities(row[by_row].astype(np.int32), kind[by_row], [names[i] for i in by_row.tolist()], [])
+    names = [name for entities, _ in parts for name in entities.entity]
+    kind = np.concatenate([entities.kind for entities, _ in parts])
+    found = Entities(row[by_row].astype(np.int32), kind[by_row], [names[i] for i in by_row.tolist()], [])
+    return found, Acts.concatenate([part for _, part in parts]).take(by_row)
 
 
 def _distinct(features: FeatureBatch) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
@@ -223,7 +235,8 @@ def _distinct(features: FeatureBatch) -> tuple[NDArray[np.intp], NDArray[np.floa
 
 def _fit_record(
     encoder: Encoder, features: FeatureBatch, weights: NDArray[np.float64], later: FeatureBatch, seed: int
-) -> RecordScorer:
+) -> tuple[RecordScorer, NDArray[np.float64]]:
+    """The record part, and its evidence against each held-out event."""
     vectors = encoder.encode(features).vectors
     types = features.codes[:, 0].astype(np.int64)
     numbers = [i for i, field in enumerate(encoder.schema.fields) if field.kind == "number"]
@@ -235,64 +248,59 @@ def _fit_record(
     kinds = distinct.codes[:, 0].astype(np.int64)
     raw = scorer.raw(encoder.encode(distinct), kinds)
     scorer.fit({name: score[like] for name, score in raw.items()}, kinds[like])
-    return scorer
+    return scorer, scorer.evidence(scorer.parts(raw, kinds))[like]
 
 
-def _vectors(encoder: Encoder, features: FeatureBatch) -> NDArray[np.float16]:
-    first, like = features.distinct()
-    return encoder.encode(features.take(first)).vectors[like]
-
-
-def _evidence(encoder: Encoder, record: RecordScorer, features: FeatureBatch) -> NDArray[np.float64]:
-    first, like = features.distinct()
-    distinct = features.take(first)
-    types = distinct.codes[:, 0].astype(np.int64)
-    return record.evidence(record.parts(record.raw(encoder.encode(distinct), types), types))[like]
-
-
-def _fit_sequences(
-    encoder: Encoder, loaded: _Loaded, cut: int, seed: int, tell: Progress
-) -> tuple[SequenceScorer | None, NDArray[np.float64]]:
-    """The sequence part, on the fitted events (None where these or the held-out ones name no entity), and its evidence
-    against each held-out event."""
+def _fit_history(
+    encoder: Encoder, loaded: _Loaded, vectors: NDArray[np.float16], cut: int, seed: int, tell: Progress
+) -> tuple[SequenceScorer | None, RateScorer | None, NDArray[np.float64]]:
+    """The parts that judge entities by what came before, on the fitted events (None where these or the held-out ones
+    name no entity), and their evidence against each held-out event. vectors: float16 [n, d], behaviours."""
     pairs = loaded.entities
     earlier = pairs.row < cut
     evidence = np.zeros(len(loaded.features) - cut)
     if not earlier.any() or earlier.all():
-        return None, evidence
+        return None, None, evidence
     tell("sequences", 0, 0, "")
     count = int(earlier.sum())
     model, _ = fit_sequences(
-        _vectors(encoder, loaded.features)[:cut],
+        vectors[:cut],
         loaded.time[:cut],
         Entities(pairs.row[:count], pairs.kind[:count], pairs.entity[:count], []),
         seed=seed,
         device=encoder.device,
         progress=lambda step, steps, loss: tell("sequences", step, steps, f"loss {loss:.3f}"),
     )
-    scorer = SequenceScorer(model)
-    raw = _window_scores(encoder, scorer, loaded, cut)
+    sequences = SequenceScorer(model)
+    raw, levels = _replayed(sequences, loaded, vectors, cut)
     last = dict(zip(pairs.entity, range(len(pairs.entity)), strict=True))
     is_last = np.zeros(len(pairs.entity), bool)
     is_last[list(last.values())] = True
     quiet = np.array([model.silence.get(kind, 0) for kind in KINDS], np.int64)[pairs.kind]
     ended = is_last & (quiet > 0) & (loaded.time[-1] - loaded.time[pairs.row] > quiet)
-    scorer.fit(raw, pairs.kind[count:], ended[count:])
-    np.maximum.at(evidence, pairs.row[count:] - cut, scorer.evidence("order", raw, pairs.kind[count:]))
-    return scorer, evidence
+    kinds = pairs.kind[count:]
+    sequences.fit(raw, kinds, ended[count:])
+    habits, excess = Habits.fit(pairs.entity, pairs.kind, levels, loaded.time[pairs.row], kinds=len(KINDS))
+    rates = RateScorer(habits)
+    if len(loaded.features) == loaded.events:  # Of a sample, every count would be too low.
+        rates.fit(excess, pairs.kind)
+    rate, _ = rates.evidence(excess.take(slice(count, None)), kinds)
+    np.maximum.at(evidence, pairs.row[count:] - cut, weighed(sequences.evidence("order", raw, kinds), rate))
+    return sequences, rates, evidence
 
 
-def _window_scores(
-    encoder: Encoder, scorer: SequenceScorer, loaded: _Loaded, cut: int
-) -> dict[str, NDArray[np.float64]]:
-    """The raw scores of the held-out windows, with all the history that they had."""
+def _replayed(
+    scorer: SequenceScorer, loaded: _Loaded, vectors: NDArray[np.float16], cut: int
+) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.uint8]]:
+    """All pairs through windows, as live: the raw scores of the held-out ones with all the history that they had, and
+    of all of them what they raised."""
     pairs = loaded.entities
-    vectors = _vectors(encoder, loaded.features)
     windows = MemoryWindows(dim=vectors.shape[1])
     found: list[dict[str, NDArray[np.float64]]] = []
+    levels: list[NDArray[np.uint8]] = []
     step = 8192
     for start in range(0, len(pairs.row), step):
-        rows = pairs.row[start : start + step]
+        rows, kinds = pairs.row[start : start + step], pairs.kind[start : start + step]
         entries = WindowEntries(
             pairs.entity[start : start + step],
             np.maximum(loaded.time[rows], 0),
@@ -301,13 +309,15 @@ def _window_scores(
             np.zeros(len(rows), np.int32),
             rows.astype(np.int64),
             np.zeros(len(rows), np.int32),
+            loaded.acts.take(slice(start, start + step)),
         )
         seen = windows.append(entries)
         windows.committed({("training", 0): int(rows[-1])})
+        levels.append(seen.levels)
         later = np.flatnonzero(rows >= cut)
         if len(later):
-            found.append(scorer.raw(_taken(seen, later), pairs.kind[start : start + step][later]))
-    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+            found.append(scorer.raw(_taken(seen, later), kinds[later]))
+    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}, np.concatenate(levels)
 
 
 def _taken(windows: Windows, rows: NDArray[np.intp]) -> Windows:
@@ -315,6 +325,22 @@ def _taken(windows: Windows, rows: NDArray[np.intp]) -> Windows:
         field.name: getattr(windows, field.name)[rows] for field in fields(windows) if field.name != "sources"
     }
     return replace(windows, **per_window)
+
+
+def _steps(sequences: SequenceScorer | None, loaded: _Loaded, vectors: NDArray[np.float16]) -> list[bytes]:
+    """For each outcome of the sequences a normal event that is one, without who and where."""
+    if sequences is None:
+        return []
+    codes, rows = np.unique(sequences.model.codebook(vectors), return_index=True)
+    known = codes < sequences.model.codebook.other
+    first = dict(zip(codes[known].tolist(), rows[known].tolist(), strict=True))
+    named = {field.path for field in loaded.schema.fields if field.kind == "identity"}
+    events = _exemplars([loaded.records[row] for row in first.values()], loaded.schema)
+    told = {
+        code: orjson.dumps({path: value for path, value in orjson.loads(event).items() if path not in named})
+        for code, event in zip(first, events, strict=True)
+    }
+    return [told.get(code, b"{}") for code in range(sequences.model.codebook.other)]
 
 
 def _exemplars(records: list[bytes], schema: Schema) -> list[bytes]:

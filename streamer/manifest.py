@@ -11,7 +11,7 @@ import orjson
 from encoder.schema import Schema
 from streamer.errors import RipcurrentError
 
-FORMAT = 1
+FORMAT = 2
 """Changes with what a bundle holds."""
 MANIFEST, SCHEMA = "manifest.json", "schema.json"
 

@@ -16,6 +16,8 @@ from encoder.runtime import Encoded
 from encoder.sequence import SequenceModel
 from state.baseline import Baseline, Density
 from state.calibration import Calibration
+from state.habits import GROUPS, Excess, Habits
+from state.tally import LEVELS
 from state.windows import Windows
 
 DENSITY_TRUST = 2.0
@@ -23,8 +25,12 @@ DENSITY_TRUST = 2.0
 best, most of all where training held unlabelled attacks. Measured in docs/detection.md."""
 SEQUENCE_TRUST = 0.5
 """Against the record score: the order of what a machine does varies more than what it does."""
+RATE_TRUST = 0.5
+"""Against the record score: how busy somebody is says less than what they do."""
 BLEND = 0.01
 """How much the weaker part adds to the stronger: an order among events that it puts level."""
+MIN_GROUP = 100
+"""Events of entities from which a group of them is calibrated by itself."""
 NEIGHBOURS = 3
 SEVERITY_PER_DECADE = 12.5
 _SURPRISES = ("odd_value", "odd_for_actor", "novelty")
@@ -134,22 +140,81 @@ class SequenceScorer:
 
 
 @dataclass
-class Scorer:
-    """Record and sequence joined: the event is as unusual as the stronger of the two says, calibrated again.
+class RateScorer:
+    """How much an entity does, fails, reaches and sends, against its own habits.
 
-    sequences: None where no event of training named an entity.
+    Calibrated for each count by kind of entity and by how well the entity is known, on training judged block by block.
+    """
+
+    habits: Habits
+    calibrations: dict[str, Calibration] = field(default_factory=dict)
+
+    def fit(self, excess: Excess, kinds: NDArray[np.int8]) -> None:
+        """Calibrate on m events of entities; kinds: int8 [m]."""
+        for kind in np.unique(kinds).tolist():
+            of_kind = kinds == kind
+            for column in range(len(LEVELS)):
+                over = excess.over[of_kind, column]
+                raised = np.isfinite(over)
+                if not raised.any():
+                    continue
+                self.calibrations[f"{kind}.{column}"] = Calibration.fit(over[raised])
+                for group in range(GROUPS):
+                    mine = raised & (excess.group[of_kind, column] == group)
+                    if mine.sum() >= MIN_GROUP:
+                        self.calibrations[f"{kind}.{column}.{group}"] = Calibration.fit(over[mine])
+            strongest = self._strongest(excess.take(of_kind), kinds[of_kind])[0]
+            if (spoke := strongest > 0).any():
+                self.calibrations[str(kind)] = Calibration.fit(strongest[spoke])
+
+    def evidence(self, excess: Excess, kinds: NDArray[np.int8]) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
+        """float64 [m], nats, against each event of an entity; int8 [m], the count that says so (its place in
+        `tally.LEVELS`). A kind of entity that training had not has none."""
+        strongest, column = self._strongest(excess, kinds)
+        found = np.zeros(len(kinds))
+        for kind in np.unique(kinds).tolist():
+            rows = (kinds == kind) & (strongest > 0)
+            if (calibration := self.calibrations.get(str(kind))) is not None and rows.any():
+                found[rows] = calibration.evidence(strongest[rows])
+        return found, column
+
+    def _strongest(self, excess: Excess, kinds: NDArray[np.int8]) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
+        found = np.zeros(excess.over.shape)
+        rows, columns = np.nonzero(np.isfinite(excess.over))
+        place = (kinds[rows].astype(np.int64) * len(LEVELS) + columns) * GROUPS + excess.group[rows, columns]
+        for which in np.unique(place).tolist():
+            name, group = divmod(which, GROUPS)
+            kind, column = divmod(name, len(LEVELS))
+            whole = self.calibrations.get(f"{kind}.{column}")
+            if (calibration := self.calibrations.get(f"{kind}.{column}.{group}", whole)) is not None:
+                at = place == which
+                found[rows[at], columns[at]] = calibration.evidence(excess.over[rows[at], columns[at]])
+        return found.max(1, initial=0.0), found.argmax(1).astype(np.int8)
+
+
+@dataclass
+class Scorer:
+    """Record and history joined: the event is as unusual as the stronger of the two says, calibrated again.
+
+    sequences and rates: None where no event of training named an entity.
     """
 
     record: RecordScorer
     sequences: SequenceScorer | None
+    rates: RateScorer | None
     event: Calibration
 
-    def p_value(self, record: NDArray[np.float64], sequence: NDArray[np.float64]) -> NDArray[np.float64]:
+    def p_value(self, record: NDArray[np.float64], history: NDArray[np.float64]) -> NDArray[np.float64]:
         """Evidence of both, float64 [n] in nats, to p-values."""
-        return self.event.p_value(joined(record, sequence))
+        return self.event.p_value(joined(record, history))
 
 
-def joined(record: NDArray[np.float64], sequence: NDArray[np.float64]) -> NDArray[np.float64]:
-    """float64 [n], nats: the stronger of record and (weighed) sequence evidence."""
-    stronger: NDArray[np.float64] = np.maximum(record, SEQUENCE_TRUST * sequence)
-    return stronger + BLEND * sequence
+def weighed(order: NDArray[np.float64], rate: NDArray[np.float64]) -> NDArray[np.float64]:
+    """float64 [m], nats: the evidence of an entity's history, the stronger of its sequence and its rates."""
+    stronger: NDArray[np.float64] = np.maximum(SEQUENCE_TRUST * order, RATE_TRUST * rate)
+    return stronger
+
+
+def joined(record: NDArray[np.float64], history: NDArray[np.float64]) -> NDArray[np.float64]:
+    """float64 [n], nats: the stronger of record and (weighed) history."""
+    return np.maximum(record, history) + BLEND * history

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from encoder.acts import Acts
 from state.errors import StateLostError
 from state.redis_windows import RedisWindows
+from state.tally import HOUR_MS, LEVELS, PARTNERS, count
 from state.windows import MemoryWindows, WindowEntries, Windows, WindowStore, source_id
 
 DIM, WIDTH, AGE = 4, 4, 1000
@@ -25,7 +27,7 @@ Row = tuple[str, int, int, int]
 def entries(rows: Sequence[Row]) -> WindowEntries:
     """Entries whose vectors tell them apart: the same coordinates and entity always have the same vector."""
     m = len(rows)
-    vectors = np.array([[source + 1, offset, time, 1] for _, time, source, offset in rows], np.float16)
+    vectors = np.array([[source + 1, offset, time % 4096, 1] for _, time, source, offset in rows], np.float16)
     return WindowEntries(
         entity=[row[0] for row in rows],
         time=np.array([row[1] for row in rows], np.int64),
@@ -34,7 +36,19 @@ def entries(rows: Sequence[Row]) -> WindowEntries:
         source=np.array([row[2] for row in rows], np.int32),
         offset=np.array([row[3] for row in rows], np.int64),
         index=np.zeros(m, np.int32),
+        acts=acts_of(rows),
     )
+
+
+def acts_of(rows: Sequence[Row]) -> Acts:
+    """What the rows add to the counts: hosts nothing, every third offset a failure, two partners of forty, one or no
+    partner, none, or the same twice."""
+    offsets = np.array([offset for _, _, _, offset in rows], np.int64)
+    partners = np.full((len(rows), PARTNERS), -1, np.int16)
+    partners[:, 1] = 6 * offsets % 256
+    partners[:, 3] = np.where(offsets % 5 == 4, -1, offsets % 7)
+    counted = np.array([not entity.startswith("host:") for entity, *_ in rows], bool)
+    return Acts(counted, offsets % 3 == 2, 1000 * offsets**4 * (offsets % 2), partners)
 
 
 def members(windows: Windows, row: int) -> list[tuple[int, tuple[str, int], int]]:
@@ -47,7 +61,7 @@ def members(windows: Windows, row: int) -> list[tuple[int, tuple[str, int], int]
     for slot in np.flatnonzero(used):
         source = windows.sources[windows.source[row, slot]]
         time, offset = int(windows.times[row, slot]), int(windows.offset[row, slot])
-        expected = np.array([SOURCES.index(source) + 1, offset, time, 1], np.float16)
+        expected = np.array([SOURCES.index(source) + 1, offset, time % 4096, 1], np.float16)
         np.testing.assert_array_equal(windows.vectors[row, slot], expected)
         found.append((time, source, offset))
     return found
@@ -90,6 +104,7 @@ def make(request: pytest.FixtureRequest) -> Iterator[Make]:
 
 
 def assert_same(first: Windows, second: Windows) -> None:
+    np.testing.assert_array_equal(first.levels, second.levels)
     assert [members(first, i) for i in range(len(first))] == [members(second, i) for i in range(len(second))]
     np.testing.assert_array_equal(first.own, second.own)
 
@@ -196,6 +211,61 @@ def test_latest_of_an_unknown_entity_is_empty(make: Make) -> None:
     assert windows.own.tolist() == [-1, WIDTH - 1]
 
 
+def test_events_failures_partners_and_bytes_are_counted_over_an_hour_and_a_day(make: Make) -> None:
+    day = 24 * HOUR_MS
+    store = make(age_ms=7 * day, width=32)
+    rows = [("user:a", HOUR_MS * i + 60_000, 0, i) for i in range(60)] + [("host:b", 60_000, 0, 60)]
+    levels = store.append(entries(rows)).levels
+    for column, (name, whole) in enumerate(zip(LEVELS, model_counts(rows), strict=True)):
+        of = name.partition(".")[0]
+        for row in np.flatnonzero(levels[:60, column]).tolist():
+            low, high = count(levels[row, column]), count(levels[row, column] + 1)
+            slack = 0.1 * whole[row] if of == "partners" else 0  # linear counting is an estimate
+            assert low - slack <= whole[row] < high + slack + 1e-6, (name, row)
+        assert levels[:60, column].any(), name
+    acts = acts_of(rows)
+    assert not levels[:60, LEVELS.index("failures.day")][~acts.failed[:60]].any()
+    assert not levels[:60, LEVELS.index("bytes.day")][acts.amount[:60] == 0].any()
+    assert levels[:4, 1].tolist() == [6, 9, 12, 13]  # 1, 2, 3, 4 events
+    assert not levels[60].any()  # hosts are not counted here
+    assert levels.dtype == np.uint8
+
+
+def model_counts(rows: Sequence[Row]) -> list[np.ndarray]:
+    """Of each row of user:a, the true counts in the order of LEVELS: of its hour and the one before, and of 24."""
+    acts = acts_of(rows)
+    mine = [i for i, row in enumerate(rows) if row[0] == "user:a"]
+    found: list[list[float]] = [[] for _ in LEVELS]
+    for i in mine:
+        for s, hours in enumerate((2, 24)):
+            span = [k for k in mine if k <= i and rows[k][1] // HOUR_MS > rows[i][1] // HOUR_MS - hours]
+            partners = {int(p) for k in span for p in acts.partners[k] if p >= 0}
+            values = (len(span), acts.failed[span].sum(), len(partners), acts.amount[span].sum())
+            for c, value in enumerate(values):
+                found[2 * c + s].append(float(value))
+    return [np.array(values) for values in found]
+
+
+def test_a_redelivered_event_raises_what_it_raised_first_and_is_counted_once(make: Make) -> None:
+    store, straight = make(), make()
+    rows = [("user:a", 10 * (i ^ 1), i % 3, i) for i in range(30)]
+    whole = straight.append(entries(rows)).levels
+    assert whole.any(axis=0).all()
+    first = store.append(entries(rows[:20])).levels
+    store.committed(dict.fromkeys(SOURCES, 10))
+    again = store.append(entries(rows[10:])).levels
+    np.testing.assert_array_equal(np.concatenate([first, again[10:]]), whole)
+    np.testing.assert_array_equal(again[:10], first[10:])
+
+
+def test_an_event_more_than_a_day_behind_raises_nothing(make: Make) -> None:
+    store = make(age_ms=7 * 24 * HOUR_MS)
+    rows = [("user:a", 30 * HOUR_MS, 0, 0), ("user:a", 6 * HOUR_MS, 0, 1), ("user:a", 7 * HOUR_MS, 0, 2)]
+    levels = store.append(entries(rows)).levels
+    assert levels[:, 1].tolist() == [6, 0, 9]
+    assert levels[:, 0].tolist() == [6, 0, 0]  # nor the last hours, if it lies before them
+
+
 def test_an_empty_batch_is_no_special_case(make: Make) -> None:
     store = make()
     assert len(store.append(entries([]))) == 0
@@ -281,6 +351,7 @@ def test_any_interleaving_and_redelivery_gives_the_same_windows(
     for consumer in consumers:
         consumer.check_epoch({})
     first: dict[Row, list[tuple[int, tuple[str, int], int]]] = {}
+    raised: dict[Row, list[int]] = {}
     order: list[Row] = []
     at, committed = [0, 0, 0], [0, 0, 0]
     for source, size, back in [*steps, *((source, 99, 0) for source in range(3))]:
@@ -292,12 +363,16 @@ def test_any_interleaving_and_redelivery_gives_the_same_windows(
             if row not in first:
                 order.append(row)
                 first[row] = members(windows, i)
+                raised[row] = windows.levels[i].tolist()
+            assert windows.levels[i].tolist() == raised[row]
             assert members(windows, i) == first[row]
         at[source] = max(at[source], begin + len(rows))
         if back % 2 == 0 and begin + len(rows) == at[source] > 0:
             committed[source] = at[source]
             consumers[source].committed({SOURCES[source]: 2 * at[source]})
     assert [first[row] for row in order] == model(order)
+    once = MemoryWindows(dim=DIM, width=WIDTH, age_ms=AGE).append(entries(order))
+    assert [raised[row] for row in order] == once.levels.tolist()
     straight = [row for partition in partitions for row in partition]
     for name in {row[0] for row in straight}:
         last = [window for row, window in zip(straight, model(straight), strict=True) if row[0] == name][-1]
