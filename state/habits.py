@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ class Excess:
     over: NDArray[np.float64]
     group: NDArray[np.int8]
 
-    def take(self, rows: NDArray[np.bool_] | slice) -> Excess:
+    def take(self, rows: NDArray[Any]) -> Excess:
         return Excess(self.over[rows], self.group[rows])
 
 

@@ -39,8 +39,8 @@ class WindowEntries:
     """m (event, entity) pairs in stream order: within a source, by ascending coordinates; whole messages.
 
     entity: m strings `kind:value`; time: int64 [m], event ms >= 0; vectors: float16 [m, d]; sources: distinct (topic,
-    partition) pairs; source: int32 [m], index into them; offset: int64 [m]; index: int32 [m], place in the message; acts: what
-    each adds to the counts of its entity (None: nothing is counted).
+    partition) pairs; source: int32 [m], index into them; offset: int64 [m]; index: int32 [m], place in the message;
+    acts: what each adds to the counts of its entity (None: nothing is counted).
     """
 
     entity: Sequence[str]

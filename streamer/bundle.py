@@ -137,6 +137,7 @@ def _scorer_arrays(scorer: Scorer) -> dict[str, NDArray[Any]]:
         "density.weights": record.density.weights,
         "density.starts": record.density.starts,
         "density.types": record.density.types,
+        "density.quantities": record.quantities,
     }
     groups = {"record": record.calibrations, "event": {"event": scorer.event}}
     if scorer.sequences is not None:
@@ -168,7 +169,7 @@ def load(path: Path, device: str = "cpu") -> Bundle:
         arrays = load_arrays(path / _SCORES)
         baseline = Baseline.load(path / _INDEX, manifest["baseline"], arrays["baseline.members"])
         density = Density(*(arrays[f"density.{name}"] for name in ("vectors", "weights", "starts", "types")))
-        record = RecordScorer(baseline, density, _calibrations(arrays, "record"))
+        record = RecordScorer(baseline, density, arrays["density.quantities"], _calibrations(arrays, "record"))
         sequences = None
         if manifest["sequences"] is not None:
             model = SequenceModel.from_state(

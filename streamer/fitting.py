@@ -1,7 +1,7 @@
 """Fitting: unlabelled events in, a bundle out.
 
-Two passes over the files: the first learns the schema, the second the rest. The latest part in event time is held out
-from everything that is fitted, and calibrates: a score judged by the events it was made from would never be unusual.
+Two passes over the files: the first learns the schema, the second the rest. Parts of the time are held out from the
+record's fit, and calibrate: a score judged by the events it was made from would never be unusual.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ from streamer.files import batches
 from streamer.redaction import Redactor
 from streamer.scoring import RateScorer, RecordScorer, Scorer, SequenceScorer, joined, weighed
 
-HELD_OUT = 0.15
-"""The latest share of the training events, by event time, that calibrates."""
+HELD_OUT = ((0.33, 0.37), (0.63, 0.67), (0.92, 1.0))
+"""The parts of the training events, by event time, that calibrate: of a week the latest alone would be its weekend.
+Histories are calibrated on the last of them, for what an entity does runs on through the others."""
 MIN_EVENTS = 20
 MAX_EVENTS = 2_000_000
 """Events kept as features (about 400 bytes each); of more, every k-th is used, and the summary says so."""
@@ -96,10 +97,10 @@ def fit(
     tell: Progress = progress or (lambda *_: None)
     loaded = _load(paths, tell)
     n = len(loaded.features)
-    cut = n - max(MIN_EVENTS // 2, round(HELD_OUT * n))
-    first, weights = _distinct(loaded.features.take(np.arange(cut)))
-    features, later = loaded.features.take(first), loaded.features.take(np.arange(cut, n))
-    tell("train", 0, 0, f"{len(features):,} distinct events of {cut:,}")
+    held = _held_out(n)
+    first, weights = _distinct(loaded.features, np.flatnonzero(~held))
+    features, later = loaded.features.take(first), loaded.features.take(np.flatnonzero(held))
+    tell("train", 0, 0, f"{len(features):,} distinct events of {n - len(later):,}")
     rarity = ContextRarity.fit(loaded.schema, features, weights)
     where = torch.device(device)
     net, report = train(
@@ -115,14 +116,14 @@ def fit(
     tell("baseline", 0, 0, "")
     record, by_record = _fit_record(encoder, features, weights, later, seed)
     behaviours = encoder.behaviours(loaded.features)
-    sequences, rates, by_history = _fit_history(encoder, loaded, behaviours, cut, seed, tell)
+    sequences, rates, by_history = _fit_history(encoder, loaded, behaviours, held, seed, tell)
     scorer = Scorer(record, sequences, rates, Calibration.fit(joined(by_record, by_history), tail_from=FEW))
     exemplars = [loaded.records[first[place]] for place in record.baseline.members.tolist()]
     span = max(int(np.ptp(loaded.time)), 60_000)
     training = {
         "events": loaded.events,
         "used": n,
-        "held_out": n - cut,
+        "held_out": len(later),
         "distinct": len(features),
         "rejects": loaded.rejects,
         "from": int(loaded.time[0]),
@@ -227,10 +228,19 @@ def _reordered(parts: list[tuple[Entities, Acts]], order: NDArray[np.intp]) -> t
     return found, Acts.concatenate([part for _, part in parts]).take(by_row)
 
 
-def _distinct(features: FeatureBatch) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """The first of each kind of row, and how many rows it stands for."""
-    first, like = features.distinct()
-    return first, np.bincount(like, minlength=len(first)).astype(np.float64)
+def _held_out(n: int) -> NDArray[np.bool_]:
+    """bool [n]: which events, in order of event time, calibrate."""
+    held = np.zeros(n, np.bool_)
+    for begins, ends in HELD_OUT:
+        held[round(begins * n) : round(ends * n)] = True
+    held[-MIN_EVENTS // 2 :] = True
+    return held
+
+
+def _distinct(features: FeatureBatch, rows: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Of these rows the first of each kind, and how many it stands for."""
+    first, like = features.take(rows).distinct()
+    return rows[first], np.bincount(like, minlength=len(first)).astype(np.float64)
 
 
 def _fit_record(
@@ -242,7 +252,10 @@ def _fit_record(
     numbers = [i for i, field in enumerate(encoder.schema.fields) if field.kind == "number"]
     measured = (features.codes[:, numbers] > 0).any(1)
     density = Density.fit(vectors[measured], weights[measured], types[measured], seed=seed)
-    scorer = RecordScorer(Baseline.build(vectors, seed=seed), density)
+    present = features.codes > 0
+    share = present[:, numbers].sum(1) / present.sum(1)
+    quantities = np.array([share[measured & (types == kind)].mean() for kind in density.types])
+    scorer = RecordScorer(Baseline.build(vectors, seed=seed), density, quantities)
     first, like = later.distinct()
     distinct = later.take(first)
     kinds = distinct.codes[:, 0].astype(np.int64)
@@ -252,17 +265,17 @@ def _fit_record(
 
 
 def _fit_history(
-    encoder: Encoder, loaded: _Loaded, vectors: NDArray[np.float16], cut: int, seed: int, tell: Progress
+    encoder: Encoder, loaded: _Loaded, vectors: NDArray[np.float16], held: NDArray[np.bool_], seed: int, tell: Progress
 ) -> tuple[SequenceScorer | None, RateScorer | None, NDArray[np.float64]]:
-    """The parts that judge entities by what came before, on the fitted events (None where these or the held-out ones
-    name no entity), and their evidence against each held-out event. vectors: float16 [n, d], behaviours."""
+    """The parts that judge entities by what came before (None where the events before or in the last held-out part name
+    no entity), and their evidence against each held-out event. vectors: float16 [n, d], behaviours."""
     pairs = loaded.entities
-    earlier = pairs.row < cut
-    evidence = np.zeros(len(loaded.features) - cut)
-    if not earlier.any() or earlier.all():
-        return None, None, evidence
+    cut = int(np.flatnonzero(~held)[-1]) + 1
+    evidence = np.zeros(len(held))
+    count = int((pairs.row < cut).sum())
+    if count in (0, len(pairs)):
+        return None, None, evidence[held]
     tell("sequences", 0, 0, "")
-    count = int(earlier.sum())
     model, _ = fit_sequences(
         vectors[:cut],
         loaded.time[:cut],
@@ -272,28 +285,30 @@ def _fit_history(
         progress=lambda step, steps, loss: tell("sequences", step, steps, f"loss {loss:.3f}"),
     )
     sequences = SequenceScorer(model)
-    raw, levels = _replayed(sequences, loaded, vectors, cut)
+    judged = np.flatnonzero(held[pairs.row])
+    raw, levels = _replayed(sequences, loaded, vectors, judged)
     last = dict(zip(pairs.entity, range(len(pairs.entity)), strict=True))
     is_last = np.zeros(len(pairs.entity), bool)
     is_last[list(last.values())] = True
     quiet = np.array([model.silence.get(kind, 0) for kind in KINDS], np.int64)[pairs.kind]
     ended = is_last & (quiet > 0) & (loaded.time[-1] - loaded.time[pairs.row] > quiet)
-    kinds = pairs.kind[count:]
-    sequences.fit(raw, kinds, ended[count:])
+    latest = np.searchsorted(judged, count)
+    sequences.fit({name: score[latest:] for name, score in raw.items()}, pairs.kind[count:], ended[count:])
     habits, excess = Habits.fit(pairs.entity, pairs.kind, levels, loaded.time[pairs.row], kinds=len(KINDS))
     rates = RateScorer(habits)
-    if len(loaded.features) == loaded.events:  # Of a sample, every count would be too low.
+    if len(held) == loaded.events:  # Of a sample, every count would be too low.
         rates.fit(excess, pairs.kind)
-    rate, _ = rates.evidence(excess.take(slice(count, None)), kinds)
-    np.maximum.at(evidence, pairs.row[count:] - cut, weighed(sequences.evidence("order", raw, kinds), rate))
-    return sequences, rates, evidence
+    kinds = pairs.kind[judged]
+    rate, _ = rates.evidence(excess.take(judged), kinds)
+    np.maximum.at(evidence, pairs.row[judged], weighed(sequences.evidence("order", raw, kinds), rate))
+    return sequences, rates, evidence[held]
 
 
 def _replayed(
-    scorer: SequenceScorer, loaded: _Loaded, vectors: NDArray[np.float16], cut: int
+    scorer: SequenceScorer, loaded: _Loaded, vectors: NDArray[np.float16], judged: NDArray[np.intp]
 ) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.uint8]]:
-    """All pairs through windows, as live: the raw scores of the held-out ones with all the history that they had, and
-    of all of them what they raised."""
+    """All pairs through windows, as live: the raw scores of those to be judged with all the history that they had, and
+    of all what they raised."""
     pairs = loaded.entities
     windows = MemoryWindows(dim=vectors.shape[1])
     found: list[dict[str, NDArray[np.float64]]] = []
@@ -314,9 +329,9 @@ def _replayed(
         seen = windows.append(entries)
         windows.committed({("training", 0): int(rows[-1])})
         levels.append(seen.levels)
-        later = np.flatnonzero(rows >= cut)
-        if len(later):
-            found.append(scorer.raw(_taken(seen, later), kinds[later]))
+        here = judged[slice(*np.searchsorted(judged, (start, start + step)))] - start
+        if len(here):
+            found.append(scorer.raw(_taken(seen, here), kinds[here]))
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}, np.concatenate(levels)
 
 
@@ -359,7 +374,7 @@ def summary(fitted: Fitted) -> list[tuple[str, Any]]:
         ("events", f"{fitted.events:,} read, {fitted.used:,} used, {fitted.rejects:,} could not be read"),
         (
             "distinct",
-            f"{manifest['training']['distinct']:,} kinds of event to fit, the latest "
+            f"{manifest['training']['distinct']:,} kinds of event to fit, "
             f"{manifest['training']['held_out']:,} events held out to calibrate",
         ),
         ("schema", f"{len(schema.fields)} fields ({fields}), {len(schema.set_aside)} paths set aside"),

@@ -23,10 +23,13 @@ from state.windows import Windows
 DENSITY_TRUST = 2.0
 """How much more density is trusted than surprise: it speaks only where events carry quantities, and there it is the
 best, most of all where training held unlabelled attacks. Measured in docs/detection.md."""
+HALF = 0.5
+"""The share of an event's attributes that are quantities from which on density is trusted wholly; below, in proportion:
+four numbers among twenty names are not what makes the event."""
 SEQUENCE_TRUST = 0.5
 """Against the record score: the order of what a machine does varies more than what it does."""
-RATE_TRUST = 0.5
-"""Against the record score: how busy somebody is says less than what they do."""
+RATE_TRUST = 1.0
+"""Against the record score: each knows its own ground, and an event raises a count only now and then."""
 BLEND = 0.01
 """How much the weaker part adds to the stronger: an order among events that it puts level."""
 MIN_GROUP = 100
@@ -52,10 +55,14 @@ class Parts:
 
 @dataclass
 class RecordScorer:
-    """The record score: what it compares with and how it is calibrated (by name; density by event type)."""
+    """The record score: what it compares with and how it is calibrated (by name; density by event type).
+
+    quantities: float64 [types of density], the share of an event's attributes that are quantities.
+    """
 
     baseline: Baseline
     density: Density
+    quantities: NDArray[np.float64]
     calibrations: dict[str, Calibration] = field(default_factory=dict)
 
     def raw(self, encoded: Encoded, types: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
@@ -87,10 +94,10 @@ class RecordScorer:
     def parts(self, raw: dict[str, NDArray[np.float64]], types: NDArray[np.int64]) -> Parts:
         """The evidence of each part."""
         density = np.zeros(len(types))
-        for kind in np.unique(types[np.isfinite(raw["density"])]).tolist():
+        for kind, quantities in zip(self.density.types.tolist(), self.quantities.tolist(), strict=True):
             rows = types == kind
-            if (calibration := self.calibrations.get(f"density.{kind}")) is not None:
-                density[rows] = calibration.evidence(raw["density"][rows])
+            if (calibration := self.calibrations.get(f"density.{kind}")) is not None and rows.any():
+                density[rows] = calibration.evidence(raw["density"][rows]) * min(quantities / HALF, 1.0)
         return Parts(density, self.calibrations["surprise"].evidence(self._surprise(raw)))
 
     def evidence(self, parts: Parts) -> NDArray[np.float64]:
