@@ -10,9 +10,10 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from importlib.metadata import version as installed_version
-from typing import Any
+from typing import Annotated, Any
 
 import orjson
 import structlog
@@ -69,12 +70,33 @@ app.add_typer(dlq_commands.app)
 
 @app.command()
 @takes_settings()
-def run(settings: Settings) -> None:
+def run(
+    settings: Settings,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, max=256, help="Processes that share the partitions; each has a metrics port of its own."),
+    ] = 1,
+) -> None:
     """Read events from Kafka, write alerts to Kafka, until SIGTERM.
 
     Progress is the group's committed offsets: start it again and it goes on where it was. Topics must exist. Secrets
     (kafka.sasl_password, kafka.ssl_key_password, redis.password) come from variables or the file, not from flags.
     """
+    from streamer.workers import Workers
+
+    configure_logging(settings)
+    stop = threading.Event()
+    watcher = Workers(settings, workers, serve) if workers > 1 else None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, watcher.stop if watcher is not None else lambda *_: stop.set())
+    if watcher is None:
+        serve(settings, stop)
+    else:
+        raise typer.Exit(watcher.run())
+
+
+def serve(settings: Settings, stop: threading.Event) -> None:
+    """The service, until `stop` is set. Raises ConfigurationError before anything is read, StreamError after."""
     configure_logging(settings)
     _check_bundle(settings)
     _check_redis(settings)
@@ -107,8 +129,12 @@ def run(settings: Settings) -> None:
         )
 
     service = Service(settings, detector, alerts, line=line, windows=windows, instance=instance)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: service.stop())
+
+    def follow() -> None:
+        stop.wait()
+        service.stop()
+
+    threading.Thread(target=follow, name="stop", daemon=True).start()
     service.run()
 
 

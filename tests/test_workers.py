@@ -1,0 +1,96 @@
+"""`ripcurrent run --workers N`: workers that come, go and are killed under load lose nothing and double nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import orjson
+import pytest
+from stream import Topics, create, until
+from whole import LINE, Service, alerts_of, lines
+
+
+@pytest.fixture
+def topics(kafka: str, unique: Callable[[str], str]) -> Topics:
+    return create(kafka, unique("workers"), partitions=6)
+
+
+def children(process: subprocess.Popen[bytes]) -> list[int]:
+    """The pids of the workers; the process that multiprocessing tracks its resources with is none."""
+    try:
+        found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        return [int(pid) for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    except FileNotFoundError:
+        return []
+
+
+def feed(topics: Topics, events: list[bytes], seconds: float) -> threading.Thread:
+    """Produce the events over some seconds, in a thread."""
+
+    def produce() -> None:
+        steps = 20
+        for step in range(steps):
+            topics.produce(events[step * len(events) // steps : (step + 1) * len(events) // steps])
+            time.sleep(seconds / steps)
+
+    thread = threading.Thread(target=produce)
+    thread.start()
+    return thread
+
+
+def assert_each_once(topics: Topics, n: int) -> None:
+    labels = Counter(message.key() for message in topics.read("scores"))
+    assert (len(labels), set(labels.values())) == (n, {1})
+    scores = [orjson.loads(message.value()) for message in topics.read("scores")]
+    assert len(alerts_of(topics)) == sum(score["p_value"] <= LINE for score in scores) > 0
+
+
+def test_workers_that_are_killed_and_added_under_load_lose_and_double_nothing(
+    topics: Topics, folder: Path, redis_url: str
+) -> None:
+    events = lines(folder / "test.ndjson")
+    service = Service(topics, folder / "bundle", redis_url, 8, batch_size=32)
+    other = Service(topics, folder / "bundle", redis_url, 8, batch_size=32, kafka_instance_id="other")
+    with subprocess.Popen([*service.command, "--workers=2"]) as watcher:
+        until(lambda: len(children(watcher)) == 2, 20)
+        feeding = feed(topics, events, 8)
+        until(lambda: service.done() > 100, 60)
+        first, second = children(watcher)
+        os.kill(first, signal.SIGKILL)
+        with subprocess.Popen(other.command) as added:
+            until(lambda: len(set(children(watcher)) - {first, second}) == 1, 20)
+            feeding.join()
+            until(lambda: watcher.poll() is not None or service.done() >= len(events), 90)
+            added.terminate()
+            assert added.wait(30) == 0
+        watcher.terminate()
+        assert watcher.wait(45) == 0
+    assert service.done() == len(events)
+    assert_each_once(topics, len(events))
+
+
+def test_a_worker_that_ends_with_an_error_ends_all_with_it(topics: Topics, folder: Path, redis_url: str) -> None:
+    service = Service(topics, folder / "bundle", redis_url, 8, events="nowhere")
+    done = subprocess.run([*service.command, "--workers=2"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "ripcurrent: no such topic" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_no_worker_outlives_the_process_that_watches(topics: Topics, folder: Path, redis_url: str) -> None:
+    service = Service(topics, folder / "bundle", redis_url, 8)
+    with subprocess.Popen([*service.command, "--workers=2"]) as watcher:
+        until(lambda: len(children(watcher)) == 2, 20)
+        workers = children(watcher)
+        topics.produce(lines(folder / "test.ndjson")[:60])
+        until(lambda: service.done() >= 60, 60)
+        watcher.kill()
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 30)
