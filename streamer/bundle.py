@@ -31,7 +31,7 @@ from encoder.sequence import SequenceModel
 from state.baseline import Baseline, Density
 from state.calibration import Calibration
 from state.habits import Habits
-from streamer.manifest import FORMAT, MANIFEST, SCHEMA, BundleError, digest_of, verify
+from streamer.manifest import FORMAT, MANIFEST, SCHEMA, BundleError, digest_of, resolve, verify
 from streamer.scoring import RateScorer, RecordScorer, Scorer, SequenceScorer
 
 _ENCODER = "encoder.safetensors"
@@ -163,6 +163,7 @@ def _calibrations(arrays: dict[str, NDArray[Any]], group: str) -> dict[str, Cali
 
 def load(path: Path, device: str = "cpu") -> Bundle:
     """Raises BundleError: not there, not whole, changed, or of a schema that its weights do not fit."""
+    path = resolve(path)
     manifest, schema = verify(path)
     try:
         encoder = Encoder.from_state(schema, load_tensors(path / _ENCODER), torch.device(device))

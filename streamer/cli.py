@@ -13,13 +13,14 @@ import sys
 import threading
 import time
 from importlib.metadata import version as installed_version
+from pathlib import Path
 from typing import Annotated, Any
 
 import orjson
 import structlog
 import typer
 
-from streamer import commands, dlq_commands, stream_commands
+from streamer import bundle_commands, commands, dlq_commands, stream_commands
 from streamer.errors import ConfigurationError, RipcurrentError
 from streamer.flags import takes_settings
 from streamer.settings import Settings, leaves, shown, variable
@@ -66,6 +67,7 @@ for _command in (
     app.command()(_command)
 app.command()(stream_commands.replay)
 app.add_typer(dlq_commands.app)
+app.add_typer(bundle_commands.app)
 
 
 @app.command()
@@ -101,34 +103,50 @@ def serve(settings: Settings, stop: threading.Event) -> None:
     _check_bundle(settings)
     _check_redis(settings)
     from streamer.kafka import check_topics
-    from streamer.manifest import verify
+    from streamer.manifest import read_manifest, resolve, verify
 
     check_topics(settings)
-    verify(settings.bundle)
+    serving = resolve(settings.bundle)
+    verify(serving)
     # Only now what takes seconds to import and load.
     from streamer.alerts import build_alerts
     from streamer.detector import open_detector
     from streamer.kafka import claim_instance
     from streamer.ledger import Ledger
     from streamer.service import Service
+    from streamer.succession import Bundles, Opened
 
-    detector, windows = open_detector(settings)
+    def opening(path: Path) -> Opened:
+        detector, windows = open_detector(settings, path)
+        version = detector.bundle.version
+
+        def alerts(scored: Any, rows: Any, explanations: Any) -> Any:
+            return build_alerts(
+                scored,
+                rows,
+                explanations,
+                line=scored.line[rows],
+                bundle_version=version,
+                tenant=settings.tenant,
+                now_ms=int(time.time() * 1000),
+            )
+
+        return Opened(version, detector, alerts, windows)
+
+    first = opening(serving)
     instance = claim_instance(settings)
-    rate = float(detector.bundle.manifest["training"]["events_per_day"])
+    rate = float(read_manifest(serving)["training"]["events_per_day"])
     line = settings.line if settings.line is not None else Ledger(settings, instance, rate)
-
-    def alerts(scored: Any, rows: Any, explanations: Any) -> Any:
-        return build_alerts(
-            scored,
-            rows,
-            explanations,
-            line=scored.line[rows],
-            bundle_version=detector.bundle.version,
-            tenant=settings.tenant,
-            now_ms=int(time.time() * 1000),
-        )
-
-    service = Service(settings, detector, alerts, line=line, windows=windows, instance=instance)
+    service = Service(
+        settings,
+        first.detector,
+        first.build_alerts,
+        line=line,
+        windows=first.windows,
+        instance=instance,
+        bundles=Bundles(serving, opening),
+    )
+    service.metrics.bundle.labels(first.version).set(1)
 
     def follow() -> None:
         stop.wait()
@@ -171,7 +189,9 @@ def _toml(value: Any) -> str:
 
 
 def _check_bundle(settings: Settings) -> None:
-    if not (settings.bundle / "manifest.json").is_file():
+    from streamer.manifest import resolve
+
+    if not (resolve(settings.bundle) / "manifest.json").is_file():
         raise ConfigurationError(
             f"no bundle at {settings.bundle}; `ripcurrent fit FILES... --out {settings.bundle}` makes one"
         )

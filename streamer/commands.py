@@ -174,10 +174,11 @@ def schema(bundle: Annotated[Path, typer.Argument(help="The bundle to read.")] =
     from rich.console import Console
 
     from encoder.schema import Schema
-    from streamer.manifest import read_manifest
+    from streamer.manifest import read_manifest, resolve
     from streamer.schema_table import schema_table
 
     read_manifest(bundle)
+    bundle = resolve(bundle)
     Console().print(schema_table(Schema.from_json((bundle / "schema.json").read_bytes(), str(bundle / "schema.json"))))
 
 

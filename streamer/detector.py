@@ -32,6 +32,9 @@ from streamer.bundle import Bundle, load
 from streamer.scoring import DENSITY_TRUST, NEIGHBOURS, SEQUENCE_TRUST, Parts, RateScorer, severity, weighed
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from state.redis_windows import RedisWindows
     from streamer.settings import Settings
 
 
@@ -447,11 +450,11 @@ def device_of(settings: Settings) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def open_detector(settings: Settings) -> tuple[Detector, WindowStore]:
-    """The detector of the service: the settings' bundle, and windows in its Redis."""
+def open_detector(settings: Settings, path: Path) -> tuple[Detector, RedisWindows]:
+    """The detector of the service: the bundle at `path`, and windows in the settings' Redis."""
     from state.redis_windows import RedisWindows
 
-    bundle = load(settings.bundle, device_of(settings))
+    bundle = load(path, device_of(settings))
     windows = RedisWindows(
         settings.redis.url,
         encoder=bundle.encoder_hash,

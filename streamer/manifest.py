@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from streamer.errors import RipcurrentError
 FORMAT = 2
 """Changes with what a bundle holds."""
 MANIFEST, SCHEMA = "manifest.json", "schema.json"
+CURRENT, VERSIONS = "current", "versions"
+"""What a store of bundles holds: a link to the version that serves, and a folder of all."""
 
 
 class BundleError(RipcurrentError):
@@ -25,6 +28,7 @@ def verify(path: Path) -> tuple[dict[str, Any], Schema]:
 
     Raises BundleError: not there, not whole, changed, or with another schema than it was fitted with.
     """
+    path = resolve(path)
     manifest = read_manifest(path)
     for name, digest in manifest["files"].items():
         file = path / name
@@ -41,9 +45,22 @@ def verify(path: Path) -> tuple[dict[str, Any], Schema]:
     return manifest, schema
 
 
+def resolve(path: Path) -> Path:
+    """The bundle that `path` means now: itself, or where it is a store the version that serves. Raises BundleError for
+    a store that nothing was promoted in."""
+    try:
+        return path / os.readlink(path / CURRENT)
+    except OSError:
+        if (path / VERSIONS).is_dir() and not (path / MANIFEST).exists():
+            raise BundleError(
+                f"no version of {path} serves; ripcurrent bundle promote VERSION --store {path}"
+            ) from None
+        return path
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the bundle at `path`. Raises BundleError."""
-    file = path / MANIFEST
+    """The manifest of the bundle or store at `path`. Raises BundleError."""
+    file = resolve(path) / MANIFEST
     try:
         manifest = orjson.loads(file.read_bytes())
     except FileNotFoundError as error:

@@ -64,6 +64,17 @@ class Metrics:
         self.line = gauge("line_p_value", "Events at or under this p-value are alerts")
         self.promised = gauge("budget_promised_per_day", "Alerts a day that normal traffic may cost")
         self.spent = gauge("budget_spent_today", "Alerts of the latest day of event time")
+        self.bundle = gauge("bundle_info", "1 for the bundle that serves", "version")
+        self.swaps = counter("bundle_swaps", "Times that a promoted bundle took over while running")
+        self.bundles_refused = counter("bundles_refused", "Promoted bundles that could not serve")
+        self.shadow_events = counter("shadow_events", "Events that the candidate beside has scored too")
+        self.shadow_alerts = counter(
+            "shadow_alerts", "Alerts of both, of the candidate only (gained), of the serving bundle (lost)", "whose"
+        )
+        self.shadow_decades = counter(
+            "shadow_decades", "Sum over events of how many powers of ten lie between the p-values of both bundles"
+        )
+        self.shadow_failures = counter("shadow_failures", "Times that the candidate beside had to begin again")
         self._day = -1
         self._lagging: set[tuple[str, int]] = set()
 

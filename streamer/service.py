@@ -33,6 +33,7 @@ from streamer.rebuild import Rebuild, Rebuildable
 from streamer.scores import score_lines
 from streamer.settings import Settings
 from streamer.source import Batch, Source
+from streamer.succession import Bundles, Shadow, Succession
 
 ALIVE_S = 60.0
 """How long the consumer may not poll before /healthz says so: longer than a rebalance waits for a batch."""
@@ -107,6 +108,7 @@ class Service:
         line: p-value at or under which an event is an alert, fixed or from the ledger of the budget.
         instance: the name of this process in the group; by default the one that it can claim.
         windows: is told what is committed; None where the detector remembers nothing outside this process.
+        bundles: where a bundle that is promoted while this runs comes from, and the shadow; None: there are none.
         clock: seconds since the epoch.
     """
 
@@ -119,6 +121,7 @@ class Service:
         line: float | Ledger,
         windows: Remembering | None = None,
         instance: str = "",
+        bundles: Bundles | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.metrics = Metrics()
@@ -138,6 +141,10 @@ class Service:
         self._rebuild: Rebuild | None = None
         self._watched_at = 0.0
         self._source = Source(settings, self._release)
+        owned = self._source.owned
+        self._succession = Succession(settings, bundles, owned, self.metrics) if bundles is not None else None
+        shadow = settings.shadow
+        self._shadow = Shadow(settings, shadow, bundles, owned, self.metrics) if bundles and shadow else None
         self._publisher: Publisher = (
             TransactionalPublisher(settings, self._source, instance or claim_instance(settings))
             if settings.delivery == "exactly_once"
@@ -176,6 +183,7 @@ class Service:
     def _work(self) -> None:
         """The next batch, if there is one, from its events to the group that its outputs go into; and the commit of
         that group, if it is due."""
+        self._succeed()
         batch = self._source.take()
         self._check_windows()  # After it was taken: no message comes before the check of its partition.
         if batch is not None:
@@ -183,6 +191,8 @@ class Service:
             line = self._line_for(scored)
             rows, scored = np.flatnonzero(scored.p_value <= line), replace(scored, line=line)
             alerts = self._explain(scored, rows)
+            if self._shadow is not None:
+                self._shadow.compare(batch.messages, scored, line)
             self._add(batch, scored, rows, alerts)
         if self._due():
             self._commit()
@@ -208,14 +218,34 @@ class Service:
             _log.info("drained")
         finally:
             self._stop.set()
-            if self._rebuild is not None:
-                self._rebuild.close()
+            for opened in (self._rebuild, self._succession, self._shadow):
+                if opened is not None:
+                    opened.close()
             self._source.close(DRAIN_S)
             if self._ledger is not None:
                 self._ledger.close()
             if server is not None:
                 server.shutdown()
                 server.server_close()
+
+    def _succeed(self) -> None:
+        """Let a promoted bundle take over if one is ready, and the shadow join: both between two transactions."""
+        preparation = self._succession.ready() if self._succession is not None else None
+        if preparation is not None:
+            self._commit()
+            self._waiting("another bundle", preparation.catch_up)
+            assert preparation.opened is not None
+            opened = preparation.opened
+            self._detector, self._build_alerts, self._windows = opened.detector, opened.build_alerts, opened.windows
+            self._show_bundle(opened.version)
+            assert self._succession is not None
+            self._succession.done(preparation)
+        if self._shadow is not None and not self._group.batches:
+            self._shadow.between_transactions()
+
+    def _show_bundle(self, version: str) -> None:
+        self.metrics.bundle.clear()
+        self.metrics.bundle.labels(version).set(1)
 
     def _patience(self) -> float:
         """Seconds to wait for the next batch before the group that is open must be committed."""
@@ -337,11 +367,15 @@ class Service:
             return
         if windows is not None:
             self._waiting("prepare", lambda: windows.prepare(offsets))
+        if self._shadow is not None:
+            self._shadow.prepare(offsets)
         with self.metrics.time("publish"):
             self._publisher.publish([*self._group.outputs, *recorded], offsets)
         if ledger is not None:
             ledger.committed()
         self._source.committed(offsets)
+        if self._shadow is not None:
+            self._shadow.committed(offsets)
         done, self._group, self._aborts = self._group, _Group(), 0
         self._publisher.refused.clear()
         self._count(done)

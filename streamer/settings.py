@@ -137,7 +137,12 @@ class Settings(BaseSettings):
         frozen=True,
     )
 
-    bundle: Path = Field(default=Path("bundle"), description="directory of the bundle that `ripcurrent fit` wrote")
+    bundle: Path = Field(
+        default=Path("bundle"), description="directory of the bundle that `ripcurrent fit` wrote, or a store of them"
+    )
+    shadow: Path | None = Field(
+        default=None, description="bundle that scores beside the one that serves, to be compared; nothing is alerted"
+    )
     tenant: str = Field(
         default="default", min_length=1, description="name that keeps this stream's windows apart in Redis"
     )

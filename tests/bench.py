@@ -169,7 +169,7 @@ def only_consume_and_parse(settings: Settings, events: int) -> tuple[float, floa
 def serve(settings: Settings, events: int) -> Run:
     """Run the service over the whole topic."""
     configure_logging(settings)
-    detector, windows = streamer.detector.open_detector(settings)
+    detector, windows = streamer.detector.open_detector(settings, settings.bundle)
     line = detector.bundle.line(settings.alerts_per_day)
     build = functools.partial(
         streamer.alerts.build_alerts, line=line, bundle_version=detector.bundle.version, tenant="bench", now_ms=0

@@ -1,0 +1,196 @@
+"""A promoted bundle takes over while the service runs: no event is lost or scored twice, and every score is the one
+that the bundle would have given if it had always served. A candidate scores beside.
+
+Detectors of these tests score an event by the window that ends at it, so a window that is not what it was shows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import orjson
+import pytest
+import redis
+from stream import EVENT, LINE, Topics, WindowDetector, build_alerts, create, p_value, running, until
+
+from encoder.events import Message
+from state.redis_windows import RedisWindows
+from state.windows import MemoryWindows
+from streamer.detector import ScoredBatch
+from streamer.errors import RipcurrentError
+from streamer.servers import ValkeyServer
+from streamer.service import Service
+from streamer.succession import Bundles, Opened
+
+
+class Judge(WindowDetector):
+    """One whose scores are its own: another name gives other scores."""
+
+    name = "one"
+
+    def score(self, messages: Sequence[Message]) -> ScoredBatch:
+        scored = super().score(messages)
+        p = scored.p_value.copy()
+        for row in range(len(scored)):
+            p[row] = p_value(f"{p[row]!r}{self.name}") if self.name != "one" else p[row]
+        return replace(scored, p_value=p)
+
+
+@pytest.fixture
+def topics(kafka: str, unique: Callable[[str], str]) -> Topics:
+    return create(kafka, unique("succession"), partitions=1)
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[ValkeyServer]:
+    with ValkeyServer({}) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def empty(valkey: ValkeyServer) -> None:
+    redis.from_url(valkey.url).flushall()
+
+
+def point(store: Path, name: str) -> None:
+    (store / "versions" / name).mkdir(parents=True, exist_ok=True)
+    (store / "new").symlink_to(Path("versions") / name)
+    (store / "new").replace(store / "current")
+
+
+def service_for(topics: Topics, valkey: ValkeyServer, store: Path, **more: object) -> Service:
+    """A service whose bundles are called NAME_ENCODER: the scores of a name, the windows of an encoder."""
+
+    def opening(path: Path) -> Opened:
+        name, _, encoder = path.name.partition("_")
+        if name == "broken":
+            raise RipcurrentError(f"{path} is not whole")
+        windows = RedisWindows(valkey.url, encoder=encoder, dim=4, timeout_s=1.0, retries=1)
+        detector = Judge(windows, lambda _: time.sleep(0.01))
+        detector.name = name
+        return Opened(path.name, detector, build_alerts, windows)
+
+    settings = topics.settings(bundle=str(store), **more)
+    serving = store / "versions" / "one_a"
+    first = opening(serving)
+    bundles = Bundles(store / (store / "current").readlink(), opening)
+    return Service(settings, first.detector, build_alerts, line=LINE, windows=first.windows, bundles=bundles)
+
+
+def scores_by(topics: Topics, name: str, n: int) -> list[float]:
+    """What the judge of this name gives n events in an undisturbed run."""
+    judge = Judge(MemoryWindows(dim=4))
+    judge.name = name
+    values = [orjson.dumps(EVENT | {"time": EVENT["time"] + i}) for i in range(n)]
+    scored = judge.score([Message(topics.events, 0, i, -1, value) for i, value in enumerate(values)])
+    return [float(p) for p in scored.p_value]
+
+
+def assert_taken_over(topics: Topics, n: int, *names: str) -> list[int]:
+    """Each event is scored once, by one of these in turn, as that one would in an undisturbed run; where each ended."""
+    found = {}
+    for message in topics.read("scores"):
+        score = orjson.loads(message.value())
+        assert score["offset"] not in found
+        found[score["offset"]] = score["p_value"]
+    assert sorted(found) == list(range(n))
+    alerts, place, ends = [], 0, []
+    for name in names:
+        expected = scores_by(topics, name, n)
+        begin = place
+        while place < n and found[place] == expected[place]:
+            alerts += [place] if expected[place] <= LINE else []
+            place += 1
+        assert place > begin, f"{name} has scored nothing from {begin} on"
+        ends.append(place)
+    assert place == n
+    assert topics.alerts() == sorted(f"{topics.events}:0:{offset}:0" for offset in alerts)
+    return ends
+
+
+@pytest.mark.parametrize("successor", ["two_a", "two_b"], ids=["same encoder", "another encoder"])
+def test_a_promoted_bundle_takes_over_under_load_without_losing_or_doubling(
+    topics: Topics, valkey: ValkeyServer, tmp_path: Path, successor: str
+) -> None:
+    point(tmp_path, "one_a")
+    topics.produce_events(1500)
+    service = service_for(topics, valkey, tmp_path)
+    with running(service) as raised:
+        topics.wait_until_read(400)
+        point(tmp_path, successor)
+        for step in range(10):
+            topics.produce_events_from(1500 + step * 150, 150)
+            time.sleep(0.2)
+        until(lambda: service.metrics.swaps._value.get() == 1)
+        topics.produce_events_from(3000, 300)
+        topics.wait_until_read(3300)
+    assert raised == []
+    first, _ = assert_taken_over(topics, 3300, "one", "two")
+    assert 400 <= first < 3300
+
+
+def test_back_again_and_one_that_cannot_be_opened(topics: Topics, valkey: ValkeyServer, tmp_path: Path) -> None:
+    point(tmp_path, "one_a")
+    service = service_for(topics, valkey, tmp_path)
+    with running(service) as raised:
+        topics.produce_events(200)
+        topics.wait_until_read(200)
+        point(tmp_path, "two_b")
+        until(lambda: service.metrics.swaps._value.get() == 1)
+        topics.produce_events_from(200, 200)
+        topics.wait_until_read(400)
+        point(tmp_path, "broken_b")
+        until(lambda: service.metrics.bundles_refused._value.get() == 1)
+        topics.produce_events_from(400, 200)
+        topics.wait_until_read(600)
+        point(tmp_path, "one_a")
+        until(lambda: service.metrics.swaps._value.get() == 2)
+        topics.produce_events_from(600, 200)
+        topics.wait_until_read(800)
+    assert raised == []
+    assert service.metrics.bundles_refused._value.get() == 1
+    assert assert_taken_over(topics, 800, "one", "two", "one") == [200, 600, 800]
+
+
+def test_a_candidate_beside_is_compared_and_changes_nothing(
+    topics: Topics, valkey: ValkeyServer, tmp_path: Path
+) -> None:
+    point(tmp_path, "one_a")
+    topics.produce_events(300)
+    service = service_for(topics, valkey, tmp_path, shadow=str(tmp_path / "versions" / "two_b"))
+    with running(service) as raised:
+        until(lambda: bool(service._shadow and service._shadow._prepared))
+        before = service._source.owned()[topics.events, 0]
+        topics.produce_events_from(300, 700)
+        topics.wait_until_read(1000)
+    assert raised == []
+    assert_taken_over(topics, 1000, "one")
+    metrics = service.metrics
+    seen = int(metrics.shadow_events._value.get())
+    assert 700 <= seen <= 1000 - before + 300
+    ours, theirs = (scores_by(topics, name, 1000)[1000 - seen :] for name in ("one", "two"))
+    whose = {name: metrics.shadow_alerts.labels(name)._value.get() for name in ("both", "gained", "lost")}
+    pairs = [(a <= LINE, b <= LINE) for a, b in zip(ours, theirs, strict=True)]
+    assert whose == {
+        "both": pairs.count((True, True)),
+        "gained": pairs.count((False, True)),
+        "lost": pairs.count((True, False)),
+    }
+    assert metrics.shadow_decades._value.get() > 0
+    assert metrics.shadow_failures._value.get() == 0
+
+
+def test_a_candidate_that_fails_is_counted_and_the_stream_goes_on(
+    topics: Topics, valkey: ValkeyServer, tmp_path: Path
+) -> None:
+    point(tmp_path, "one_a")
+    service = service_for(topics, valkey, tmp_path, shadow=str(tmp_path / "versions" / "broken_b"))
+    with running(service) as raised:
+        topics.produce_events(300)
+        topics.wait_until_read(300)
+        until(lambda: service.metrics.shadow_failures._value.get() >= 1)
+    assert raised == []
+    assert_taken_over(topics, 300, "one")
