@@ -43,12 +43,13 @@ _SEQUENCES, _BEHAVIOURS = "sequences.safetensors", "behaviours.ndjson"
 class Bundle:
     """What a detector needs. exemplars: for each vector of the baseline, the normal event that it stands for, compact
     and redacted; behaviours: for each outcome that sequences are made of, a normal event without who and where;
-    manifest: what `manifest.json` says."""
+    profile: how often each code of each field came in training; manifest: what `manifest.json` says."""
 
     encoder: Encoder
     scorer: Scorer
     exemplars: list[bytes]
     behaviours: list[bytes]
+    profile: NDArray[np.int64]
     manifest: dict[str, Any]
 
     @property
@@ -78,6 +79,7 @@ def save(
     scorer: Scorer,
     exemplars: list[bytes],
     behaviours: list[bytes],
+    profile: NDArray[np.int64],
     training: dict[str, Any],
 ) -> Bundle:
     """Write a bundle; what stands at `path` is replaced only once the new one is whole."""
@@ -92,7 +94,7 @@ def save(
         if scorer.sequences is not None:
             tensors, config = scorer.sequences.model.state()
             save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary / _SEQUENCES)
-        save_arrays(_scorer_arrays(scorer), temporary / _SCORES)
+        save_arrays(_scorer_arrays(scorer) | {"profile": profile}, temporary / _SCORES)
         (temporary / _EXEMPLARS).write_bytes(b"".join(line + b"\n" for line in exemplars))
         (temporary / _BEHAVIOURS).write_bytes(b"".join(line + b"\n" for line in behaviours))
         files = {file.name: digest_of(file) for file in sorted(temporary.iterdir())}
@@ -113,7 +115,7 @@ def save(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return Bundle(encoder, scorer, exemplars, behaviours, manifest)
+    return Bundle(encoder, scorer, exemplars, behaviours, profile, manifest)
 
 
 def _swap(new: Path, path: Path) -> None:
@@ -182,8 +184,9 @@ def load(path: Path, device: str = "cpu") -> Bundle:
             habits = Habits(*(arrays[f"habits.{name}"] for name in ("keys", "most", "usual")))
             rates = RateScorer(habits, _calibrations(arrays, "rate"))
         scorer = Scorer(record, sequences, rates, _calibrations(arrays, "event")["event"])
+        profile = arrays["profile"]
     except (SafetensorError, KeyError) as error:
         raise BundleError(f"bundle {path} does not hold what its manifest says ({error}); fit it again") from error
     exemplars = (path / _EXEMPLARS).read_bytes().splitlines()
     behaviours = (path / _BEHAVIOURS).read_bytes().splitlines()
-    return Bundle(encoder, scorer, exemplars, behaviours, manifest)
+    return Bundle(encoder, scorer, exemplars, behaviours, profile, manifest)

@@ -14,7 +14,7 @@ import threading
 import time
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import orjson
 import structlog
@@ -101,7 +101,9 @@ def serve(settings: Settings, stop: threading.Event) -> None:
     """The service, until `stop` is set. Raises ConfigurationError before anything is read, StreamError after."""
     configure_logging(settings)
     _check_bundle(settings)
-    _check_redis(settings)
+    from streamer.doctor import check_redis
+
+    check_redis(settings)
     from streamer.kafka import check_topics
     from streamer.manifest import read_manifest, resolve, verify
 
@@ -110,7 +112,8 @@ def serve(settings: Settings, stop: threading.Event) -> None:
     verify(serving)
     # Only now what takes seconds to import and load.
     from streamer.alerts import build_alerts
-    from streamer.detector import open_detector
+    from streamer.detector import Detector, open_detector
+    from streamer.drift import DriftCollector
     from streamer.kafka import claim_instance
     from streamer.ledger import Ledger
     from streamer.service import Service
@@ -147,6 +150,7 @@ def serve(settings: Settings, stop: threading.Event) -> None:
         bundles=Bundles(serving, opening),
     )
     service.metrics.bundle.labels(first.version).set(1)
+    service.metrics.registry.register(DriftCollector(lambda: cast(Detector, service.detector).drift))
 
     def follow() -> None:
         stop.wait()
@@ -154,6 +158,22 @@ def serve(settings: Settings, stop: threading.Event) -> None:
 
     threading.Thread(target=follow, name="stop", daemon=True).start()
     service.run()
+
+
+@app.command()
+@takes_settings()
+def doctor(settings: Settings) -> None:
+    """Check what the service needs (Kafka, topics, Redis, bundle), and say how it does if it runs.
+
+    Ends with 1 if something is wrong, or if scores are not to be trusted.
+    """
+    from streamer.doctor import examine
+
+    worst = ""
+    for finding in examine(settings):
+        typer.echo(f"{finding.mark:<5}{finding.what:<10}{finding.told}")
+        worst = "bad" if finding.mark == "bad" else worst
+    raise typer.Exit(1 if worst else 0)
 
 
 @app.command()
@@ -195,18 +215,6 @@ def _check_bundle(settings: Settings) -> None:
         raise ConfigurationError(
             f"no bundle at {settings.bundle}; `ripcurrent fit FILES... --out {settings.bundle}` makes one"
         )
-
-
-def _check_redis(settings: Settings) -> None:
-    import redis
-
-    url, wait = shown(settings)["redis.url"], min(settings.redis.timeout_s, 5.0)
-    arguments = settings.redis.client_arguments() | {"socket_timeout": wait, "socket_connect_timeout": wait}
-    try:
-        with redis.Redis.from_url(settings.redis.url, retry=None, **arguments) as client:
-            client.ping()
-    except (redis.RedisError, OSError, ValueError, TypeError) as error:
-        raise ConfigurationError(f"no Redis at {url} (redis.url): {error}") from None
 
 
 def configure_logging(settings: Settings) -> None:

@@ -29,6 +29,7 @@ from state.tally import LEVELS
 from state.windows import WindowEntries, Windows, WindowStore
 from streamer import wording
 from streamer.bundle import Bundle, load
+from streamer.drift import Drift
 from streamer.scoring import DENSITY_TRUST, NEIGHBOURS, SEQUENCE_TRUST, Parts, RateScorer, severity, weighed
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ class Detector:
         self.windows = windows
         self.tenant = tenant
         fields = bundle.encoder.schema.fields
+        self.drift = Drift(bundle.encoder.schema, bundle.profile)
         self._causes = np.array([f"record:{field.path}" for field in fields], object)
         sequences = bundle.scorer.sequences
         silence = sequences.model.silence if sequences is not None and timers else {}
@@ -170,6 +172,7 @@ class Detector:
         history = self._judge_windows(events, entities, encoder.behaviours(distinct)[like])
         by_history = history.evidence > record
         p_value = scorer.p_value(record, history.evidence)
+        self.drift.observe(events.time, features.codes, p_value)
         return ScoredBatch(
             events.coordinates,
             events.time,

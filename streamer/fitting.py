@@ -34,6 +34,7 @@ from state.habits import Habits
 from state.windows import MemoryWindows, WindowEntries, Windows
 from streamer.bundle import Bundle, save
 from streamer.detector import compact
+from streamer.drift import profile
 from streamer.errors import RipcurrentError
 from streamer.files import batches
 from streamer.redaction import Redactor
@@ -140,6 +141,7 @@ def fit(
         scorer=scorer,
         exemplars=_exemplars(exemplars, loaded.schema),
         behaviours=_steps(sequences, loaded, behaviours),
+        profile=profile(loaded.schema, loaded.features.codes),
         training=training,
     )
     seconds = time.monotonic() - started

@@ -151,6 +151,11 @@ class Service:
             else PlainPublisher(settings, self._source)
         )
 
+    @property
+    def detector(self) -> Scorer:
+        """The one that serves now."""
+        return self._detector
+
     def stop(self) -> None:
         """Ask `run` to commit what is scored and return; may be called from a signal handler or another thread."""
         self._stop.set()

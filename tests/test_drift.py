@@ -1,0 +1,158 @@
+"""Drift is told from traffic that is as it was, each sign by itself, and the doctor says it."""
+
+from __future__ import annotations
+
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+from numpy.typing import NDArray
+from stream import EVENT, create
+from test_cli import ripcurrent
+from test_store import bundle
+
+from encoder.events import Message, decode
+from encoder.schema import Schema, SchemaLearner
+from encoder.vectorize import Vectorizer
+from streamer.doctor import examine
+from streamer.drift import DISTRUST, HEALTHY, HOUR_MS, MIN_EVENTS, REFIT, Drift, DriftCollector, profile, stability
+from streamer.metrics import Metrics, serve
+from streamer.servers import _free_port
+from streamer.store import Store
+
+START = EVENT["time"] // (24 * HOUR_MS) * 24 * HOUR_MS
+
+
+def name(number: int) -> str:
+    """Letters: digits in a name are templated away."""
+    return "user-" + "".join(chr(97 + number // 26**place % 26) for place in range(3))
+
+
+def events(n: int, seed: int, *, users: int = 20, admins: float = 0.1) -> list[Message]:
+    generator = np.random.default_rng(seed)
+    drawn = [
+        EVENT
+        | {
+            "time": START + i * 24 * HOUR_MS // n,
+            "user": {"name": name(int(generator.integers(users))), "type_id": int(generator.random() < admins) + 1},
+            "status_id": int(generator.random() < 0.05) + 1,
+            "src_endpoint": {"port": int(generator.integers(1, 1000))},
+        }
+        for i in range(n)
+    ]
+    return [Message("events", 0, i, -1, orjson.dumps(event)) for i, event in enumerate(drawn)]
+
+
+@pytest.fixture(scope="module")
+def schema() -> Schema:
+    learner = SchemaLearner()
+    learner.add(decode(events(8000, 0))[0])
+    return learner.finish()
+
+
+def watched(schema: Schema, seen: list[Message], p_value: NDArray[np.float64] | None = None) -> Drift:
+    vectorize = Vectorizer(schema)
+    drift = Drift(schema, profile(schema, vectorize(decode(events(8000, 0))[0]).codes))
+    batch, _ = decode(seen)
+    p = np.random.default_rng(9).random(len(batch)) if p_value is None else p_value
+    drift.observe(batch.time, vectorize(batch).codes, p)
+    return drift
+
+
+def test_traffic_as_it_was_is_healthy(schema: Schema) -> None:
+    for seed in range(1, 6):
+        health = watched(schema, events(3000, seed)).health()
+        assert (health.verdict, health.reasons) == (HEALTHY, [])
+        assert max(health.psi.values()) < 0.05
+        assert health.unknown <= health.unknown_in_training + 0.001
+
+
+def test_too_few_events_give_no_verdict(schema: Schema) -> None:
+    health = watched(schema, events(MIN_EVENTS - 1, 1)).health()
+    assert (health.verdict, health.events) == ("", MIN_EVENTS - 1)
+
+
+def test_a_field_that_has_shifted_is_named(schema: Schema) -> None:
+    health = watched(schema, events(3000, 1, admins=0.6)).health()
+    assert health.psi["user.type_id"] > 0.25
+    assert [name for name, value in health.psi.items() if value > 0.25] == ["user.type_id"]
+
+
+def test_values_that_training_never_had_are_counted(schema: Schema) -> None:
+    health = watched(schema, events(3000, 1, users=400)).health()
+    assert health.unknown > health.unknown_in_training + 0.05
+    assert health.verdict in (REFIT, DISTRUST)
+    assert any("never seen in training" in reason for reason in health.reasons)
+
+
+@pytest.mark.parametrize(("times", "verdict"), [(1.0, HEALTHY), (3.0, REFIT), (8.0, DISTRUST), (0.1, REFIT)])
+def test_p_values_that_are_not_as_rare_as_they_say(schema: Schema, times: float, verdict: str) -> None:
+    seen = events(5000, 1)
+    p = np.minimum(np.random.default_rng(3).random(len(seen)) / times, 1.0)
+    health = watched(schema, seen, p).health()
+    assert health.verdict == verdict
+    assert health.share[0.01] == pytest.approx(0.01 * times, rel=0.5)
+
+
+def test_only_the_last_day_counts(schema: Schema) -> None:
+    drift = watched(schema, events(3000, 1, admins=0.9))
+    later, _ = decode(events(3000, 2))
+    drift.observe(later.time + 30 * HOUR_MS, Vectorizer(schema)(later).codes, np.random.default_rng(4).random(3000))
+    health = drift.health()
+    assert (health.events, health.verdict) == (3000 - int((later.time < START + 0).sum()), HEALTHY)
+
+
+def test_the_index_is_that_of_the_literature_and_chance_is_not_drift() -> None:
+    bins = np.arange(4)
+    a, b = np.array([4000, 3000, 2000, 1000]), np.array([1000, 2000, 3000, 4000])
+    p, q = a / a.sum(), b / b.sum()
+    assert stability(a, b, bins) == pytest.approx(float(((q - p) * np.log(q / p)).sum()), abs=0.002)
+    generator = np.random.default_rng(0)
+    found = [
+        stability(generator.multinomial(5000, [0.01] * 100), generator.multinomial(1000, [0.01] * 100), np.arange(100))
+        for _ in range(50)
+    ]
+    assert np.mean(found) < 0.02
+
+
+def test_the_doctor_tells_what_is_wrong_and_how_the_service_does(
+    kafka: str, redis_url: str, unique: Callable[[str], str], tmp_path: Path, schema: Schema
+) -> None:
+    topics = create(kafka, unique("doctor"), partitions=1)
+    store = Store(tmp_path / "store")
+    store.promote(str(bundle(tmp_path / "one", "2026-01-01T00:00:00+00:00", "one")))
+    port = _free_port()
+    more = {"bundle": str(store.path), "redis.url": redis_url, "metrics_port": port}
+    found = {finding.what: finding for finding in examine(topics.settings(**more))}
+    assert [finding.mark for finding in found.values()] == ["ok", "ok", "ok", "ok", "warn"]
+    assert found["service"].told.startswith(f"none answers on port {port}")
+
+    metrics = Metrics()
+    metrics.registry.register(DriftCollector(lambda: watched(schema, events(3000, 1, users=2000))))
+    server = serve(metrics, port, alive=lambda: "", ready=lambda: "")
+    try:
+        text = urllib.request.urlopen(f"http://localhost:{port}/metrics", timeout=5).read().decode()
+        assert 'ripcurrent_drift_verdict{verdict="do not trust"} 1.0' in text
+        drift = {finding.what: finding for finding in examine(topics.settings(**more))}["drift"]
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert (drift.mark, drift.told.split(";")[0]) == ("bad", DISTRUST)
+    wrong = {finding.what: finding for finding in examine(topics.settings(**more | {"alerts": "nowhere"}))}
+    assert wrong["kafka"].mark == "bad"
+    assert "nowhere" in wrong["kafka"].told
+
+
+def test_the_command_ends_with_1_where_something_is_wrong(tmp_path: Path) -> None:
+    done = ripcurrent(
+        "doctor", "--kafka-bootstrap-servers", "localhost:1", "--redis-url", "redis://localhost:1/0", cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert [line.split()[:2] for line in done.stdout.splitlines()][:3] == [
+        ["bad", "bundle"],
+        ["bad", "redis"],
+        ["bad", "kafka"],
+    ]
