@@ -1,67 +1,35 @@
-"""Alerts: one OCSF 1.8 Detection Finding (class 2004) for each event that crossed the line, ready for the alert topic.
+"""Alerts: one OCSF 1.8 Detection Finding (class 2004) for each event that is to be told, ready for the alert topic.
 
 Promises that every alert validates against the published schema whatever the event holds, that the same event, entity,
 cause and bundle always give the same ids, and that all text has been through the redactor. Does not decide what is an
-alert, nor join alerts into episodes: an `Episode` says so where there is one. `docs/alerts.md` describes every field.
+alert, nor what is one story: a `Decision` says so where there is one. `docs/alerts.md` describes every field.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
 from typing import Any
-from uuid import NAMESPACE_URL, UUID, uuid5
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from state.episodes import CREATE, Decision, Episode
 from streamer import wording
 from streamer.detector import Explanation, FieldFinding, ScoredBatch
+from streamer.finding import Alert, Frame, confidence, finding_uid
 from streamer.observables import DEVICE, evidence, fit, observables
-from streamer.redaction import MASK, Redactor, mask_text
+from streamer.redaction import Redactor, mask_text
 
-OCSF_VERSION = "1.8.0"
-CREATE, UPDATE, CLOSE = 1, 2, 3
-NAMESPACE: UUID = uuid5(NAMESPACE_URL, "urn:ripcurrent:alerts")
 MAX_RAW = 16 * 1024
 """Characters of the event's JSON kept as `raw_data`."""
 MAX_NEIGHBOURS = 3
 MAX_WINDOW = 64
-_ACTIVITY = {CREATE: "Create", UPDATE: "Update", CLOSE: "Close"}
-_SEVERITY = ((90, 5, "Critical"), (70, 4, "High"), (40, 3, "Medium"), (20, 2, "Low"), (0, 1, "Informational"))
-_RISK = ((80, 4, "Critical"), (60, 3, "High"), (40, 2, "Medium"), (20, 1, "Low"), (0, 0, "Info"))
-_CONFIDENCE = ((90, 3, "High"), (50, 2, "Medium"), (0, 1, "Low"))
+P_FLOOR = 1e-12
+"""Below this a p-value is no measurement any more: it is told as this."""
 _IDENTITY = ("time", "uid", "correlation_uid", "offset", "sequence")
-try:
-    _VERSION = version("ripcurrent")
-except PackageNotFoundError:  # run from a copy of the sources that nobody installed
-    _VERSION = "unknown"
-
-
-@dataclass(frozen=True)
-class Alert:
-    """One message for the alert topic. uid: `metadata.uid`; key: the entity (or the finding's uid where there is none),
-    so that all about one entity stays in order; value: the finding as JSON."""
-
-    uid: str
-    key: bytes
-    value: bytes
-    headers: list[tuple[str, bytes]]
-
-
-@dataclass(frozen=True)
-class Episode:
-    """What is known of the evolving finding that an event belongs to. first: coordinates (`Coordinates.label`) of its
-    first event; activity: CREATE, UPDATE or CLOSE; first_seen, last_seen: event times in epoch ms; count: events."""
-
-    first: str
-    activity: int
-    first_seen: int
-    last_seen: int
-    count: int
 
 
 def build_alerts(
@@ -74,45 +42,21 @@ def build_alerts(
     tenant: str,
     now_ms: int,
     redactor: Redactor | None = None,
-    episodes: Sequence[Episode] | None = None,
+    decisions: Sequence[Decision] | None = None,
 ) -> list[Alert]:
     """One alert for each of `rows`, in their order.
 
-    explanations and (where given) episodes: one a row; without episodes every event is a Create of its own. line: the
-    p-value at or under which this tenant's events are alerts, one for all or one a row; now_ms: epoch ms of making the
-    alerts. Raises ValueError where the lengths differ.
+    explanations and (where given) decisions: one a row, of activity CREATE or UPDATE; without decisions every event is
+    a Create of its own. line: the p-value at or under which this tenant's events are alerts, one for all or one a row;
+    now_ms: epoch ms of making the alerts. Raises ValueError where the lengths differ.
     """
     redactor = redactor or Redactor()
-    story = episodes if episodes is not None else [None] * len(rows)
+    story = decisions if decisions is not None else [None] * len(rows)
     lines = np.broadcast_to(line, len(rows)).tolist()
     return [
-        _Finding(scored, int(row), explanation, episode, crossed, bundle_version, tenant, now_ms, redactor).alert()
-        for row, explanation, episode, crossed in zip(rows, explanations, story, lines, strict=True)
+        _Finding(scored, int(row), explanation, decision, crossed, bundle_version, tenant, now_ms, redactor).alert()
+        for row, explanation, decision, crossed in zip(rows, explanations, story, lines, strict=True)
     ]
-
-
-def alert_uid(coordinates: str, entity: str, cause: str, activity: int, bundle_version: str) -> str:
-    """`metadata.uid`: the same decision about the same event has the same id, however often it is made."""
-    return _uid(coordinates, entity, cause, activity, bundle_version)
-
-
-def finding_uid(first_coordinates: str, entity: str, cause: str) -> str:
-    """`finding_info.uid`: shared by the Create, the Updates and the Close of one episode."""
-    return _uid(first_coordinates, entity, cause)
-
-
-def _uid(*parts: str | int) -> str:
-    return str(uuid5(NAMESPACE, orjson.dumps(parts).decode()))
-
-
-def confidence(p_value: float, line: float) -> int:
-    """0 to 99: of the normal events that cross the line by chance, how many in 100 would lie nearer to it."""
-    share = p_value / line if line > 0 else 1.0
-    return min(99, max(0, round(100 * (1 - share)))) if math.isfinite(share) else 0
-
-
-def _level(score: float, levels: Sequence[tuple[int, int, str]]) -> tuple[int, str]:
-    return next(((uid, name) for least, uid, name in levels if score >= least), levels[-1][1:])
 
 
 class _Finding:
@@ -123,7 +67,7 @@ class _Finding:
         scored: ScoredBatch,
         row: int,
         explanation: Explanation,
-        episode: Episode | None,
+        decision: Decision | None,
         line: float,
         bundle_version: str,
         tenant: str,
@@ -135,23 +79,22 @@ class _Finding:
         topic, partition = at.sources[at.source[row]]
         index = int(at.index[row])
         self.source = {"topic": topic, "partition": int(partition), "offset": int(at.offset[row]), "index": index}
-        self.time = int(scored.time[row])
-        self.p_value, self.line = float(scored.p_value[row]), float(line)
+        self.row, self.time = row, int(scored.time[row])
+        self.p_value, self.line = max(float(scored.p_value[row]), P_FLOOR), float(line)
         severity = float(scored.severity[row])
-        self.severity = min(100.0, max(0.0, severity)) if math.isfinite(severity) else 0.0
+        severity = min(100.0, max(0.0, severity)) if math.isfinite(severity) else 0.0
+        self.complete = scored.complete is None or bool(scored.complete[row])
         self.bundle, self.tenant, self.now = bundle_version, tenant, now_ms
         redacted = redactor.record(scored.records[row])
         self.record, self.cut = redacted.record, redacted.cut
         self.cause = str(scored.cause[row])
         self.ids = (str(scored.entity[row]), self.cause)
-        kind, _, name = self.ids[0].partition(":")
-        shown = MASK if name.lower() in redacted.hidden else mask_text(name)
-        self.entity = f"{kind}:{shown}" if name else kind
+        self.entity = redacted.entity(self.ids[0])
         self.fields = tuple(
             replace(
                 f,
                 observed=redactor.text(f.path, str(f.observed)),
-                given=MASK if f.given.lower() in redacted.hidden else mask_text(f.given),
+                given=redacted.text(f.given),
                 expected=tuple((redactor.text(f.path, str(text)), float(p)) for text, p in f.expected),
             )
             for f in explanation.fields
@@ -165,8 +108,14 @@ class _Finding:
             (int(time), str(label), self._told(str(label), str(summary)), float(share))
             for time, label, summary, share in explanation.window[-MAX_WINDOW:]
         ]
-        times = [self.time, *(time for time, *_ in self.window)]
-        self.episode = episode or Episode(self.coordinates, CREATE, min(times), max(times), 1)
+        self.activity = decision.activity if decision else CREATE
+        alone = Episode(
+            self.coordinates, self.coordinates, *self.ids[:1], self.entity, self.cause, self.time, self.time
+        )
+        self.episode = decision.episode if decision else alone
+        self.first_seen = min(self.episode.first_seen, self.time, *(time for time, *_ in self.window))
+        self.last_seen = max(self.episode.last_seen, self.time)
+        self.severity = max(severity, self.episode.severity)
 
     def _told(self, label: str, summary: str) -> str:
         """What is known of an event of the window; of this one, what it says itself."""
@@ -175,52 +124,23 @@ class _Finding:
         return wording.told({path: _at(self.record, path) for path in wording.TELLING})
 
     def alert(self) -> Alert:
-        activity = self.episode.activity
-        uid = alert_uid(self.coordinates, *self.ids, activity, self.bundle)
-        finding = finding_uid(self.episode.first, *self.ids)
         title = self.title()
-        severity_id, severity = _level(self.severity, _SEVERITY)
-        sure = confidence(self.p_value, self.line)
-        confidence_id, confidence_name = _level(sure, _CONFIDENCE)
-        risk = round(self.severity * (1 + sure / 100) / 2)
-        risk_id, risk_name = _level(risk, _RISK)
         raw, whole = self.raw()
         found = self.evidence()
-        value: dict[str, Any] = {
-            "activity_id": activity,
-            "activity_name": _ACTIVITY[activity],
-            "category_uid": 2,
-            "category_name": "Findings",
-            "class_uid": 2004,
-            "class_name": "Detection Finding",
-            "type_uid": 200400 + activity,
-            "type_name": f"Detection Finding: {_ACTIVITY[activity]}",
-            "time": self.now,
-            "start_time": self.episode.first_seen,
-            "end_time": self.episode.last_seen,
-            "count": self.episode.count,
+        episode = self.episode
+        finding = finding_uid(episode.first, episode.entity, episode.cause)
+        frame = Frame(self.activity, self.coordinates, self.ids, finding, self.bundle, self.tenant, self.now)
+        value = frame.value(
+            severity=self.severity,
+            confidence=confidence(min(self.p_value, max(episode.p_value, P_FLOOR)), self.line),
+            first_seen=self.first_seen,
+            last_seen=self.last_seen,
+            count=episode.count,
+        )
+        if not whole:
+            value["metadata"]["is_truncated"] = True
+        value |= {
             "message": f"{title} ({wording.moment(self.time)})",
-            "severity_id": severity_id,
-            "severity": severity,
-            "confidence_id": confidence_id,
-            "confidence": confidence_name,
-            "confidence_score": sure,
-            "risk_level_id": risk_id,
-            "risk_level": risk_name,
-            "risk_score": risk,
-            "risk_details": "severity, halved where the event only just crossed the alert line",
-            "status_id": 4 if activity == CLOSE else 1,
-            "status": "Resolved" if activity == CLOSE else "New",
-            "metadata": {
-                "uid": uid,
-                "correlation_uid": finding,
-                "tenant_uid": self.tenant,
-                "version": OCSF_VERSION,
-                "product": {"name": "Ripcurrent", "vendor_name": "Ripcurrent", "version": _VERSION},
-                "event_code": self.cause,
-                "processed_time": self.now,
-                **({} if whole else {"is_truncated": True}),
-            },
             "finding_info": self.finding_info(finding, title),
             "evidences": [found],
             "observables": observables(found, "evidences[0]"),
@@ -228,22 +148,10 @@ class _Finding:
             "raw_data": raw,
             "unmapped": self.unmapped(),
         }
-        if activity == CREATE:
-            value["is_alert"] = True
         device = fit(DEVICE, found.get("device"))
         if device is not None:
             value["device"] = device
-        return Alert(uid, (self.entity or finding).encode(), orjson.dumps(value), self.headers())
-
-    def headers(self) -> list[tuple[str, bytes]]:
-        return [
-            ("ripcurrent.source", self.coordinates.encode()),
-            ("ripcurrent.bundle", self.bundle.encode()),
-            ("ripcurrent.tenant", self.tenant.encode()),
-            ("ocsf.version", OCSF_VERSION.encode()),
-            ("ocsf.class_uid", b"2004"),
-            ("content-type", b"application/json"),
-        ]
+        return frame.alert(value, episode.shown, self.row)
 
     def leading(self) -> FieldFinding | None:
         """The field that the cause names, else the one that mattered most."""
@@ -251,6 +159,10 @@ class _Finding:
         return next((f for f in self.fields if f.path == path), self.fields[0] if self.fields else None)
 
     def title(self) -> str:
+        """What was unusual, in one line; and at how many others, where it was not only here."""
+        return self.what() + wording.and_others("; the same", self.episode.entities - 1)
+
+    def what(self) -> str:
         kind, _, cause = self.cause.partition(":")
         record = self.record
         if kind == "sequence":
@@ -310,10 +222,24 @@ class _Finding:
         if self.usual_distance > 0 and math.isfinite(self.distance) and self.distance > self.usual_distance:
             times = f"{self.distance / self.usual_distance:.2g}"
             lines.append(f"It is {times} times as far from the nearest normal event as normal events are.")
+        if self.episode.count > 1:
+            lines.append(self.story())
+        if not self.complete:
+            lines.append("Part of what its entities did before is not known, so it may look more unusual than it is.")
         rare, limit = wording.one_in(_nats(self.p_value)), wording.one_in(_nats(self.line))
         lines.append(f"Of normal events, {rare} would look as unusual as this; alerts begin at {limit}.")
         lines.append(f"Event {self.coordinates}, judged by {self.bundle}.")
         return "\n".join(lines)
+
+    def story(self) -> str:
+        """The episode so far."""
+        episode = self.episode
+        length = wording.duration(episode.last_seen - episode.first_seen)
+        causes = ", ".join(wording.cause(cause) for cause in episode.causes)
+        told = f"So far {episode.count:,} such events in {length}, the first at {episode.first} ({causes})."
+        names = ", ".join(episode.others[:10])
+        more = episode.entities - 1 - len(episode.others[:10])
+        return f"{told} Also at {names}{f' and {more:,} more' if more > 0 else ''}." if names else told
 
     def differences(self, normal: Mapping[str, str]) -> str:
         """In which attributes the event differs from a normal one, at most four."""
@@ -364,8 +290,8 @@ class _Finding:
                 "algorithm": "residual network, nearest neighbours, conformal p-value",
             },
             "created_time": self.now,
-            "first_seen_time": self.episode.first_seen,
-            "last_seen_time": self.episode.last_seen,
+            "first_seen_time": self.first_seen,
+            "last_seen_time": self.last_seen,
             "related_events": related,
             "related_events_count": max(self.episode.count, len(related)),
             **({"data_sources": [source]} if isinstance(source, str) and source else {}),
@@ -427,7 +353,10 @@ class _Finding:
             "p_value": self.p_value,
             "line": self.line,
             "severity_score": round(self.severity, 1),
+            "episode": told(self.episode),
         }
+        if not self.complete:
+            found["history_complete"] = False
         if self.neighbours:
             found["nearest_normal"] = self.neighbours
         if self.window:
@@ -436,6 +365,19 @@ class _Finding:
                 for time, label, summary, share in self.window
             ]
         return found
+
+
+def told(episode: Episode) -> dict[str, Any]:
+    """An episode as alerts tell it, under `unmapped`."""
+    found: dict[str, Any] = {
+        "entity": episode.shown,
+        "first": episode.first,
+        "last": episode.last,
+        "events": episode.count,
+        "entities": episode.entities,
+        "causes": list(episode.causes or (episode.cause,)),
+    }
+    return found | ({"others": list(episode.others)} if episode.others else {})
 
 
 def _nats(p_value: float) -> float:

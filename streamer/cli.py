@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -111,30 +110,20 @@ def serve(settings: Settings, stop: threading.Event) -> None:
     serving = resolve(settings.bundle)
     verify(serving)
     # Only now what takes seconds to import and load.
-    from streamer.alerts import build_alerts
     from streamer.detector import Detector, open_detector
     from streamer.drift import DriftCollector
+    from streamer.findings import open_episodes, open_findings
     from streamer.kafka import claim_instance
     from streamer.ledger import Ledger
     from streamer.service import Service
     from streamer.succession import Bundles, Opened
 
+    episodes = open_episodes(settings)
+
     def opening(path: Path) -> Opened:
         detector, windows = open_detector(settings, path)
-        version = detector.bundle.version
-
-        def alerts(scored: Any, rows: Any, explanations: Any) -> Any:
-            return build_alerts(
-                scored,
-                rows,
-                explanations,
-                line=scored.line[rows],
-                bundle_version=version,
-                tenant=settings.tenant,
-                now_ms=int(time.time() * 1000),
-            )
-
-        return Opened(version, detector, alerts, windows)
+        findings = open_findings(settings, detector, episodes)
+        return Opened(detector.bundle.version, detector, findings, windows)
 
     first = opening(serving)
     instance = claim_instance(settings)
@@ -143,7 +132,7 @@ def serve(settings: Settings, stop: threading.Event) -> None:
     service = Service(
         settings,
         first.detector,
-        first.build_alerts,
+        first.alerting,
         line=line,
         windows=first.windows,
         instance=instance,

@@ -110,23 +110,35 @@ def score(
     file: Annotated[Path, typer.Argument(help="Events: NDJSON, gzipped NDJSON or Parquet.", show_default=False)],
     bundle: Annotated[Path, typer.Option(help="The bundle to score with.")] = BUNDLE,
     out: Annotated[Path, typer.Option(help="Where the scores go: a JSON line an event.")] = Path("scores.ndjson"),
+    findings: Annotated[
+        Path | None,
+        typer.Option("--alerts", help="Also write there what the service would publish.", show_default="none"),
+    ] = None,
     alerts_per_day: Annotated[float, typer.Option(help="Alerts a day to spend; a FILE of less counts as a day.")] = 20,
     device: Device = "cpu",
 ) -> None:
     """Score a file of events, without servers.
 
     Each line of the output has uid (metadata.uid, else the line), p_value (how often a normal event is as unusual),
-    severity (0 to 100), alert (true or false), entity and cause.
+    severity (0 to 100), alert (true or false), entity and cause. With --alerts, the findings: what is one story is
+    told once there, updated and closed, as on the alert topic.
     """
     from streamer.bundle import load
-    from streamer.offline import lines_of, score_files, write_scores
+    from streamer.offline import lines_of, score_files, write_alerts, write_scores
 
     _must_exist([file])
     opened = load(bundle, device)
     with progress_bars() as progress:
         scored = score_files([file], opened, lambda done: progress("score", done, 0, f"{done:,} events"))
-    alerts = write_scores(scored, lines_of(scored, alerts_per_day, opened), out)
+    lines = lines_of(scored, alerts_per_day, opened)
+    alerts = write_scores(scored, lines, out)
     typer.echo(f"{len(scored):,} events, {alerts:,} alerts, scores in {out}")
+    if findings is not None:
+        with progress_bars() as progress:
+            told = write_alerts(
+                [file], opened, lines, findings, lambda done: progress("alerts", done, 0, f"{done:,} events")
+            )
+        typer.echo(f"told as {told:,} stories in {findings}")
     if scored.rejects:
         line, first = scored.rejects[0]
         reasons = ", ".join(

@@ -61,7 +61,7 @@ class Comparing:
     def remember(self, batch: Sequence[Message]) -> None:
         """Append to the windows of both."""
         for detector in self._sides.values():
-            detector.remember(batch)
+            detector.fill(batch)
 
     def judge(self, batch: Sequence[Message], positions: Offsets) -> Judged:
         """What each would alert on."""

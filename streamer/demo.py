@@ -31,6 +31,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from state.episodes import CLOSE
 from streamer import servers
 from streamer.errors import ConfigurationError, StreamError
 from streamer.incidents import KINDS
@@ -75,9 +76,10 @@ class Scorecard:
     latencies: list[int] = field(default_factory=list)
 
     def add(self, seen: Seen) -> str | None:
-        """Count an alert; returns the kind of incident it found, "" for a false alarm, None for another day's."""
+        """Count an alert; returns the kind of incident it found, "" for a false alarm, None for what is over and for
+        another day's."""
         row = seen.offset - self.first
-        if not 0 <= row < len(self.labels):
+        if not 0 <= row < len(self.labels) or seen.finding.get("activity_id") == CLOSE:
             return None
         if seen.offset in self.appended:
             self.latencies.append(seen.came - self.appended[seen.offset])

@@ -40,7 +40,9 @@ class Metrics:
             "incomplete", "Events scored while history of one of their entities was known to be missing"
         )
         self.batches = counter("batches", "Micro-batches scored")
-        self.alerts = counter("alerts", "Alerts committed")
+        self.anomalies = counter("anomalies", "Events at or under the line, committed")
+        self.alerts = counter("alerts", "Alerts (Create) committed")
+        self.updates = counter("alert_updates", "Updates and closes of alerts, committed", "activity")
         self.rejects = counter(
             "rejects", "Messages or members of bundles that went to the dead-letter topic", "exception"
         )
@@ -63,7 +65,7 @@ class Metrics:
         self.lag = gauge("lag_messages", "Messages behind the end of the partition", "topic", "partition")
         self.line = gauge("line_p_value", "Events at or under this p-value are alerts")
         self.promised = gauge("budget_promised_per_day", "Alerts a day that normal traffic may cost")
-        self.spent = gauge("budget_spent_today", "Alerts of the latest day of event time")
+        self.spent = gauge("budget_spent_today", "Alerts (Create) of the latest day of event time")
         self.bundle = gauge("bundle_info", "1 for the bundle that serves", "version")
         self.swaps = counter("bundle_swaps", "Times that a promoted bundle took over while running")
         self.bundles_refused = counter("bundles_refused", "Promoted bundles that could not serve")

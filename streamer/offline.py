@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,14 @@ import orjson
 from numpy.typing import NDArray
 
 from encoder.events import Reject
+from state.episodes import CREATE, MemoryEpisodes
 from state.windows import MemoryWindows
 from streamer.budget import Budget
 from streamer.bundle import Bundle
 from streamer.detector import Detector, ScoredBatch
 from streamer.evaluation import Detected, event_uid
 from streamer.files import batches
+from streamer.findings import Findings
 from streamer.fitting import DAY_MS, Progress, fit
 from streamer.scoring import severity
 
@@ -75,6 +77,37 @@ def _coordinates(scored: ScoredBatch) -> Iterator[tuple[tuple[str, int], int, in
     at = scored.coordinates
     sources = (at.sources[source] for source in at.source.tolist())
     return zip(sources, at.offset.tolist(), at.index.tolist(), strict=True)
+
+
+def write_alerts(
+    paths: Sequence[Path],
+    bundle: Bundle,
+    lines: NDArray[np.float64],
+    out: Path,
+    progress: Callable[[int], None] = lambda _: None,
+) -> int:
+    """Write what the service would publish of these files, a finding a line; returns how many alerts (Creates). It
+    scores them again, because what comes before an event must be at hand to explain it; and at the end all episodes
+    are over. lines: of each event, float64 [n]; `progress` hears how many events are done."""
+    windows = MemoryWindows(dim=bundle.dim)
+    detector = Detector(bundle, windows, timers=False)
+    findings = Findings(detector, MemoryEpisodes(), bundle_version=bundle.version)
+    creates = done = 0
+    ends: dict[str, int] = {}
+    with out.open("wb") as file:
+        for batch in batches(paths):
+            scored = detector.score(batch)
+            line = lines[done : done + len(scored)]
+            alerts = findings.alerts(replace(scored, line=line), np.flatnonzero(scored.p_value <= line))
+            file.writelines(alert.value + b"\n" for alert in alerts)
+            creates += sum(alert.activity == CREATE for alert in alerts)
+            ends[batch[0].topic] = batch[-1].offset + 1
+            windows.committed({(batch[0].topic, 0): batch[-1].offset + 1})
+            done += len(scored)
+            progress(done)
+        for topic, end in ends.items():
+            file.writelines(alert.value + b"\n" for alert in findings.finish((topic, 0), end, float(lines[-1])))
+    return creates
 
 
 def line_of_a_day(alerts_per_day: float, events: int) -> float:

@@ -141,6 +141,15 @@ class Redacted:
     hidden: frozenset[str]
     cut: bool
 
+    def text(self, name: str) -> str:
+        """A name that stands in the event, as it may be shown."""
+        return MASK if name.lower() in self.hidden else mask_text(name)
+
+    def entity(self, entity: str) -> str:
+        """An entity of the event, `kind:name`, as it may be shown."""
+        kind, _, name = entity.partition(":")
+        return f"{kind}:{self.text(name)}" if name else kind
+
 
 class Redactor:
     """Masks events and single values. attributes: paths (`actor.user.email_addr`, list brackets left out) whose values,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,16 +19,18 @@ from confluent_kafka import KafkaException, TopicPartition
 from numpy.typing import NDArray
 
 from encoder.events import Coordinates, Message
+from state.episodes import MemoryEpisodes
 from state.windows import MemoryWindows
-from streamer.alerts import build_alerts
 from streamer.bundle import Bundle, load
 from streamer.detector import Detector, ScoredBatch, device_of
 from streamer.errors import StreamError
+from streamer.findings import Findings
 from streamer.kafka import Offsets, SourcePartition, reason_of
 from streamer.ledger import Lines as RecordedLines
 from streamer.range_reader import RangeReader
 from streamer.ranges import KAFKA_S, Range, freeze, metadata_consumer, offsets_at
 from streamer.rebuild import FUTURE_MS
+from streamer.redaction import Redactor
 from streamer.scores import score_lines
 from streamer.settings import Settings
 from streamer.source import message_of
@@ -154,10 +156,14 @@ class ReplayDetector:
         lines: the line at an event time: fixed, or as it was recorded.
     """
 
-    def __init__(self, bundle: Bundle, tenant: str, lines: Lines) -> None:
+    def __init__(self, bundle: Bundle, tenant: str, lines: Lines, redact: Sequence[str] = ()) -> None:
         self.version = bundle.version
         self._windows = MemoryWindows(dim=bundle.dim, max_entities=MAX_ENTITIES)
         self._detector = Detector(bundle, self._windows, tenant=tenant, timers=False)
+        redactor = Redactor(redact)
+        self._findings = Findings(
+            self._detector, MemoryEpisodes(), bundle_version=bundle.version, tenant=tenant, redactor=redactor
+        )
         self._lines = lines
 
     @classmethod
@@ -166,53 +172,49 @@ class ReplayDetector:
         the budget gives at the rate of training. Raises BundleError."""
         bundle = load(path, device_of(settings))
         if settings.line is not None:
-            return cls(bundle, settings.tenant, fixed_line(settings.line))
+            return cls(bundle, settings.tenant, fixed_line(settings.line), settings.redact)
         recorded = RecordedLines.read(settings)
         lines = recorded.at if len(recorded) else fixed_line(bundle.line(settings.alerts_per_day))
-        return cls(bundle, settings.tenant, lines)
+        return cls(bundle, settings.tenant, lines, settings.redact)
 
     def begin(self, horizon_ms: int) -> None:
         """Windows that reach back behind this event time are not complete."""
         self._windows.finish_rebuild((), horizon_ms)
 
-    def remember(self, batch: Sequence[Message]) -> None:
+    def fill(self, batch: Sequence[Message]) -> None:
         """Append to the windows without scoring."""
         self._detector.remember(batch)
         self.forget(batch)
 
+    def remember(self, batch: Sequence[Message]) -> None:
+        """Append to the windows, and note what is part of a story already."""
+        self._findings.note(*self._lined(self._detector.score(batch)))
+        self.forget(batch)
+
+    def _lined(self, scored: ScoredBatch) -> tuple[ScoredBatch, NDArray[np.intp]]:
+        """With the line that each event is held against; and the rows that cross it."""
+        line = self._lines(scored.time)
+        return replace(scored, line=line), np.flatnonzero(scored.p_value <= line)
+
     def score(self, batch: Sequence[Message], positions: Offsets) -> tuple[ScoredBatch, NDArray[np.intp]]:
         """Score a batch; also the rows from the positions on that cross the line. `forget` it when it is done."""
-        scored = self._detector.score(batch)
-        crossed = scored.p_value <= self._lines(scored.time)
-        return scored, np.flatnonzero(crossed & wanted_rows(scored.coordinates, positions))
+        scored, rows = self._lined(self._detector.score(batch))
+        return scored, rows[wanted_rows(scored.coordinates, positions)[rows]]
 
     def judge(self, batch: Sequence[Message], positions: Offsets) -> Judged:
         """Alerts and scores of a batch."""
-        scored, rows = self.score(batch, positions)
-        alerts: list[Written] = []
-        lines = self._lines(scored.time[rows])
-        for line in np.unique(lines).tolist():
-            chosen = rows[lines == line]
-            alerts.extend(self._alerts(scored, chosen, line))
+        scored, rows = self._lined(self._detector.score(batch))
         wanted = wanted_rows(scored.coordinates, positions)
+        alerts = [alert for alert in self._findings.alerts(scored, rows) if alert.row < 0 or wanted[alert.row]]
         values = [value for (_, value), kept in zip(score_lines(scored), wanted.tolist(), strict=True) if kept]
         self.forget(batch)
         return judged(batch, scored, positions, alerts, values)
 
-    def _alerts(self, scored: ScoredBatch, rows: NDArray[np.intp], line: float) -> Sequence[Written]:
-        return build_alerts(
-            scored,
-            rows,
-            self._detector.explain(scored, rows),
-            line=line,
-            bundle_version=self.version,
-            tenant=self._detector.tenant,
-            now_ms=int(time.time() * 1000),
-        )
-
     def forget(self, batch: Sequence[Message]) -> None:
         """What only another delivery of a batch would need: nothing is delivered twice here."""
-        self._windows.committed({_source(message): message.offset + 1 for message in batch})
+        done = {_source(message): message.offset + 1 for message in batch}
+        self._windows.committed(done)
+        self._findings.committed(done)
 
 
 def judged(

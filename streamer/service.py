@@ -20,10 +20,11 @@ import structlog
 from numpy.typing import NDArray
 
 from encoder.events import Message, Reject
+from state.episodes import CLOSE, CREATE
 from state.errors import Source as SourcePartition
 from state.errors import StateLostError, StoreFullError, StoreUnavailableError
 from streamer.dead_letters import dead_letter
-from streamer.detector import Explanation, ScoredBatch
+from streamer.detector import ScoredBatch
 from streamer.errors import StreamError
 from streamer.kafka import Offsets, TransactionAbortedError, claim_instance
 from streamer.ledger import Ledger
@@ -50,8 +51,6 @@ class Scorer(Protocol):
 
     def score(self, messages: Sequence[Message]) -> ScoredBatch: ...
 
-    def explain(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Explanation]: ...
-
     def remember(self, messages: Sequence[Message]) -> None: ...
 
 
@@ -74,10 +73,18 @@ class Written(Protocol):
     def value(self) -> bytes: ...
     @property
     def headers(self) -> Sequence[tuple[str, bytes]]: ...
+    @property
+    def activity(self) -> int: ...
+    @property
+    def row(self) -> int: ...
 
 
-AlertBuilder = Callable[[ScoredBatch, NDArray[np.intp], list[Explanation]], Sequence[Written]]
-"""(scored, rows to alert on, their explanations) -> alerts, one a row, in the order of rows."""
+class Alerting(Protocol):
+    """What the loop needs of `Findings`: it turns scored rows into alerts to publish, and may be asked again."""
+
+    def alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> Sequence[Written]: ...
+
+    def committed(self, offsets: Mapping[SourcePartition, int]) -> None: ...
 
 
 @dataclass
@@ -88,6 +95,8 @@ class _Group:
     batches: int = 0
     events: int = 0
     incomplete: int = 0
+    anomalies: int = 0
+    updates: list[int] = field(default_factory=list)
     messages: int = 0
     outputs: list[Output] = field(default_factory=list)
     offsets: Offsets = field(default_factory=dict)
@@ -104,7 +113,7 @@ class Service:
 
     Args:
         detector: scores messages and explains rows.
-        build_alerts: makes the alerts of a batch.
+        alerting: makes the alerts of a batch.
         line: p-value at or under which an event is an alert, fixed or from the ledger of the budget.
         instance: the name of this process in the group; by default the one that it can claim.
         windows: is told what is committed; None where the detector remembers nothing outside this process.
@@ -116,7 +125,7 @@ class Service:
         self,
         settings: Settings,
         detector: Scorer,
-        build_alerts: AlertBuilder,
+        alerting: Alerting,
         *,
         line: float | Ledger,
         windows: Remembering | None = None,
@@ -128,7 +137,7 @@ class Service:
         self.metrics.promised.set(settings.alerts_per_day)
         self._settings = settings
         self._detector = detector
-        self._build_alerts = build_alerts
+        self._alerting = alerting
         self._line = line
         self._ledger = line if isinstance(line, Ledger) else None
         self._windows = windows
@@ -195,10 +204,10 @@ class Service:
             scored = self._score(batch)
             line = self._line_for(scored)
             rows, scored = np.flatnonzero(scored.p_value <= line), replace(scored, line=line)
-            alerts = self._explain(scored, rows)
+            alerts = self._alerts(scored, rows)
             if self._shadow is not None:
                 self._shadow.compare(batch.messages, scored, line)
-            self._add(batch, scored, rows, alerts)
+            self._add(batch, scored, alerts)
         if self._due():
             self._commit()
 
@@ -241,7 +250,7 @@ class Service:
             self._waiting("another bundle", preparation.catch_up)
             assert preparation.opened is not None
             opened = preparation.opened
-            self._detector, self._build_alerts, self._windows = opened.detector, opened.build_alerts, opened.windows
+            self._detector, self._alerting, self._windows = opened.detector, opened.alerting, opened.windows
             self._show_bundle(opened.version)
             assert self._succession is not None
             self._succession.done(preparation)
@@ -322,31 +331,37 @@ class Service:
             return self._line.judge(scored.time, scored.p_value, self._source.owned())
         return np.full(len(scored), self._line)
 
-    def _explain(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> Sequence[Written]:
-        if not len(rows):
-            return []
+    def _alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> Sequence[Written]:
         with self.metrics.time("explain"):
-            explanations = self._waiting("explain", lambda: self._detector.explain(scored, rows))
-            return self._build_alerts(scored, rows, explanations)
+            alerts = self._waiting("alerts", lambda: self._alerting.alerts(scored, rows))
+        self._group.anomalies += len(rows)
+        return alerts
 
-    def _add(self, batch: Batch, scored: ScoredBatch, rows: NDArray[np.intp], alerts: Sequence[Written]) -> None:
+    def _add(self, batch: Batch, scored: ScoredBatch, alerts: Sequence[Written]) -> None:
         """Put a scored batch into the group: its outputs, its offsets, and what to count once they are committed."""
         group, settings, refused = self._group, self._settings, self._publisher.refused
         if not group.batches:
             group.since = time.monotonic()
         now_ms = int(self._clock() * 1000)
         rejects = list(scored.rejects)
-        where = {(m.topic, m.partition, m.offset): i for i, m in enumerate(batch.messages)} if len(rows) else {}
-        for row, alert in zip(rows, alerts, strict=True):
-            topic, partition = scored.coordinates.sources[scored.coordinates.source[row]]
-            message = where[topic, partition, int(scored.coordinates.offset[row])]
+        where = {(m.topic, m.partition, m.offset): i for i, m in enumerate(batch.messages)} if alerts else {}
+        for alert in alerts:
+            if alert.row < 0:
+                group.outputs.append(_output(settings.alerts, alert, now_ms))
+                group.updates.append(alert.activity)
+                continue
+            topic, partition = scored.coordinates.sources[scored.coordinates.source[alert.row]]
+            message = where[topic, partition, int(scored.coordinates.offset[alert.row])]
             if alert.uid in refused:
                 reason = f"alert {alert.uid} of {len(alert.value)} bytes is too large for topic {settings.alerts}"
-                index = int(scored.coordinates.index[row])
+                index = int(scored.coordinates.index[alert.row])
                 rejects.append(Reject(message, index, alert.value, "publish", "AlertTooLarge", reason))
                 continue
-            group.outputs.append(Output(settings.alerts, alert.key, alert.value, [*alert.headers], now_ms, alert.uid))
-            group.alert_times.append((int(scored.time[row]), batch.messages[message].timestamp))
+            group.outputs.append(_output(settings.alerts, alert, now_ms))
+            if alert.activity == CREATE:
+                group.alert_times.append((int(scored.time[alert.row]), batch.messages[message].timestamp))
+            else:
+                group.updates.append(alert.activity)
         for reject in rejects:
             group.outputs.append(dead_letter(batch.raw[reject.message], reject, settings.dead_letters, refused))
             group.rejects.append(reject.exception)
@@ -384,6 +399,7 @@ class Service:
         done, self._group, self._aborts = self._group, _Group(), 0
         self._publisher.refused.clear()
         self._count(done)
+        self._alerting.committed(offsets)
         if windows is not None:
             try:
                 windows.committed(offsets)
@@ -395,7 +411,10 @@ class Service:
         self.metrics.messages.inc(done.messages)
         self.metrics.events.inc(done.events)
         self.metrics.incomplete.inc(done.incomplete)
+        self.metrics.anomalies.inc(done.anomalies)
         self.metrics.alerts.inc(len(done.alert_times))
+        for activity in done.updates:
+            self.metrics.updates.labels("close" if activity == CLOSE else "update").inc()
         for exception in done.rejects:
             self.metrics.rejects.labels(exception).inc()
         now = self._clock() * 1000
@@ -466,6 +485,10 @@ class Service:
         if self._rebuild is not None:
             return self._waiting_for or f"windows are filled again, {self._rebuild.left} messages are left"
         return self._waiting_for
+
+
+def _output(topic: str, alert: Written, now_ms: int) -> Output:
+    return Output(topic, alert.key, alert.value, [*alert.headers], now_ms, alert.uid)
 
 
 def _scores(scored: ScoredBatch, topic: str, now_ms: int) -> Iterator[Output]:

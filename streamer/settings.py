@@ -170,6 +170,10 @@ class Settings(BaseSettings):
         description="fixed p-value to alert at or under, in place of the one that follows the budget",
     )
 
+    redact: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="attributes whose values are masked whole in alerts, comma-separated: user.email_addr"
+    )
+
     start: Literal["earliest", "latest"] = Field(
         default="latest", description="where a group without committed offsets begins: earliest or latest"
     )
@@ -200,7 +204,7 @@ class Settings(BaseSettings):
     kafka: KafkaSettings = Field(default=KafkaSettings(), description="connection to Kafka")
     redis: RedisSettings = Field(default=RedisSettings(), description="connection to Redis")
 
-    @field_validator("events", mode="before")
+    @field_validator("events", "redact", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from streamer.replay import Counts, Plan
 
 
-@takes_settings("bundle", "tenant", "device", "events", "alerts_per_day", "line", "ledger", "batch_size", "kafka")
+@takes_settings(
+    "bundle", "tenant", "device", "events", "alerts_per_day", "line", "ledger", "redact", "batch_size", "kafka"
+)
 def replay(
     settings: Settings,
     since: From = None,

@@ -30,7 +30,7 @@ from streamer.settings import Settings
 
 if TYPE_CHECKING:
     from streamer.detector import ScoredBatch
-    from streamer.service import AlertBuilder, Remembering, Scorer
+    from streamer.service import Alerting, Remembering, Scorer
 
 WATCH_S = 1.0
 """How often the pointer of the store is looked at."""
@@ -46,7 +46,7 @@ class Opened:
 
     version: str
     detector: Scorer
-    build_alerts: AlertBuilder
+    alerting: Alerting
     windows: Remembering | None
 
 

@@ -414,6 +414,17 @@ def sequence(what: str) -> str:
     return _SEQUENCES.get(what, "course of events")
 
 
+def cause(text: str) -> str:
+    """What was unusual: `record:dst_endpoint.port` is "destination port"."""
+    kind, _, what = text.partition(":")
+    return attribute(what) if kind == "record" else sequence(what if kind == "sequence" else kind)
+
+
+def and_others(joined: str, n: int) -> str:
+    """ "; the same at 12 others", or "" for none."""
+    return f"{joined} at {n:,} other{'s' if n > 1 else ''}" if n else ""
+
+
 def duration(ms: int) -> str:
     """A length of time in its largest unit: "40 s", "9 min", "3.5 h"."""
     seconds = max(ms, 0) / 1000

@@ -37,8 +37,8 @@ import encoder.training
 import encoder.vectorize
 import state.baseline
 import state.redis_windows
-import streamer.alerts
 import streamer.detector
+import streamer.findings
 import streamer.publishing
 import streamer.scoring
 import streamer.service
@@ -171,12 +171,10 @@ def serve(settings: Settings, events: int) -> Run:
     configure_logging(settings)
     detector, windows = streamer.detector.open_detector(settings, settings.bundle)
     line = detector.bundle.line(settings.alerts_per_day)
-    build = functools.partial(
-        streamer.alerts.build_alerts, line=line, bundle_version=detector.bundle.version, tenant="bench", now_ms=0
-    )
+    findings = streamer.findings.open_findings(settings, detector, streamer.findings.open_episodes(settings))
     clock = Clock()
     with clock.watching():
-        service = streamer.service.Service(settings, detector, build, line=line, windows=windows)
+        service = streamer.service.Service(settings, detector, findings, line=line, windows=windows)
         taken = threading.Event()
         began = [0.0, 0.0]
         take = service._source.take

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,8 +24,11 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from numpy.typing import NDArray
 
 from encoder.events import Coordinates, Message, decode
+from state.redis_episodes import RedisEpisodes
 from state.windows import WindowEntries, Windows, WindowStore
 from streamer.detector import Explanation, ScoredBatch
+from streamer.finding import Alert
+from streamer.findings import Findings
 from streamer.service import Service
 from streamer.settings import Settings, load
 
@@ -43,14 +47,6 @@ def p_value(label: str) -> float:
     return (int.from_bytes(hashlib.sha256(label.encode()).digest()[:7], "big") + 1) / (2**56 + 1)
 
 
-@dataclass(frozen=True)
-class Alert:
-    uid: str
-    key: bytes
-    value: bytes
-    headers: list[tuple[str, bytes]]
-
-
 class HashDetector:
     """Scores events by a hash of their coordinates. before: called with each batch, to be slow or to fail."""
 
@@ -66,9 +62,10 @@ class HashDetector:
         n = len(batch)
         p_values = np.array([p_value(batch.coordinates.label(row)) for row in range(n)], np.float64)
         severity = np.full(n, 50, np.float32)
-        text = np.array(["user:a"] * n, object)
+        entity = np.array([f"user:{offset % 5}" for offset in batch.coordinates.offset.tolist()], object)
+        cause = np.array([f"record:cause.{offset % 5}" for offset in batch.coordinates.offset.tolist()], object)
         return ScoredBatch(
-            batch.coordinates, batch.time, p_values, severity, text, text, batch.records, rejects, batch.repairs
+            batch.coordinates, batch.time, p_values, severity, entity, cause, batch.records, rejects, batch.repairs
         )
 
     def remember(self, messages: Sequence[Message]) -> None:
@@ -104,10 +101,18 @@ class WindowDetector(HashDetector):
         return self.windows.append(WindowEntries(entity, time, vectors, at.sources, at.source, at.offset, at.index))
 
 
-def build_alerts(scored: ScoredBatch, rows: NDArray[np.intp], explanations: list[Explanation]) -> list[Alert]:
-    assert len(rows) == len(explanations)
-    uids = [scored.coordinates.label(row) for row in rows]
-    return [Alert(uid, uid.encode(), orjson.dumps({"uid": uid}), [("schema", b"1.8.0")]) for uid in uids]
+class EachRow:
+    """An alert for each row, so that what is lost or doubled shows."""
+
+    def alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Alert]:
+        uids = [scored.coordinates.label(row) for row in rows]
+        return [
+            Alert(uid, uid.encode(), orjson.dumps({"uid": uid}), [("schema", b"1.8.0")], row=row)
+            for uid, row in zip(uids, rows.tolist(), strict=True)
+        ]
+
+    def committed(self, offsets: Mapping[tuple[str, int], int]) -> None:
+        """Nothing is remembered."""
 
 
 @dataclass(frozen=True)
@@ -263,10 +268,35 @@ def running(service: Service) -> Iterator[list[BaseException]]:
         assert not thread.is_alive()
 
 
+def findings(detector: HashDetector, redis_url: str, tenant: str) -> Findings:
+    """The real ones, with episodes in Redis."""
+    episodes = RedisEpisodes(redis_url, tenant=tenant)
+    return Findings(detector, episodes, bundle_version="b", tenant=tenant, clock=lambda: 1_700_000_000.0)
+
+
+class Dying:
+    """Findings that kill the process when they have stored their n-th decisions (0: never), before Kafka knows."""
+
+    def __init__(self, inner: Findings, n: int) -> None:
+        self.inner, self.left = inner, n
+
+    def alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Alert]:
+        found = self.inner.alerts(scored, rows)
+        self.left -= bool(found)
+        if found and self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    def committed(self, offsets: Mapping[tuple[str, int], int]) -> None:
+        self.inner.committed(offsets)
+
+
 def main() -> None:
     arguments = json.loads(sys.argv[1])
-    delay = arguments.pop("delay", 0.0)
-    service = Service(load(arguments), HashDetector(lambda _: time.sleep(delay)), build_alerts, line=LINE)
+    delay, redis_url, dies_at = (arguments.pop(name, 0) for name in ("delay", "episodes", "dies_at"))
+    detector = HashDetector(lambda _: time.sleep(delay))
+    alerting = Dying(findings(detector, redis_url, arguments["kafka.group_id"]), dies_at) if redis_url else EachRow()
+    service = Service(load(arguments), detector, alerting, line=LINE)
     signal.signal(signal.SIGTERM, lambda *_: service.stop())
     service.run()
 

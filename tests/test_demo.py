@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from encoder.events import Message, decode
-from streamer.alerts import Alert, build_alerts
+from streamer.alerts import build_alerts
 from streamer.demo import Scorecard, Seen, demo
 from streamer.detector import Explanation, ScoredBatch
 from streamer.errors import ConfigurationError, StreamError
+from streamer.finding import Alert
 from streamer.service import Service
 from streamer.settings import load
 from streamer.simulate import Label
@@ -45,8 +46,17 @@ class ByName:
         severity = np.full(len(batch), 80, np.float32)
         return ScoredBatch(batch.coordinates, batch.time, p_value, severity, text, text, batch.records, rejects)
 
-    def explain(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Explanation]:
-        return [Explanation((), (), 1.0, 0.1) for _ in rows]
+
+class EachRowInWords:
+    """An alert for each row, as the real ones look."""
+
+    def alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Alert]:
+        why = [Explanation((), (), 1.0, 0.1) for _ in rows]
+        now_ms = int(time.time() * 1000)
+        return build_alerts(scored, rows, why, line=1e-3, bundle_version="b", tenant="t", now_ms=now_ms)
+
+    def committed(self, offsets: Mapping[tuple[str, int], int]) -> None:
+        """Nothing is remembered."""
 
 
 def stand_in() -> None:
@@ -58,12 +68,7 @@ def stand_in() -> None:
     if os.environ.get("STAND_IN") == "run fails":
         sys.exit("the bundle is not to its liking")
 
-    def build(scored: ScoredBatch, rows: NDArray[np.intp], explanations: list[Explanation]) -> list[Alert]:
-        now_ms = int(time.time() * 1000)
-        more = {"line": 1e-3, "bundle_version": "b", "tenant": "t"}
-        return build_alerts(scored, rows, explanations, now_ms=now_ms, **more)
-
-    service = Service(load(), ByName(), build, line=1e-3)
+    service = Service(load(), ByName(), EachRowInWords(), line=1e-3)
     signal.signal(signal.SIGTERM, lambda *_: service.stop())
     service.run()
 
@@ -88,6 +93,7 @@ def test_an_alert_counts_for_the_event_it_is_about_and_for_nothing_else() -> Non
     assert counted.add(Seen(update, 10, 1_060)) == ""
     assert counted.add(Seen(create, 9, 1_000)) is None
     assert counted.add(Seen(create, 14, 1_000)) is None
+    assert counted.add(Seen({"activity_id": 3}, 12, 9_000)) is None
     assert counted.false_alarms == 1, "an update of a false alarm is not another one"
     assert counted.incidents() == [("s-1", "slow_scan", [1, 2], [2]), ("w-1", "wrong_order", [3], [])]
     assert counted.latency() == (60.0, pytest.approx(60.0))

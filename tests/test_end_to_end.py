@@ -127,7 +127,10 @@ def test_what_is_broken_is_kept_or_repaired_and_the_stream_goes_on(
     alone = [(offset, 0) for offset in range(len(bad), len(values)) if values[offset] != bundle]
     at = values.index(bundle)
     assert set(scored) == {*alone, (at, 0), (at, 2)}
-    assert len(alerts_of(topics)) == len(scored)  # At this line everything is an alert.
+    counted: dict[str, int] = {}
+    for _, body in alerts_of(topics).values():  # At this line everything is an anomaly, told or counted.
+        counted[body["finding_info"]["uid"]] = max(counted.get(body["finding_info"]["uid"], 0), body["count"])
+    assert len(scored) / 10 < sum(counted.values()) <= len(scored)
 
 
 @needs_data
@@ -141,7 +144,8 @@ def test_the_example_events_pass_through_fit_score_and_run(topics: Topics, tmp_p
     assert len(lines(tmp_path / "scores.ndjson")) == 93
     topics.produce(list(lines(examples)), 0)
     Service(topics, tmp_path / "bundle", redis_url, 5, line=1.0).run_until(93)
-    assert len(scores_of(topics)) == len(alerts_of(topics)) == 93
+    assert len(scores_of(topics)) == 93
+    assert 0 < len(alerts_of(topics)) <= 93
     assert topics.read("dead") == []
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from stream import LINE, HashDetector, Topics, build_alerts, create, running, until
+from stream import LINE, EachRow, HashDetector, Topics, create, running, until
 
 from streamer.errors import ConfigurationError
 from streamer.kafka import check_topics, claim_instance
@@ -78,7 +78,7 @@ def test_a_broker_that_restarts_costs_nothing_but_time(unique: Callable[[str], s
         topics = create(server.bootstrap, unique("restart"))
         topics.produce_events(600)
         detector = HashDetector(lambda _: time.sleep(0.05))
-        service = Service(topics.settings(), detector, build_alerts, line=LINE)
+        service = Service(topics.settings(), detector, EachRow(), line=LINE)
         with running(service) as raised:
             until(lambda: len(detector.batches) > 3)
             server.restart(kill=True)

@@ -11,7 +11,7 @@ import numpy as np
 import orjson
 import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
-from stream import EVENT, HashDetector, Topics, build_alerts, create, p_value, running, until
+from stream import EVENT, EachRow, HashDetector, Topics, create, p_value, running, until
 
 from encoder.events import Message
 from streamer.budget import HOUR_MS, Budget
@@ -38,7 +38,7 @@ def service_for(
 ) -> Service:
     settings = topics.settings(**({"alerts_per_day": 60, "kafka.instance_id": instance} | more))
     ledger = Ledger(settings, instance, RATE)
-    return Service(settings, HashDetector(before), build_alerts, line=ledger, instance=instance)
+    return Service(settings, HashDetector(before), EachRow(), line=ledger, instance=instance)
 
 
 def expected(topics: Topics, n: int) -> tuple[list[str], Budget]:

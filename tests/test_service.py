@@ -20,7 +20,7 @@ from typing import Any
 import orjson
 import pytest
 from confluent_kafka import Producer
-from stream import EVENT, LINE, HashDetector, Topics, build_alerts, create, p_value, running, until
+from stream import EVENT, LINE, EachRow, HashDetector, Topics, create, p_value, running, until
 
 from encoder.events import Message
 from state.errors import StateLostError, StoreUnavailableError
@@ -35,7 +35,7 @@ def topics(kafka: str, unique: Callable[[str], str]) -> Topics:
 
 
 def service_for(topics: Topics, detector: HashDetector | None = None, *, windows: Any = None, **more: Any) -> Service:
-    return Service(topics.settings(**more), detector or HashDetector(), build_alerts, line=LINE, windows=windows)
+    return Service(topics.settings(**more), detector or HashDetector(), EachRow(), line=LINE, windows=windows)
 
 
 @pytest.mark.parametrize("delivery", ["exactly_once", "at_least_once"])

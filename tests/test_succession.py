@@ -14,7 +14,7 @@ from pathlib import Path
 import orjson
 import pytest
 import redis
-from stream import EVENT, LINE, Topics, WindowDetector, build_alerts, create, p_value, running, until
+from stream import EVENT, LINE, EachRow, Topics, WindowDetector, create, p_value, running, until
 
 from encoder.events import Message
 from state.redis_windows import RedisWindows
@@ -71,13 +71,13 @@ def service_for(topics: Topics, valkey: ValkeyServer, store: Path, **more: objec
         windows = RedisWindows(valkey.url, encoder=encoder, dim=4, timeout_s=1.0, retries=1)
         detector = Judge(windows, lambda _: time.sleep(0.01))
         detector.name = name
-        return Opened(path.name, detector, build_alerts, windows)
+        return Opened(path.name, detector, EachRow(), windows)
 
     settings = topics.settings(bundle=str(store), **more)
     serving = store / "versions" / "one_a"
     first = opening(serving)
     bundles = Bundles(store / (store / "current").readlink(), opening)
-    return Service(settings, first.detector, build_alerts, line=LINE, windows=first.windows, bundles=bundles)
+    return Service(settings, first.detector, first.alerting, line=LINE, windows=first.windows, bundles=bundles)
 
 
 def scores_by(topics: Topics, name: str, n: int) -> list[float]:

@@ -1,0 +1,243 @@
+"""Turns scored rows into the alerts to publish: what is one story is told once, explained, updated and closed.
+
+Promises that only what is told is explained, so that a storm costs little; and that the same rows give the same alerts
+again until their offsets are committed, as the episodes do. The service, replay and `score` all publish through it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from encoder.entities import entities
+from encoder.events import Message, decode
+from encoder.schema import normalise
+from state.episodes import CLOSE, Anomaly, Decision, End, Episode, EpisodeStore
+from state.errors import Source
+from streamer import wording
+from streamer.alerts import build_alerts
+from streamer.closing import close_alert
+from streamer.detector import Explanation, ScoredBatch
+from streamer.finding import Alert, level
+from streamer.redaction import Redactor
+
+if TYPE_CHECKING:
+    from streamer.detector import Detector
+    from streamer.settings import Settings
+
+_SAYS_WHAT = wording.TELLING[1:]
+"""What two sequences have in common that are the same thing at two entities: outcome and the first telling value."""
+
+
+_NEVER = 1 << 62
+"""An event time after all others."""
+
+
+class Explainer(Protocol):
+    """What is needed of a `Detector`."""
+
+    def explain(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Explanation]: ...
+
+
+class Findings:
+    """Alerts from scored batches.
+
+    Args:
+        explainer: says why; asked for the rows that are told, and no others.
+        episodes: what is one story; idempotent.
+        clock: seconds since the epoch, for the time at which an alert was made.
+    """
+
+    def __init__(
+        self,
+        explainer: Explainer,
+        episodes: EpisodeStore,
+        *,
+        bundle_version: str,
+        tenant: str = "default",
+        redactor: Redactor | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.episodes = episodes
+        self._explainer = explainer
+        self._bundle, self._tenant = bundle_version, tenant
+        self._redactor = redactor or Redactor()
+        self._clock = clock
+
+    def alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Alert]:
+        """What to publish with a batch whose `line` is known. rows: those at or under it, ascending.
+
+        Raises:
+            StateError: from the store of episodes or windows; call again with the same.
+        """
+        decisions = self.note(scored, rows)
+        if not decisions:
+            return []
+        assert scored.line is not None, "whoever chose the rows knows the line"
+        told = [(decision, row) for decision in decisions if (row := _row(scored, decision)) is not None]
+        at = np.array([row for _, row in told], np.intp)
+        alerts = build_alerts(
+            scored,
+            at,
+            self._explainer.explain(scored, at) if told else [],
+            line=scored.line[at],
+            bundle_version=self._bundle,
+            tenant=self._tenant,
+            now_ms=self._now_ms(),
+            redactor=self._redactor,
+            decisions=[decision for decision, _ in told],
+        )
+        closed = [decision.episode for decision in decisions if decision.activity == CLOSE]
+        return [*alerts, *(self._close(episode, float(scored.line[-1])) for episode in closed)]
+
+    def note(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Decision]:
+        """Decide what is one story, and tell nothing: as `alerts` does before it makes them."""
+        return self.episodes.decide(self.anomalies(scored, rows), _ends(scored)) if len(scored) else []
+
+    def finish(self, source: Source, offset: int, line: float) -> list[Alert]:
+        """Close all episodes of a source that is over. offset: the one after its last."""
+        self.committed({source: offset})
+        decisions = self.episodes.decide([], {source: End(offset, offset, _NEVER)})
+        return [self._close(decision.episode, line) for decision in decisions]
+
+    def committed(self, offsets: Mapping[Source, int]) -> None:
+        """These offsets are committed, with the alerts that came before them."""
+        self.episodes.committed(offsets)
+
+    def anomalies(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Anomaly]:
+        """What episodes need to know of these rows."""
+        if not len(rows):
+            return []
+        records = [scored.records[row] for row in rows.tolist()]
+        named, clocks = _named(records), _clocks(scored)
+        at = scored.coordinates
+        found = []
+        for i, row in enumerate(rows.tolist()):
+            entity, cause, severity = str(scored.entity[row]), str(scored.cause[row]), float(scored.severity[row])
+            type_uid = records[i].get("type_uid")
+            found.append(
+                Anomaly(
+                    at.sources[at.source[row]],
+                    int(at.offset[row]),
+                    int(at.index[row]),
+                    int(scored.time[row]),
+                    entity,
+                    cause,
+                    severity,
+                    level(severity)[0],
+                    float(scored.p_value[row]),
+                    named[i],
+                    type_uid if isinstance(type_uid, int) else 0,
+                    _what(records[i], cause),
+                    self._shown(records[i], entity),
+                    int(clocks[row]),
+                )
+            )
+        return found
+
+    def _close(self, episode: Episode, line: float) -> Alert:
+        return close_alert(episode, line=line, bundle_version=self._bundle, tenant=self._tenant, now_ms=self._now_ms())
+
+    def _now_ms(self) -> int:
+        return int(self._clock() * 1000)
+
+    def _shown(self, record: Mapping[str, Any], entity: str) -> str:
+        return self._redactor.record(record).entity(entity)
+
+
+def _named(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """All entities of each event."""
+    events, rejects = decode([Message("", 0, i, -1, orjson.dumps(record)) for i, record in enumerate(records)])
+    assert not rejects, "what was decoded once can be decoded again"
+    found = entities(events)
+    named: list[list[str]] = [[] for _ in records]
+    for row, entity in zip(found.row.tolist(), found.entity, strict=True):
+        named[row].append(entity)
+    return [tuple(names) for names in named]
+
+
+def _what(record: Mapping[str, Any], cause: str) -> str:
+    """The value that was odd, in the form in which training counted it; of a sequence, what its event was."""
+    kind, _, path = cause.partition(":")
+    if kind != "record":
+        told = ((path, _at(record, path)) for path in _SAYS_WHAT)
+        return "|".join([normalise(value, path) for path, value in told if value not in (None, "", "-")][:2])
+    value = _at(record, path)
+    return "" if value is None else normalise(value, path)
+
+
+def _at(record: Mapping[str, Any], path: str) -> Any:
+    node: Any = record
+    for part in _parts(path):
+        if isinstance(node, list):
+            node = next(iter(node), None)
+        if not isinstance(node, Mapping):
+            return None
+        node = node.get(part)
+    return node
+
+
+@lru_cache(maxsize=4096)
+def _parts(path: str) -> tuple[str, ...]:
+    return tuple(path.replace("[]", "").split("."))
+
+
+def _clocks(scored: ScoredBatch) -> NDArray[np.int64]:
+    """The latest event time of each event's source up to it, int64 [n] ms."""
+    clocks = np.zeros(len(scored), np.int64)
+    for source in range(len(scored.coordinates.sources)):
+        rows = np.flatnonzero(scored.coordinates.source == source)
+        clocks[rows] = np.maximum.accumulate(scored.time[rows])
+    return clocks
+
+
+def _ends(scored: ScoredBatch) -> dict[Source, End]:
+    """What the batch holds of each source."""
+    at = scored.coordinates
+    ends = {}
+    for number, source in enumerate(at.sources):
+        rows = np.flatnonzero(at.source == number)
+        if len(rows):
+            offsets = at.offset[rows]
+            ends[source] = End(int(offsets.min()), int(offsets.max()), int(scored.time[rows].max()))
+    return ends
+
+
+def _row(scored: ScoredBatch, decision: Decision) -> int | None:
+    """Which row an event stands in that a decision was caused by; none for a CLOSE."""
+    at = scored.coordinates
+    if decision.activity == CLOSE or decision.source not in at.sources:
+        return None
+    here = (at.source == at.sources.index(decision.source)) & (at.offset == decision.offset)
+    rows = np.flatnonzero(here & (at.index == decision.index))
+    return int(rows[0]) if len(rows) else None
+
+
+def open_episodes(settings: Settings) -> EpisodeStore:
+    """The episodes of the service, in the settings' Redis; they outlive a bundle."""
+    from state.redis_episodes import RedisEpisodes
+
+    return RedisEpisodes(
+        settings.redis.url,
+        tenant=settings.tenant,
+        timeout_s=settings.redis.timeout_s,
+        retries=settings.redis.retries,
+        **settings.redis.client_arguments(),
+    )
+
+
+def open_findings(settings: Settings, detector: Detector, episodes: EpisodeStore) -> Findings:
+    """The findings of the service, explained by this detector."""
+    return Findings(
+        detector,
+        episodes,
+        bundle_version=detector.bundle.version,
+        tenant=settings.tenant,
+        redactor=Redactor(settings.redact),
+    )
