@@ -19,7 +19,7 @@ import orjson
 import structlog
 import typer
 
-from streamer import bundle_commands, commands, dlq_commands, stream_commands
+from streamer import alert_commands, bundle_commands, commands, dlq_commands, stream_commands
 from streamer.errors import ConfigurationError, RipcurrentError
 from streamer.flags import takes_settings
 from streamer.settings import Settings, leaves, shown, variable
@@ -65,6 +65,8 @@ for _command in (
 ):
     app.command()(_command)
 app.command()(stream_commands.replay)
+for _command in (alert_commands.tail, alert_commands.explain):
+    app.command()(_command)
 app.add_typer(dlq_commands.app)
 app.add_typer(bundle_commands.app)
 

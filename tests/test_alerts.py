@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,14 @@ def one(record: Json = WORD, told: Explanation | None = None, **changes: Any) ->
     return check(alert)
 
 
+PROFILE = jsonschema.Draft202012Validator(orjson.loads((files("streamer") / "alert.schema.json").read_bytes()))
+
+
 def check(alert: Alert) -> Json:
+    """It is valid OCSF and has what our own profile promises; returns it."""
     finding: Json = orjson.loads(alert.value)
+    broken = [f"{e.json_path}: {e.message[:200]}" for e in PROFILE.iter_errors(finding)]
+    assert not broken, broken
     errors = [f"{'.'.join(map(str, e.absolute_path))}: {e.message[:200]}" for e in VALIDATOR.iter_errors(finding)]
     assert not errors, errors
     assert finding["metadata"]["uid"] == alert.uid
@@ -127,6 +134,18 @@ def test_the_validator_refuses_what_is_wrong() -> None:
     finding = one()
     for path, value in (("score", 1), ("class_uid", 2001), ("finding_info", {}), ("time", "now")):
         assert list(VALIDATOR.iter_errors({**finding, path: value})), path
+
+
+def test_the_profile_refuses_what_breaks_its_promises() -> None:
+    finding = one()
+    PROFILE.check_schema(PROFILE.schema)
+    assert not list(PROFILE.iter_errors(finding))
+    for path, value in (("is_alert", False), ("count", 0), ("class_uid", 2001), ("activity_id", 3), ("evidences", ...)):
+        wrong = {k: v for k, v in (finding | {path: value}).items() if v is not ...}
+        assert list(PROFILE.iter_errors(wrong)), path
+    for path, value in (("p_value", 1e-62), ("episode", {}), ("score", 1), ("cause", ...)):
+        wrong = {k: v for k, v in (finding["unmapped"] | {path: value}).items() if v is not ...}
+        assert list(PROFILE.iter_errors(finding | {"unmapped": wrong})), path
 
 
 def test_an_alert_says_who_did_what_and_what_is_usual() -> None:
