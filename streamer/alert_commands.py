@@ -1,8 +1,10 @@
-"""The commands for those who read alerts: tail and explain."""
+"""The commands for those who read alerts: tail, explain, feedback and suppressions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from enum import StrEnum
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,9 +14,19 @@ import typer
 from streamer.errors import ConfigurationError
 from streamer.flags import From, Last, To, ends_of, takes_settings
 from streamer.settings import Settings
+from streamer.wording import moment
 
 if TYPE_CHECKING:
     from streamer.alert_topic import Finding
+
+
+class Verdict(StrEnum):
+    """As `streamer.feedback` knows them."""
+
+    true_positive = "true-positive"
+    benign = "benign"
+    ignore = "ignore"
+
 
 _LEVELS = ("informational", "low", "medium", "high", "critical")
 Uid = Annotated[
@@ -26,7 +38,7 @@ InFile = Annotated[
 ]
 
 
-@takes_settings("alerts", "kafka")
+@takes_settings("alerts", "feedback", "kafka")
 def explain(
     settings: Settings,
     uid: Uid,
@@ -42,7 +54,10 @@ def explain(
 
     def findings(of: str) -> Iterator[Finding]:
         needle = of.lower().encode()
-        return in_file(file) if file else between(settings, since or [], [], lambda value: needle in value)
+        if file is not None:
+            return in_file(file)
+        topics = [settings, *([settings.model_copy(update={"alerts": settings.feedback})] if settings.feedback else [])]
+        return chain.from_iterable(between(topic, since or [], [], lambda value: needle in value) for topic in topics)
 
     found = story(findings(uid), uid)
     found = story(findings(found.uid), found.uid)  # The uid of one alert is not in the others of its story.
@@ -91,6 +106,90 @@ def tail(
                 console.print(line(finding, verbose))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+@takes_settings("alerts", "feedback", "kafka")
+def feedback(
+    settings: Settings,
+    uid: Uid,
+    verdict: Annotated[
+        Verdict,
+        typer.Argument(help="true-positive, benign (the same is silenced) or ignore (the same, for a time)."),
+    ],
+    lasts: Annotated[
+        str | None,
+        typer.Option(
+            "--for", help="How long the same is silenced: 12h, 30d; 90d at most.", show_default="30d if benign"
+        ),
+    ] = None,
+    why: Annotated[str, typer.Option(help="For those who look at it later.", show_default="nothing")] = "",
+    by: Annotated[str | None, typer.Option(help="Who says so.", show_default="the user who types it")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Say what an alert was. Benign and ignore silence the same: this entity, class of event and cause, until they end.
+
+    Before that, it shows what they would have silenced in the last day. A later verdict on the same takes the place of
+    an earlier one; true-positive lifts it. All verdicts stay in the feedback topic: `ripcurrent suppressions`.
+    """
+    import getpass
+    import time
+
+    from streamer.alert_topic import between, story
+    from streamer.feedback import preview, verdict_on
+    from streamer.ranges import parse_duration
+    from streamer.suppressions import publish
+
+    if verdict is Verdict.ignore and lasts is None:
+        raise ConfigurationError("ignore for how long? for example --for 7d")
+    needle = uid.lower().encode()
+    found = story(between(settings, [], [], lambda value: needle in value), uid).told
+    now_ms = int(time.time() * 1000)
+    until = None if lasts is None else now_ms + parse_duration(lasts)
+    who = by or getpass.getuser()
+    update, suppression = verdict_on(found, verdict.value, by=who, why=why, now_ms=now_ms, until_ms=until)
+    typer.echo(f"{verdict.value}: {found['finding_info']['title']}")
+    if suppression is not None:
+        last_day = preview(between(settings, ["1d"], []), suppression.scope)
+        typer.echo(f"silences {suppression.scope} until {moment(suppression.until)}")
+        typer.echo(f"of the last day that is {last_day.alerts:,} alerts with {last_day.events:,} events")
+        for title in last_day.titles:
+            typer.echo(f"  {title}")
+    if not yes:
+        typer.confirm("Do it?", abort=True)
+    publish(settings, update)
+    typer.echo(f"written by {who} as {update['metadata']['uid'][:8]}")
+
+
+@takes_settings("feedback", "kafka")
+def suppressions(
+    settings: Settings,
+    every: Annotated[bool, typer.Option("--all", help="Also those that ended or were lifted.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON lines.")] = False,
+) -> None:
+    """What is silenced now, since when and until when, who said so and why; the metric ripcurrent_suppressed_total says
+    how much each silences."""
+    import time
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from streamer.suppressions import read_suppressions
+
+    now_ms = int(time.time() * 1000)
+    table = Table("uid", "entity", "class", "cause", "since", "until", "verdict", "by", "why", box=None)
+    for found in read_suppressions(settings):
+        if not every and found.until <= now_ms:
+            continue
+        if as_json:
+            typer.echo(orjson.dumps(found).decode())
+            continue
+        scope = found.scope
+        when = moment(found.since), moment(found.until) if found.until > now_ms else f"ended {moment(found.until)}"
+        row = (found.uid[:8], scope.entity, str(scope.class_uid), scope.cause, *when)
+        table.add_row(*map(Text, (*row, found.verdict, found.by, found.why)))
+    if not as_json:
+        Console().print(table)
 
 
 def _filter(severity: str, entity: str, match: str, every: bool) -> Callable[[Finding], bool]:

@@ -49,8 +49,14 @@ class Story:
 
     @property
     def last(self) -> Finding:
-        """The latest of all: what holds now."""
-        return self.findings[-1]
+        """The latest that the detector said: what holds now."""
+        own = [finding for finding in self.findings if "verdict_id" not in finding]
+        return (own or self.findings)[-1]
+
+    @property
+    def verdict(self) -> str:
+        """What an analyst said last; empty where nobody has."""
+        return next((str(finding.get("verdict")) for finding in self.findings[::-1] if "verdict_id" in finding), "")
 
 
 def parse(value: bytes | None) -> Finding | None:

@@ -65,7 +65,7 @@ for _command in (
 ):
     app.command()(_command)
 app.command()(stream_commands.replay)
-for _command in (alert_commands.tail, alert_commands.explain):
+for _command in (alert_commands.tail, alert_commands.explain, alert_commands.feedback, alert_commands.suppressions):
     app.command()(_command)
 app.add_typer(dlq_commands.app)
 app.add_typer(bundle_commands.app)
@@ -119,12 +119,13 @@ def serve(settings: Settings, stop: threading.Event) -> None:
     from streamer.ledger import Ledger
     from streamer.service import Service
     from streamer.succession import Bundles, Opened
+    from streamer.suppressions import open_feedback
 
-    episodes = open_episodes(settings)
+    episodes, feedback = open_episodes(settings), open_feedback(settings)
 
     def opening(path: Path) -> Opened:
         detector, windows = open_detector(settings, path)
-        findings = open_findings(settings, detector, episodes)
+        findings = open_findings(settings, detector, episodes, feedback)
         return Opened(detector.bundle.version, detector, findings, windows)
 
     first = opening(serving)

@@ -7,6 +7,7 @@ again until their offsets are committed, as the episodes do. The service, replay
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,6 +25,7 @@ from streamer import wording
 from streamer.alerts import build_alerts
 from streamer.closing import close_alert
 from streamer.detector import Explanation, ScoredBatch
+from streamer.feedback import Suppression
 from streamer.finding import Alert, level
 from streamer.redaction import Redactor
 
@@ -45,12 +47,19 @@ class Explainer(Protocol):
     def explain(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Explanation]: ...
 
 
+class Suppressing(Protocol):
+    """What is needed of `Feedback`."""
+
+    def covering(self, anomaly: Anomaly) -> Suppression | None: ...
+
+
 class Findings:
     """Alerts from scored batches.
 
     Args:
         explainer: says why; asked for the rows that are told, and no others.
         episodes: what is one story; idempotent.
+        suppressing: what analysts do not want to hear of again; None: everything is told.
         clock: seconds since the epoch, for the time at which an alert was made.
     """
 
@@ -62,12 +71,15 @@ class Findings:
         bundle_version: str,
         tenant: str = "default",
         redactor: Redactor | None = None,
+        suppressing: Suppressing | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.episodes = episodes
         self._explainer = explainer
         self._bundle, self._tenant = bundle_version, tenant
         self._redactor = redactor or Redactor()
+        self._suppressing = suppressing
+        self._suppressed: Counter[str] = Counter()
         self._clock = clock
 
     def alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Alert]:
@@ -98,7 +110,21 @@ class Findings:
 
     def note(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Decision]:
         """Decide what is one story, and tell nothing: as `alerts` does before it makes them."""
-        return self.episodes.decide(self.anomalies(scored, rows), _ends(scored)) if len(scored) else []
+        if not len(scored):
+            return []
+        anomalies, silenced = self.anomalies(scored, rows), Counter[str]()
+        if self._suppressing is not None:
+            covering = [self._suppressing.covering(anomaly) for anomaly in anomalies]
+            silenced.update(found.uid for found in covering if found is not None)
+            anomalies = [anomaly for anomaly, found in zip(anomalies, covering, strict=True) if found is None]
+        decisions = self.episodes.decide(anomalies, _ends(scored))
+        self._suppressed += silenced
+        return decisions
+
+    def take_suppressed(self) -> Counter[str]:
+        """How many events each suppression has silenced since this was last asked, by the uid of its verdict."""
+        taken, self._suppressed = self._suppressed, Counter()
+        return taken
 
     def finish(self, source: Source, offset: int, line: float) -> list[Alert]:
         """Close all episodes of a source that is over. offset: the one after its last."""
@@ -232,7 +258,9 @@ def open_episodes(settings: Settings) -> EpisodeStore:
     )
 
 
-def open_findings(settings: Settings, detector: Detector, episodes: EpisodeStore) -> Findings:
+def open_findings(
+    settings: Settings, detector: Detector, episodes: EpisodeStore, suppressing: Suppressing | None = None
+) -> Findings:
     """The findings of the service, explained by this detector."""
     return Findings(
         detector,
@@ -240,4 +268,5 @@ def open_findings(settings: Settings, detector: Detector, episodes: EpisodeStore
         bundle_version=detector.bundle.version,
         tenant=settings.tenant,
         redactor=Redactor(settings.redact),
+        suppressing=suppressing,
     )

@@ -59,6 +59,8 @@ def check_topics(settings: Settings) -> None:
     written = [settings.alerts, settings.dead_letters] + ([settings.scores] if settings.scores else [])
     if settings.line is None:
         written.append(settings.ledger)
+    if settings.feedback:
+        written.append(settings.feedback)
     both = set(settings.events) & set(written)
     if both:
         raise ConfigurationError(f"topic {both.pop()!r} is both read and written")

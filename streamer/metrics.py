@@ -42,6 +42,9 @@ class Metrics:
         self.batches = counter("batches", "Micro-batches scored")
         self.anomalies = counter("anomalies", "Events at or under the line, committed")
         self.alerts = counter("alerts", "Alerts (Create) committed")
+        self.suppressed = counter(
+            "suppressed", "Events at or under the line that a verdict silences, by its uid, committed", "suppression"
+        )
         self.updates = counter("alert_updates", "Updates and closes of alerts, committed", "activity")
         self.rejects = counter(
             "rejects", "Messages or members of bundles that went to the dead-letter topic", "exception"

@@ -24,7 +24,7 @@ from state.windows import MemoryWindows
 from streamer.bundle import Bundle, load
 from streamer.detector import Detector, ScoredBatch, device_of
 from streamer.errors import StreamError
-from streamer.findings import Findings
+from streamer.findings import Findings, Suppressing
 from streamer.kafka import Offsets, SourcePartition, reason_of
 from streamer.ledger import Lines as RecordedLines
 from streamer.range_reader import RangeReader
@@ -34,6 +34,7 @@ from streamer.redaction import Redactor
 from streamer.scores import score_lines
 from streamer.settings import Settings
 from streamer.source import message_of
+from streamer.suppressions import open_feedback
 
 MAX_ENTITIES = 1_000_000
 """Entities remembered, about 5 kB each; of more, those that were silent longest go, and their next scores say so."""
@@ -156,13 +157,25 @@ class ReplayDetector:
         lines: the line at an event time: fixed, or as it was recorded.
     """
 
-    def __init__(self, bundle: Bundle, tenant: str, lines: Lines, redact: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        tenant: str,
+        lines: Lines,
+        redact: Sequence[str] = (),
+        suppressing: Suppressing | None = None,
+    ) -> None:
         self.version = bundle.version
         self._windows = MemoryWindows(dim=bundle.dim, max_entities=MAX_ENTITIES)
         self._detector = Detector(bundle, self._windows, tenant=tenant, timers=False)
         redactor = Redactor(redact)
         self._findings = Findings(
-            self._detector, MemoryEpisodes(), bundle_version=bundle.version, tenant=tenant, redactor=redactor
+            self._detector,
+            MemoryEpisodes(),
+            bundle_version=bundle.version,
+            tenant=tenant,
+            redactor=redactor,
+            suppressing=suppressing,
         )
         self._lines = lines
 
@@ -172,10 +185,10 @@ class ReplayDetector:
         the budget gives at the rate of training. Raises BundleError."""
         bundle = load(path, device_of(settings))
         if settings.line is not None:
-            return cls(bundle, settings.tenant, fixed_line(settings.line), settings.redact)
+            return cls(bundle, settings.tenant, fixed_line(settings.line), settings.redact, open_feedback(settings))
         recorded = RecordedLines.read(settings)
         lines = recorded.at if len(recorded) else fixed_line(bundle.line(settings.alerts_per_day))
-        return cls(bundle, settings.tenant, lines, settings.redact)
+        return cls(bundle, settings.tenant, lines, settings.redact, open_feedback(settings))
 
     def begin(self, horizon_ms: int) -> None:
         """Windows that reach back behind this event time are not complete."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -84,6 +85,8 @@ class Alerting(Protocol):
 
     def alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> Sequence[Written]: ...
 
+    def take_suppressed(self) -> Mapping[str, int]: ...
+
     def committed(self, offsets: Mapping[SourcePartition, int]) -> None: ...
 
 
@@ -97,6 +100,7 @@ class _Group:
     incomplete: int = 0
     anomalies: int = 0
     updates: list[int] = field(default_factory=list)
+    suppressed: Counter[str] = field(default_factory=Counter)
     messages: int = 0
     outputs: list[Output] = field(default_factory=list)
     offsets: Offsets = field(default_factory=dict)
@@ -335,6 +339,7 @@ class Service:
         with self.metrics.time("explain"):
             alerts = self._waiting("alerts", lambda: self._alerting.alerts(scored, rows))
         self._group.anomalies += len(rows)
+        self._group.suppressed.update(self._alerting.take_suppressed())
         return alerts
 
     def _add(self, batch: Batch, scored: ScoredBatch, alerts: Sequence[Written]) -> None:
@@ -413,6 +418,8 @@ class Service:
         self.metrics.incomplete.inc(done.incomplete)
         self.metrics.anomalies.inc(done.anomalies)
         self.metrics.alerts.inc(len(done.alert_times))
+        for suppression, events in done.suppressed.items():
+            self.metrics.suppressed.labels(suppression[:8]).inc(events)
         for activity in done.updates:
             self.metrics.updates.labels("close" if activity == CLOSE else "update").inc()
         for exception in done.rejects:

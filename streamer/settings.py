@@ -155,6 +155,10 @@ class Settings(BaseSettings):
     dead_letters: str = Field(default="dead-letters", min_length=1, description="topic that unreadable messages go to")
     scores: str = Field(default="", description="topic that every event's p-value and severity go to; empty: none")
 
+    feedback: str = Field(
+        default="", description="topic of what analysts say of alerts, which may suppress more of the same; empty: none"
+    )
+
     alerts_per_day: float = Field(
         default=20.0, gt=0, description="alert budget: how many a day normal traffic may cost"
     )

@@ -50,7 +50,7 @@ def whole(story: Story) -> Text:
         f"confidence {_plain(last.get('confidence'))} ({_int(last.get('confidence_score'))} of 99)",
         f"risk {_int(last.get('risk_score'))} of 100",
         f"{_int(last.get('count')):,} event{'s' if _int(last.get('count')) != 1 else ''}",
-        _verdict(last) or _plain(last.get("status")).lower(),
+        _plain(story.verdict or last.get("status")).lower(),
     ]
     text.append(f"{'; '.join(facts)}\n\n", style="default")
     for row in _plain(info.get("desc")).splitlines():

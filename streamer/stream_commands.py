@@ -21,7 +21,17 @@ if TYPE_CHECKING:
 
 
 @takes_settings(
-    "bundle", "tenant", "device", "events", "alerts_per_day", "line", "ledger", "redact", "batch_size", "kafka"
+    "bundle",
+    "tenant",
+    "device",
+    "events",
+    "alerts_per_day",
+    "line",
+    "ledger",
+    "redact",
+    "feedback",
+    "batch_size",
+    "kafka",
 )
 def replay(
     settings: Settings,

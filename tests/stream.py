@@ -111,6 +111,9 @@ class EachRow:
             for uid, row in zip(uids, rows.tolist(), strict=True)
         ]
 
+    def take_suppressed(self) -> dict[str, int]:
+        return {}
+
     def committed(self, offsets: Mapping[tuple[str, int], int]) -> None:
         """Nothing is remembered."""
 
@@ -286,6 +289,9 @@ class Dying:
         if found and self.left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return found
+
+    def take_suppressed(self) -> Mapping[str, int]:
+        return self.inner.take_suppressed()
 
     def committed(self, offsets: Mapping[tuple[str, int], int]) -> None:
         self.inner.committed(offsets)

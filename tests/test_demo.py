@@ -55,6 +55,9 @@ class EachRowInWords:
         now_ms = int(time.time() * 1000)
         return build_alerts(scored, rows, why, line=1e-3, bundle_version="b", tenant="t", now_ms=now_ms)
 
+    def take_suppressed(self) -> dict[str, int]:
+        return {}
+
     def committed(self, offsets: Mapping[tuple[str, int], int]) -> None:
         """Nothing is remembered."""
 
