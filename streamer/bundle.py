@@ -28,6 +28,7 @@ from safetensors.torch import save_file as save_tensors
 
 from encoder.runtime import Encoder
 from encoder.sequence import SequenceModel
+from encoder.training import EMBEDDING
 from state.baseline import Baseline, Density
 from state.calibration import Calibration
 from state.habits import Habits
@@ -170,7 +171,9 @@ def load(path: Path, device: str = "cpu") -> Bundle:
     try:
         encoder = Encoder.from_state(schema, load_tensors(path / _ENCODER), torch.device(device))
         arrays = load_arrays(path / _SCORES)
-        baseline = Baseline.load(path / _INDEX, manifest["baseline"], arrays["baseline.members"])
+        baseline = Baseline.load(
+            path / _INDEX, manifest["baseline"], arrays["baseline.members"], dim=EMBEDDING, device=device
+        )
         density = Density(*(arrays[f"density.{name}"] for name in ("vectors", "weights", "starts", "types")))
         record = RecordScorer(baseline, density, arrays["density.quantities"], _calibrations(arrays, "record"))
         sequences = None

@@ -112,8 +112,8 @@ def serve(settings: Settings, stop: threading.Event) -> None:
     serving = resolve(settings.bundle)
     verify(serving)
     # Only now what takes seconds to import and load.
+    from streamer.collectors import BaselineCollector, DriftCollector
     from streamer.detector import Detector, open_detector
-    from streamer.drift import DriftCollector
     from streamer.findings import open_episodes, open_findings
     from streamer.kafka import claim_instance
     from streamer.ledger import Ledger
@@ -142,7 +142,13 @@ def serve(settings: Settings, stop: threading.Event) -> None:
         bundles=Bundles(serving, opening),
     )
     service.metrics.bundle.labels(first.version).set(1)
-    service.metrics.registry.register(DriftCollector(lambda: cast(Detector, service.detector).drift))
+
+    def serves() -> Detector:
+        """Another one may the next moment."""
+        return cast(Detector, service.detector)
+
+    service.metrics.registry.register(DriftCollector(lambda: serves().drift))
+    service.metrics.registry.register(BaselineCollector(lambda: serves().bundle.scorer.record.baseline))
 
     def follow() -> None:
         stop.wait()
