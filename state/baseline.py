@@ -8,6 +8,7 @@ place: build another and swap.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,8 +172,12 @@ class Baseline:
         seen.fallen_back = seen.queries >= ENOUGH_QUERIES and seen.share < MIN_RECALL
 
     def save(self, path: Path) -> dict[str, Any]:
-        """Write the index and return its manifest."""
+        """Write the index and return its manifest. Raises OSError where not all of it could be written: hnswlib
+        itself does not look."""
         self._hnsw.index.save_index(str(path))
+        written, size = path.stat().st_size, self._hnsw.index.index_file_size()
+        if written != size:
+            raise OSError(errno.ENOSPC, f"{written} of {size} bytes of the index were written", str(path))
         return {
             "space": "l2",
             "dim": self.dim,

@@ -113,9 +113,10 @@ def save(
         (temporary / MANIFEST).write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
         temporary.chmod(0o755)
         _swap(temporary, path)
-    except BaseException:
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path} cannot be written: {error}") from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return Bundle(encoder, scorer, exemplars, behaviours, profile, manifest)
 
 

@@ -40,6 +40,8 @@ SEND_OFFSETS_S = 10.0
 coordinator has gone away (librdkafka issues 5456 and 5511), so the call is left behind with its producer."""
 
 _FENCED = {KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH}
+_WRONG_TIME = {KafkaError.INVALID_TIMESTAMP, KafkaError.INVALID_RECORD}
+"""Kafka refuses a record of more than an hour ahead (message.timestamp.after.max.ms), by either name."""
 
 _log = structlog.get_logger("ripcurrent.kafka")
 
@@ -155,6 +157,8 @@ class _Writer:
             return
         if error.code() in HOPELESS:
             raise StreamError(f"writing to Kafka: {error.str()}")
+        if error.code() in _WRONG_TIME:
+            raise StreamError(f"writing to Kafka: {error.str()}; is the clock of this host ahead of the broker's?")
         raise TransactionAbortedError(f"delivery: {error.str()}")
 
 

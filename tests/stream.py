@@ -195,7 +195,7 @@ class Topics:
         partitions = list(consumer.list_topics(topic, timeout=10).topics[topic].partitions)
         consumer.assign([TopicPartition(topic, p, 0) for p in partitions])
         found, ended = [], 0
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while ended < len(partitions) and time.monotonic() < deadline:
             message = consumer.poll(1)
             if message is None:
