@@ -1,4 +1,4 @@
-"""The commands for those who read alerts: tail, explain, feedback and suppressions."""
+"""The commands for those who read alerts: tail, explain, feedback, suppressions and report."""
 
 from __future__ import annotations
 
@@ -190,6 +190,51 @@ def suppressions(
         table.add_row(*map(Text, (*row, found.verdict, found.by, found.why)))
     if not as_json:
         Console().print(table)
+
+
+@takes_settings("alerts", "scores", "feedback", "alerts_per_day", "kafka")
+def report(
+    settings: Settings,
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Evaluations (evaluate --json), scores and findings (score, replay).", show_default=False),
+    ] = None,
+    since: From = None,
+    until: To = None,
+    last: Last = None,
+    out: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Its heading.")] = "Ripcurrent report",
+) -> None:
+    """A page about files, or about the last day of the alert topic: figures, budget, scores, drift, and the top stories
+    with why and when. One HTML file that needs no network.
+
+    Where `scores` names a topic, its p-values are in it too, and where `feedback` does, the verdicts.
+    """
+    import time
+
+    from streamer.alert_topic import between, values
+    from streamer.report_page import page
+    from streamer.reporting import Material
+    from streamer.reporting import report as made_of
+
+    material = Material()
+    for file in files or []:
+        material.add_file(file)
+    if not files:
+        starts, ends = ends_of(since, until, last)
+        topics = [settings.alerts, *([settings.feedback] if settings.feedback else [])]
+        for topic in topics:
+            material.findings += between(settings.model_copy(update={"alerts": topic}), starts or ["1d"], ends)
+        if settings.scores:
+            scores = settings.model_copy(update={"alerts": settings.scores})
+            for value in values(scores, starts or ["1d"], ends):
+                material.add_line(value)
+            topics.append(settings.scores)
+        material.sources += [f"topic {topic}" for topic in topics]
+    made_ms = int(time.time() * 1000)
+    promised = settings.alerts_per_day if material.findings else None
+    out.write_text(page(made_of(material, title=title, made_ms=made_ms, promised=promised)))
+    typer.echo(f"{len(material.findings):,} findings, {len(material.p_values):,} scores, the page is {out}")
 
 
 def _filter(severity: str, entity: str, match: str, every: bool) -> Callable[[Finding], bool]:

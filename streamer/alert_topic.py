@@ -43,9 +43,10 @@ class Story:
 
     @property
     def told(self) -> Finding:
-        """The latest that explains: an Update or the Create; where there is none, the first there is."""
-        explains = [finding for finding in self.findings if finding.get("evidences")]
-        return explains[-1] if explains else self.findings[0]
+        """What explains it best: of Create and Updates that about the most unusual event, the latest of equals; where
+        there is none, the first there is."""
+        explains = [finding for finding in self.findings[::-1] if finding.get("evidences")]
+        return min(explains, key=lambda finding: own(finding).get("p_value", 1.0), default=self.findings[0])
 
     @property
     def last(self) -> Finding:
@@ -74,13 +75,18 @@ def between(
 ) -> Iterator[Finding]:
     """The findings of a range of the alert topic, in order of their timestamps. wanted: looks at a value before it is
     parsed. Raises ConfigurationError and StreamError."""
+    return filter(None, (parse(value) for value in values(settings, since, until) if wanted(value)))
+
+
+def values(settings: Settings, since: Sequence[str], until: Sequence[str]) -> Iterator[bytes]:
+    """All that lies in a range of the alert topic, ours or not."""
     topic = settings.model_copy(update={"events": (settings.alerts,)})
     frozen = freeze(topic, since, until, int(time.time() * 1000))
     with RangeReader(topic, frozen, _letter) as reader:
         for batch in reader.batches(BATCH):
             for letter in batch:
-                if letter.value is not None and wanted(letter.value) and (finding := parse(letter.value)) is not None:
-                    yield finding
+                if letter.value is not None:
+                    yield letter.value
 
 
 def live(settings: Settings, since: Sequence[str]) -> Iterator[Finding | None]:

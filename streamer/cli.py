@@ -65,7 +65,13 @@ for _command in (
 ):
     app.command()(_command)
 app.command()(stream_commands.replay)
-for _command in (alert_commands.tail, alert_commands.explain, alert_commands.feedback, alert_commands.suppressions):
+for _command in (
+    alert_commands.tail,
+    alert_commands.explain,
+    alert_commands.feedback,
+    alert_commands.suppressions,
+    alert_commands.report,
+):
     app.command()(_command)
 app.add_typer(dlq_commands.app)
 app.add_typer(bundle_commands.app)

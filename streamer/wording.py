@@ -415,9 +415,11 @@ def sequence(what: str) -> str:
 
 
 def cause(text: str) -> str:
-    """What was unusual: `record:dst_endpoint.port` is "destination port"."""
+    """What was unusual: `record:dst_endpoint.port` is "destination port", `rate:bytes.hour` "bytes per hour"."""
     kind, _, what = text.partition(":")
-    return attribute(what) if kind == "record" else sequence(what if kind == "sequence" else kind)
+    if kind == "rate":
+        return what.replace("_", " ").replace(".", " per ") or sequence(kind)
+    return sequence(what) if kind == "sequence" else attribute(what)
 
 
 def and_others(joined: str, n: int) -> str:
