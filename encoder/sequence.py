@@ -403,7 +403,6 @@ class SequenceModel:
         by_count = self.counts.probability(kinds, latest[:, 1:], codes[:, -1])
         end_count = self.counts.probability(kinds, latest[:, :-1], np.full(m, end))
         surprise = -0.5 * (np.log(np.maximum(p_next, _LEAST)) + np.log(by_count))
-        self.parts = (p_next, by_count, p_end, end_count)  # DEBUG
         ending = -0.5 * (np.log(np.maximum(p_end, _LEAST)) + np.log(end_count))
         usual = -np.log(self.counts.probability(kinds, latest[:, :0], codes[:, -1]))
         new = codes[:, -1] == self.codebook.other
@@ -460,30 +459,35 @@ def fit_sequences(
     times: NDArray[np.int64],
     pairs: Pairs,
     *,
+    withheld: NDArray[np.bool_],
     seed: int,
     device: torch.device,
     progress: Progress | None = None,
 ) -> tuple[SequenceModel, SequenceReport]:
     """Fit to the history of n events.
 
-    vectors: float16 [n, d], record embeddings; times: int64 [n], event ms; pairs: whom the events are about. The
-    network does not train on the last tenth of the time, where its share beside the counts is chosen. Raises
-    `EncoderError` where no event names an entity.
+    vectors: float16 [n, d], record embeddings; times: int64 [n], event ms; pairs: whom the events are about; withheld:
+    bool [n], events that are somebody's past and that nothing is learned from, to calibrate on. The network does not
+    train on the last tenth of the time either, where it is compared with the counts. Raises `EncoderError` where no
+    other event names an entity.
     """
     torch.manual_seed(seed)
     history = _History(times, pairs)
-    if not len(history):
+    learned = ~withheld[history.row]
+    if not learned.any():
         raise EncoderError("no event names an entity: there are no sequences to learn from")
-    held_from = np.quantile(history.time, 0.9)
+    held_from = np.quantile(history.time[learned], 0.9)
     held = history.time > held_from
-    codebook = Codebook.fit(vectors[times <= held_from], seed=seed)
+    codebook = Codebook.fit(vectors[(times <= held_from) & ~withheld], seed=seed)
     end = codebook.other + 1
     silence = history.silence()
     codes = codebook(vectors)[history.row]
     follows = _outcomes(history, codes, silence, end)
+    next_learned = np.append(learned[1:], True)
+    follows[~np.where(follows == end, learned, next_learned)] = -1
     net = SequenceNet(dim=vectors.shape[1], outcomes=end + 1, kinds=len(KINDS)).to(device)
     scale = 1.0 / max(float(np.sqrt(np.square(codebook.centres.numpy()).mean())), 1e-6)
-    task = _Task(net, history, vectors, scale, codes, follows, held, seed, device)
+    task = _Task(net, history, vectors, scale, codes, learned, follows, held, seed, device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.1)
     losses: list[float] = []
@@ -503,12 +507,13 @@ def fit_sequences(
                 progress(step, STEPS, losses[-1])
     runs = _runs(history, codes)
     known = (follows >= 0) & ~held
-    begins = history.first == np.arange(len(history))
+    begins = learned & (history.first == np.arange(len(history)))
     counted = _count(history, codes, follows, runs, known, begins & ~held, end + 1)
     judged = np.flatnonzero((follows >= 0) & held)[:: max(1, int(held.sum()) // 8192)]
     p_count = counted.probability(history.kind[judged], runs[judged], follows[judged])
     p_net = task.probability(judged)
-    novelty = _novelty(history.kind[held], codes[held] == codebook.other)
+    new = held & learned
+    novelty = _novelty(history.kind[new], codes[new] == codebook.other)
     everything = _count(history, codes, follows, runs, follows >= 0, begins, end + 1)
     model = SequenceModel(
         net,
@@ -577,12 +582,14 @@ class _Task:
         vectors: NDArray[np.float16],
         scale: float,
         codes: NDArray[np.int64],
+        learned: NDArray[np.bool_],
         follows: NDArray[np.int64],
         held: NDArray[np.bool_],
         seed: int,
         device: torch.device,
     ) -> None:
         self.net, self.history, self.codes = net, history, codes
+        self.begins = np.where(learned, codes, -1)
         self._all_follows = follows
         self.follows = np.where(held, -1, follows)
         self.held = held
@@ -608,7 +615,7 @@ class _Task:
         known = self.net.all_slots(*self._tensors(at, gaps, used))
         target = np.where(used, self.follows[at], -1)
         begins = ~used[:, :-1] & used[:, 1:]
-        target[:, :-1][begins] = self.codes[at[:, 1:][begins]]
+        target[:, :-1][begins] = self.begins[at[:, 1:][begins]]
         wanted = torch.from_numpy(target).to(self.device)
         follow = functional.cross_entropy(self.net.next(known).flatten(0, 1), wanted.flatten(), ignore_index=-1)
         spoiled, spoiled_gaps, spoiled_used, changed = spoil(at, gaps, used, self.codes, self.history.kind, self.rng)

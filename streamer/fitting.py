@@ -1,7 +1,7 @@
 """Fitting: unlabelled events in, a bundle out.
 
-Two passes over the files: the first learns the schema, the second the rest. Parts of the time are held out from the
-record's fit, and calibrate: a score judged by the events it was made from would never be unusual.
+Two passes over the files: the first learns the schema, the second the rest. The latest of working days and
+of weekends are held out, and calibrate: a score judged by the events it was made from would never be unusual.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from streamer.files import batches
 from streamer.redaction import Redactor
 from streamer.scoring import RateScorer, RecordScorer, Scorer, SequenceScorer, joined, weighed
 
-HELD_OUT = ((0.33, 0.37), (0.63, 0.67), (0.92, 1.0))
-"""The parts of the training events, by event time, that calibrate: of a week the latest alone would be its weekend.
-Histories are calibrated on the last of them, for what an entity does runs on through the others."""
+HELD_OUT = 0.15
+"""The latest share of the training events, by event time, that calibrates: of those on working days, and of those on
+weekends. The latest of a week alone would be its Sunday, and Monday would look like an incident."""
 MIN_EVENTS = 20
 MAX_EVENTS = 2_000_000
 """Events kept as features (about 400 bytes each); of more, every k-th is used, and the summary says so."""
@@ -98,7 +98,7 @@ def fit(
     tell: Progress = progress or (lambda *_: None)
     loaded = _load(paths, tell)
     n = len(loaded.features)
-    held = _held_out(n)
+    held = _held_out(loaded.time)
     first, weights = _distinct(loaded.features, np.flatnonzero(~held))
     features, later = loaded.features.take(first), loaded.features.take(np.flatnonzero(held))
     tell("train", 0, 0, f"{len(features):,} distinct events of {n - len(later):,}")
@@ -230,11 +230,12 @@ def _reordered(parts: list[tuple[Entities, Acts]], order: NDArray[np.intp]) -> t
     return found, Acts.concatenate([part for _, part in parts]).take(by_row)
 
 
-def _held_out(n: int) -> NDArray[np.bool_]:
-    """bool [n]: which events, in order of event time, calibrate."""
-    held = np.zeros(n, np.bool_)
-    for begins, ends in HELD_OUT:
-        held[round(begins * n) : round(ends * n)] = True
+def _held_out(time: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """bool [n]: which events calibrate. time: int64 [n], event ms, ascending."""
+    held = np.zeros(len(time), np.bool_)
+    weekend = (time // DAY_MS + 3) % 7 >= 5  # the epoch began on a Thursday
+    for rows in (np.flatnonzero(weekend), np.flatnonzero(~weekend)):
+        held[rows[len(rows) - round(HELD_OUT * len(rows)) :]] = True
     held[-MIN_EVENTS // 2 :] = True
     return held
 
@@ -269,38 +270,36 @@ def _fit_record(
 def _fit_history(
     encoder: Encoder, loaded: _Loaded, vectors: NDArray[np.float16], held: NDArray[np.bool_], seed: int, tell: Progress
 ) -> tuple[SequenceScorer | None, RateScorer | None, NDArray[np.float64]]:
-    """The parts that judge entities by what came before (None where the events before or in the last held-out part name
-    no entity), and their evidence against each held-out event. vectors: float16 [n, d], behaviours."""
+    """The parts that judge entities by what came before (None where the held-out events, or all others, name no
+    entity), and their evidence against each held-out event. vectors: float16 [n, d], behaviours."""
     pairs = loaded.entities
-    cut = int(np.flatnonzero(~held)[-1]) + 1
     evidence = np.zeros(len(held))
-    count = int((pairs.row < cut).sum())
-    if count in (0, len(pairs)):
+    judged = np.flatnonzero(held[pairs.row])
+    if len(judged) in (0, len(pairs)):
         return None, None, evidence[held]
     tell("sequences", 0, 0, "")
     model, _ = fit_sequences(
-        vectors[:cut],
-        loaded.time[:cut],
-        Entities(pairs.row[:count], pairs.kind[:count], pairs.entity[:count], []),
+        vectors,
+        loaded.time,
+        pairs,
+        withheld=held,
         seed=seed,
         device=encoder.device,
         progress=lambda step, steps, loss: tell("sequences", step, steps, f"loss {loss:.3f}"),
     )
     sequences = SequenceScorer(model)
-    judged = np.flatnonzero(held[pairs.row])
     raw, levels = _replayed(sequences, loaded, vectors, judged)
     last = dict(zip(pairs.entity, range(len(pairs.entity)), strict=True))
     is_last = np.zeros(len(pairs.entity), bool)
     is_last[list(last.values())] = True
     quiet = np.array([model.silence.get(kind, 0) for kind in KINDS], np.int64)[pairs.kind]
     ended = is_last & (quiet > 0) & (loaded.time[-1] - loaded.time[pairs.row] > quiet)
-    latest = np.searchsorted(judged, count)
-    sequences.fit({name: score[latest:] for name, score in raw.items()}, pairs.kind[count:], ended[count:])
+    kinds = pairs.kind[judged]
+    sequences.fit(raw, kinds, ended[judged], pairs.row[judged])
     habits, excess = Habits.fit(pairs.entity, pairs.kind, levels, loaded.time[pairs.row], kinds=len(KINDS))
     rates = RateScorer(habits)
     if len(held) == loaded.events:  # Of a sample, every count would be too low.
-        rates.fit(excess, pairs.kind)
-    kinds = pairs.kind[judged]
+        rates.fit(excess, pairs.kind, pairs.entity, pairs.row)
     rate, _ = rates.evidence(excess.take(judged), kinds)
     np.maximum.at(evidence, pairs.row[judged], weighed(sequences.evidence("order", raw, kinds), rate))
     return sequences, rates, evidence[held]

@@ -7,6 +7,7 @@ calibrated again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +17,7 @@ from encoder.runtime import Encoded
 from encoder.sequence import SequenceModel
 from state.baseline import Baseline, Density
 from state.calibration import Calibration
-from state.habits import GROUPS, Excess, Habits
+from state.habits import GROUPS, STRANGER, Excess, Habits
 from state.tally import LEVELS
 from state.windows import Windows
 
@@ -32,8 +33,8 @@ RATE_TRUST = 1.0
 """Against the record score: each knows its own ground, and an event raises a count only now and then."""
 BLEND = 0.01
 """How much the weaker part adds to the stronger: an order among events that it puts level."""
-MIN_GROUP = 100
-"""Events of entities from which a group of them is calibrated by itself."""
+MIN_ENTITIES = 20
+"""From so many on a group of them tells what others may do: the habits of three hosts say nothing of a fourth."""
 NEIGHBOURS = 3
 SEVERITY_PER_DECADE = 12.5
 _SURPRISES = ("odd_value", "odd_for_actor", "novelty")
@@ -116,7 +117,8 @@ class SequenceScorer:
     """The sequence score: each entity's window, judged at each event, and that nothing follows it.
 
     Calibrated by kind of entity, for a host's days are not a transaction's steps: `order` (the newest record after
-    those before) and `ending` (nothing after it, for kinds of entity whose routines end).
+    those before) and `ending` (nothing after it, for kinds of entity whose routines end). `order` is calibrated again
+    by event: one that is part of four windows has four chances to look odd.
     """
 
     model: SequenceModel
@@ -127,13 +129,21 @@ class SequenceScorer:
         scores = self.model(windows.vectors, windows.times, windows.length, kinds)
         return {"order": scores.surprise.astype(np.float64), "ending": scores.ending.astype(np.float64)}
 
-    def fit(self, raw: dict[str, NDArray[np.float64]], kinds: NDArray[np.int8], ended: NDArray[np.bool_]) -> None:
-        """Calibrate on held-out windows; ended: bool [m], those after which nothing came for long enough."""
+    def fit(
+        self,
+        raw: dict[str, NDArray[np.float64]],
+        kinds: NDArray[np.int8],
+        ended: NDArray[np.bool_],
+        rows: NDArray[np.int32],
+    ) -> None:
+        """Calibrate on held-out windows; ended: bool [m], those after which nothing came for long enough; rows: int32
+        [m], the event that each ends at."""
         for kind in np.unique(kinds).tolist():
-            rows = kinds == kind
-            self.calibrations[f"order.{kind}"] = Calibration.fit(raw["order"][rows])
-            if (rows & ended).any():
-                self.calibrations[f"ending.{kind}"] = Calibration.fit(raw["ending"][rows & ended])
+            mine = kinds == kind
+            self.calibrations[f"order.{kind}"] = Calibration.fit(raw["order"][mine])
+            if (mine & ended).any():
+                self.calibrations[f"ending.{kind}"] = Calibration.fit(raw["ending"][mine & ended])
+        self.calibrations["order"] = Calibration.fit(_by_event(self.evidence("order", raw, kinds), rows))
 
     def evidence(self, name: str, raw: dict[str, NDArray[np.float64]], kinds: NDArray[np.int8]) -> NDArray[np.float64]:
         """float64 [m], nats: against each window by `order`, or against its being the last by `ending`. A kind of
@@ -143,36 +153,51 @@ class SequenceScorer:
             if (calibration := self.calibrations.get(f"{name}.{kind}")) is not None:
                 rows = kinds == kind
                 found[rows] = calibration.evidence(raw[name][rows])
+        if (by_event := self.calibrations.get(name)) is not None:
+            found = by_event.evidence(found)
         return found
+
+
+def _by_event(evidence: NDArray[np.float64], rows: NDArray[np.int32]) -> NDArray[np.float64]:
+    """The strongest of each event's pairs: float64 [m] and ascending int32 [m] to float64 [events]."""
+    _, event = np.unique(rows, return_inverse=True)
+    strongest = np.zeros(int(event.max(initial=-1)) + 1)
+    np.maximum.at(strongest, event, evidence)
+    return strongest
 
 
 @dataclass
 class RateScorer:
     """How much an entity does, fails, reaches and sends, against its own habits.
 
-    Calibrated for each count by kind of entity and by how well the entity is known, on training judged block by block.
+    Calibrated for each count by kind of entity and by how well the entity is known, on training judged block by block;
+    then by kind, and by event, most of which raise nothing.
     """
 
     habits: Habits
     calibrations: dict[str, Calibration] = field(default_factory=dict)
 
-    def fit(self, excess: Excess, kinds: NDArray[np.int8]) -> None:
-        """Calibrate on m events of entities; kinds: int8 [m]."""
+    def fit(self, excess: Excess, kinds: NDArray[np.int8], entities: Sequence[str], rows: NDArray[np.int32]) -> None:
+        """Calibrate on m pairs of events and entities; kinds: int8 [m]; rows: int32 [m], the events."""
+        _, entity = np.unique(np.array(entities, object).astype(str), return_inverse=True)
         for kind in np.unique(kinds).tolist():
             of_kind = kinds == kind
             for column in range(len(LEVELS)):
-                over = excess.over[of_kind, column]
+                over, group = excess.over[of_kind, column], excess.group[of_kind, column]
                 raised = np.isfinite(over)
-                if not raised.any():
-                    continue
-                self.calibrations[f"{kind}.{column}"] = Calibration.fit(over[raised])
-                for group in range(GROUPS):
-                    mine = raised & (excess.group[of_kind, column] == group)
-                    if mine.sum() >= MIN_GROUP:
-                        self.calibrations[f"{kind}.{column}.{group}"] = Calibration.fit(over[mine])
+                self._calibrate(f"{kind}.{column}", over, raised & (group != STRANGER), entity[of_kind])
+                for known in range(GROUPS):
+                    self._calibrate(f"{kind}.{column}.{known}", over, raised & (group == known), entity[of_kind])
             strongest = self._strongest(excess.take(of_kind), kinds[of_kind])[0]
             if (spoke := strongest > 0).any():
                 self.calibrations[str(kind)] = Calibration.fit(strongest[spoke])
+        self.calibrations["rate"] = Calibration.fit(_by_event(self.evidence(excess, kinds)[0], rows))
+
+    def _calibrate(
+        self, name: str, over: NDArray[np.float64], rows: NDArray[np.bool_], entity: NDArray[np.intp]
+    ) -> None:
+        if len(np.unique(entity[rows])) >= MIN_ENTITIES:
+            self.calibrations[name] = Calibration.fit(over[rows])
 
     def evidence(self, excess: Excess, kinds: NDArray[np.int8]) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
         """float64 [m], nats, against each event of an entity; int8 [m], the count that says so (its place in
@@ -183,6 +208,8 @@ class RateScorer:
             rows = (kinds == kind) & (strongest > 0)
             if (calibration := self.calibrations.get(str(kind))) is not None and rows.any():
                 found[rows] = calibration.evidence(strongest[rows])
+        if (by_event := self.calibrations.get("rate")) is not None:
+            found = by_event.evidence(found)
         return found, column
 
     def _strongest(self, excess: Excess, kinds: NDArray[np.int8]) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
@@ -193,7 +220,9 @@ class RateScorer:
             name, group = divmod(which, GROUPS)
             kind, column = divmod(name, len(LEVELS))
             whole = self.calibrations.get(f"{kind}.{column}")
-            if (calibration := self.calibrations.get(f"{kind}.{column}.{group}", whole)) is not None:
+            # Of strangers, nothing is said that training had no strangers to learn from.
+            calibration = self.calibrations.get(f"{kind}.{column}.{group}", None if group == STRANGER else whole)
+            if calibration is not None:
                 at = place == which
                 found[rows[at], columns[at]] = calibration.evidence(excess.over[rows[at], columns[at]])
         return found.max(1, initial=0.0), found.argmax(1).astype(np.int8)

@@ -56,12 +56,18 @@ def routines(runs: int) -> tuple[NDArray[np.float16], NDArray[np.int64], Told]:
     return VECTORS[codes], np.array([time for time, _, _ in events], np.int64), Told(row, kind, entity)
 
 
+def fitted(runs: int, *, seed: int) -> SequenceModel:
+    vectors, times, pairs = routines(runs)
+    nothing = np.zeros(len(times), np.bool_)
+    return fit_sequences(vectors, times, pairs, withheld=nothing, seed=seed, device=CPU)[0]
+
+
 @pytest.fixture(scope="module")
 def model() -> SequenceModel:
     steps = sequence.STEPS
     sequence.STEPS = 150
     try:
-        return fit_sequences(*routines(400), seed=0, device=CPU)[0]
+        return fitted(400, seed=0)
     finally:
         sequence.STEPS = steps
 
@@ -152,11 +158,29 @@ def test_state_and_back_gives_the_same_scores(model: SequenceModel) -> None:
 
 def test_the_same_seed_gives_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sequence, "STEPS", 5)
-    first, again = (fit_sequences(*routines(60), seed=3, device=CPU)[0].state()[0] for _ in range(2))
+    first, again = (fitted(60, seed=3).state()[0] for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_events_that_name_nobody_teach_no_sequences() -> None:
     nobody = Told(np.empty(0, np.int32), np.empty(0, np.int8), [])
     with pytest.raises(EncoderError, match="names an entity"):
-        fit_sequences(VECTORS, np.arange(8), nobody, seed=0, device=CPU)
+        fit_sequences(VECTORS, np.arange(8), nobody, withheld=np.zeros(8, np.bool_), seed=0, device=CPU)
+
+
+def test_nothing_is_learned_from_what_is_withheld() -> None:
+    vectors, times, pairs = routines(60)
+    late = times > 30_000
+    told = [
+        fit_sequences(v, times, pairs, withheld=late, seed=0, device=CPU)[0] for v in (vectors, _jumbled(vectors, late))
+    ]
+    counts = [model.counts for model in told]
+    assert torch.equal(told[0].codebook.centres, told[1].codebook.centres)
+    np.testing.assert_array_equal(counts[0].keys, counts[1].keys)
+    np.testing.assert_array_equal(counts[0].counts, counts[1].counts)
+
+
+def _jumbled(vectors: NDArray[np.float16], rows: NDArray[np.bool_]) -> NDArray[np.float16]:
+    jumbled = vectors.copy()
+    jumbled[rows] = np.random.default_rng(2).permutation(vectors[rows])
+    return jumbled
