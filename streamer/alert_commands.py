@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from itertools import chain
 from pathlib import Path
@@ -17,7 +17,7 @@ from streamer.settings import Settings
 from streamer.wording import moment
 
 if TYPE_CHECKING:
-    from streamer.alert_topic import Finding
+    from streamer.alert_topic import Finding, Story
 
 
 class Verdict(StrEnum):
@@ -49,18 +49,10 @@ def explain(
     """Why an alert came: what was unusual against what is usual, its events, and what came of it since."""
     from rich.console import Console
 
-    from streamer.alert_topic import between, in_file, story
+    from streamer.alert_topic import in_file, story
     from streamer.showing import whole
 
-    def findings(of: str) -> Iterator[Finding]:
-        needle = of.lower().encode()
-        if file is not None:
-            return in_file(file)
-        topics = [settings, *([settings.model_copy(update={"alerts": settings.feedback})] if settings.feedback else [])]
-        return chain.from_iterable(between(topic, since or [], [], lambda value: needle in value) for topic in topics)
-
-    found = story(findings(uid), uid)
-    found = story(findings(found.uid), found.uid)  # The uid of one alert is not in the others of its story.
+    found = story(in_file(file), uid) if file is not None else _story(settings, uid, since or [])
     if as_json:
         typer.echo(orjson.dumps(found.told, option=orjson.OPT_INDENT_2).decode())
         return
@@ -134,15 +126,14 @@ def feedback(
     import getpass
     import time
 
-    from streamer.alert_topic import between, story
+    from streamer.alert_topic import between
     from streamer.feedback import preview, verdict_on
     from streamer.ranges import parse_duration
     from streamer.suppressions import publish
 
     if verdict is Verdict.ignore and lasts is None:
         raise ConfigurationError("ignore for how long? for example --for 7d")
-    needle = uid.lower().encode()
-    found = story(between(settings, [], [], lambda value: needle in value), uid).told
+    found = _story(settings, uid, []).named(uid)
     now_ms = int(time.time() * 1000)
     until = None if lasts is None else now_ms + parse_duration(lasts)
     who = by or getpass.getuser()
@@ -151,7 +142,8 @@ def feedback(
     if suppression is not None:
         last_day = preview(between(settings, ["1d"], []), suppression.scope)
         typer.echo(f"silences {suppression.scope} until {moment(suppression.until)}")
-        typer.echo(f"of the last day that is {last_day.alerts:,} alerts with {last_day.events:,} events")
+        alerts = f"{last_day.alerts:,} alert{'s' if last_day.alerts != 1 else ''}"
+        typer.echo(f"of the last day that is {alerts} with {last_day.events:,} events")
         for title in last_day.titles:
             typer.echo(f"  {title}")
     if not yes:
@@ -235,6 +227,19 @@ def report(
     promised = settings.alerts_per_day if material.findings else None
     out.write_text(page(made_of(material, title=title, made_ms=made_ms, promised=promised)))
     typer.echo(f"{len(material.findings):,} findings, {len(material.p_values):,} scores, the page is {out}")
+
+
+def _story(settings: Settings, uid: str, since: Sequence[str]) -> Story:
+    """The story on the alert topic that a uid names, with the verdicts on it."""
+    from streamer.alert_topic import between, story
+
+    def findings(of: str) -> Iterator[Finding]:
+        needle = of.lower().encode()
+        topics = [settings, *([settings.model_copy(update={"alerts": settings.feedback})] if settings.feedback else [])]
+        return chain.from_iterable(between(topic, since, [], lambda value: needle in value) for topic in topics)
+
+    found = story(findings(uid), uid)
+    return story(findings(found.uid), found.uid)  # The uid of one alert is not in the others of its story.
 
 
 def _filter(severity: str, entity: str, match: str, every: bool) -> Callable[[Finding], bool]:

@@ -43,10 +43,15 @@ class Story:
 
     @property
     def told(self) -> Finding:
-        """What explains it best: of Create and Updates that about the most unusual event, the latest of equals; where
-        there is none, the first there is."""
+        """What explains it best: the Create or Update about the most unusual event, the latest of equals; where there
+        is none, the first there is."""
         explains = [finding for finding in self.findings[::-1] if finding.get("evidences")]
         return min(explains, key=lambda finding: own(finding).get("p_value", 1.0), default=self.findings[0])
+
+    def named(self, uid: str) -> Finding:
+        """The alert that this uid, or the beginning of one, names, if it explains; else what explains the story."""
+        own_uid = (finding for finding in self.findings if str(finding["metadata"].get("uid")).startswith(uid.lower()))
+        return next((finding for finding in own_uid if finding.get("evidences")), self.told)
 
     @property
     def last(self) -> Finding:

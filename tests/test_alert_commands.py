@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,10 @@ def make(times: int, entity: str = "user:bob", severity: float = 75.0, minutes: 
     return Findings(Quiet(), MemoryEpisodes(), bundle_version="b").alerts(batch, np.arange(times))
 
 
-@pytest.fixture
-def topic(kafka: str, unique: Callable[[str], str]) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def topic(kafka: str) -> str:
     """A topic with two stories, what is no alert, and an alert of a transaction that was aborted."""
-    name = create_topic(kafka, unique("alerts"), 2)
+    name = create_topic(kafka, f"alerts-{uuid.uuid4().hex[:10]}", 2)
     send(kafka, name, [*make(3), *make(1, "host:fs01", 95.0, 5)])
     producer = Producer({"bootstrap.servers": kafka})
     for other in (b"garbage", b"", b"[]", b'{"class_uid": 2004}'):
@@ -59,7 +60,7 @@ def topic(kafka: str, unique: Callable[[str], str]) -> Iterator[str]:
     aborting.produce(name, make(1, "user:nobody")[0].value)
     aborting.flush(10)
     aborting.abort_transaction()
-    yield name
+    return name
 
 
 def create_topic(kafka: str, name: str, partitions: int = 1) -> str:
@@ -105,13 +106,14 @@ def test_tail_shows_one_line_an_alert_and_more_if_asked(kafka: str, topic: str) 
     assert "one of informational, low" in str(wrong.exception)
 
 
-def test_tail_shows_alerts_as_they_come_and_ends_when_told(kafka: str, topic: str) -> None:
+def test_tail_shows_alerts_as_they_come_and_ends_when_told(kafka: str, unique: Callable[[str], str]) -> None:
+    topic = create_topic(kafka, unique("alerts"))
+    send(kafka, topic, make(3))
     command = [*COMMAND, "tail", f"--kafka-bootstrap-servers={kafka}", f"--alerts={topic}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        time.sleep(4)  # It begins with what comes after its start, and cannot say that it has.
-        for _ in range(20):
+        for _ in range(25):  # It begins with what comes after its start, and cannot say that it has.
             send(kafka, topic, make(1, "user:eve"))
-            time.sleep(0.2)
+            time.sleep(0.15)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
     assert process.returncode == 130, err

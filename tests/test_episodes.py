@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -309,6 +310,31 @@ def test_however_it_is_cut_shared_and_delivered_again_the_same_is_told(
     if kind == "redis":
         for store in stores:
             store.close()
+
+
+def test_processes_in_a_storm_at_once_count_every_event_once(redis_url: str) -> None:
+    """Eight partitions, a process each, all about the same: whoever is slower decides again on what the others left."""
+    tenant, errors = uuid.uuid4().hex, []
+
+    def work(partition: int) -> None:
+        store = RedisEpisodes(redis_url, tenant=tenant)
+        try:
+            for start in range(0, 200, 20):
+                decide(store, *[anomaly(start + i, source=("events", partition)) for i in range(20)])
+        except Exception as error:
+            errors.append(error)
+        store.close()
+
+    threads = [threading.Thread(target=work, args=(partition,)) for partition in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert errors == []
+    store = RedisEpisodes(redis_url, tenant=tenant)
+    (last,) = decide(store, anomaly(1000, TELL_MS / MINUTE_MS, source=("events", 9)))
+    assert (last.activity, last.episode.count) == (UPDATE, 8 * 200 + 1)
+    store.close()
 
 
 def test_a_store_that_was_wiped_begins_anew_and_one_that_went_away_is_found_again(redis_url: str) -> None:

@@ -121,7 +121,8 @@ def settings_for(kafka: str, unique: Callable[[str], str]) -> Iterator[Any]:
 def test_feedback_is_given_previewed_listed_followed_and_lifted(kafka: str, settings_for: Any) -> None:
     now = int(time.time() * 1000)
     batch = lined(scored([{**WORD, "time": now - 60_000 + i} for i in range(12)]))
-    alerts = Findings(Quiet(), MemoryEpisodes(), bundle_version="b").alerts(batch, np.arange(12))
+    memory = MemoryEpisodes()
+    alerts = Findings(Quiet(), memory, bundle_version="b").alerts(batch, np.arange(12))
     send(kafka, settings_for.alerts, alerts)
     uid, flag = alerts[0].uid, f"--feedback={settings_for.feedback}"
 
@@ -131,15 +132,18 @@ def test_feedback_is_given_previewed_listed_followed_and_lifted(kafka: str, sett
     following = Feedback(settings_for)
     anomaly = replace(ODD, time=now + 10_000)
     assert following.covering(anomaly) is None
+    (close,) = Findings(Quiet(), memory, bundle_version="b").finish(("events", 3), 200, 1e-4)
+    send(kafka, settings_for.alerts, [close])
+    assert run("feedback", close.uid, "true-positive", "--yes")[0].endswith("like none seen before")
     told = run("feedback", uid[:12], "benign", "--for", "7d", "--why", "a backup", "--by", "ann", "--yes")
     assert told[1].startswith("silences host:PC-7, class 4001, record:dst_endpoint.port until ")
-    assert told[2] == "of the last day that is 1 alerts with 10 events"
+    assert told[2] == "of the last day that is 1 alert with 10 events"
     until(lambda: following.covering(anomaly) is not None, 10)
     assert Feedback(settings_for).covering(anomaly) is not None, "also at the next start"
     (listed,) = [orjson.loads(line) for line in run_listed(kafka, settings_for, "--json")]
     assert (listed["verdict"], listed["by"], listed["why"]) == ("benign", "ann", "a backup")
     text = "\n".join(run("explain", uid))
-    assert "10 events; benign" in text
+    assert "12 events; benign" in text
     run("feedback", uid, "true-positive", "--by", "bob", "--yes")
     until(lambda: following.covering(replace(anomaly, time=now + 60_000)) is None, 10)
     following.close()

@@ -47,7 +47,14 @@ def test_the_wheel_holds_the_three_packages_with_their_data_and_nothing_else(whe
     with zipfile.ZipFile(wheel) as archive:
         held = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
     assert held == files(ROOT)
-    for name in ("encoder/py.typed", "state/py.typed", "streamer/py.typed", "state/windows.lua"):
+    for name in (
+        "encoder/py.typed",
+        "state/py.typed",
+        "streamer/py.typed",
+        "state/windows.lua",
+        "state/episodes.lua",
+        "streamer/alert.schema.json",
+    ):
         assert name in held
     assert held["streamer/kafka-pom.xml"] == (ROOT / "deploy/kafka/pom.xml").read_bytes()
     assert b"kafka_2.13" in held["streamer/kafka-pom.xml"]
