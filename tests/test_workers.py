@@ -11,10 +11,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import orjson
 import pytest
 from stream import Topics, create, until
-from whole import LINE, Service, alerts_of, lines
+from whole import Service, alerts_of, lines
 
 
 @pytest.fixture
@@ -48,8 +47,10 @@ def feed(topics: Topics, events: list[bytes], seconds: float) -> threading.Threa
 def assert_each_once(topics: Topics, n: int) -> None:
     labels = Counter(message.key() for message in topics.read("scores"))
     assert (len(labels), set(labels.values())) == (n, {1})
-    scores = [orjson.loads(message.value()) for message in topics.read("scores")]
-    assert len(alerts_of(topics)) == sum(score["p_value"] <= LINE for score in scores) > 0
+    alerts = [body for _, body in alerts_of(topics).values()]
+    stories = Counter(body["finding_info"]["uid"] for body in alerts if body["activity_id"] == 1)
+    assert set(stories.values()) == {1}
+    assert {body["finding_info"]["uid"] for body in alerts} == stories.keys()
 
 
 def test_workers_that_are_killed_and_added_under_load_lose_and_double_nothing(
