@@ -110,7 +110,8 @@ class Baseline:
     """Distinct normal vectors under L2, with the search that suits their number: exact where there are few or where
     they lie on a GPU, else HNSW, of whose answers a sample is checked.
 
-    members: int64 [count], which of the rows given to `build` each vector is.
+    members: int64 [count], which of the rows given to `build` each vector is; learned: bool [count], False for those
+    that joined in a refresh, after the first fit.
     """
 
     def __init__(self, hnsw: Hnsw, dim: int, members: NDArray[np.int64], device: str = "cpu") -> None:
@@ -119,6 +120,7 @@ class Baseline:
         self._device = device
         self.dim = dim
         self.members = members
+        self.learned = np.ones(len(members), bool)
         self.recall = Recall()
         self.serves_exactly = len(members) <= EXACT_UP_TO or device != "cpu"
 
@@ -137,6 +139,10 @@ class Baseline:
         members = np.random.default_rng(seed).permutation(members)[:MAX_VECTORS]
         hnsw = Hnsw.build(vectors[members].astype(np.float32), seed=seed)
         return cls(hnsw, vectors.shape[1], members.astype(np.int64))
+
+    def vectors(self) -> NDArray[np.float16]:
+        """float16 [count, d]."""
+        return self._hnsw.vectors().astype(np.float16)
 
     def exact(self) -> Exact:
         """Exact search over the same vectors; made when first asked for."""

@@ -137,6 +137,7 @@ def _scorer_arrays(scorer: Scorer) -> dict[str, NDArray[Any]]:
     record = scorer.record
     arrays: dict[str, NDArray[Any]] = {
         "baseline.members": record.baseline.members,
+        "baseline.learned": record.baseline.learned,
         "density.vectors": record.density.vectors,
         "density.weights": record.density.weights,
         "density.starts": record.density.starts,
@@ -175,6 +176,7 @@ def load(path: Path, device: str = "cpu") -> Bundle:
         baseline = Baseline.load(
             path / _INDEX, manifest["baseline"], arrays["baseline.members"], dim=EMBEDDING, device=device
         )
+        baseline.learned = arrays["baseline.learned"]
         density = Density(*(arrays[f"density.{name}"] for name in ("vectors", "weights", "starts", "types")))
         record = RecordScorer(baseline, density, arrays["density.quantities"], _calibrations(arrays, "record"))
         sequences = None

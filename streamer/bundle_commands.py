@@ -53,6 +53,27 @@ def show(
 
 
 @app.command()
+def refresh(
+    files: Annotated[list[Path], typer.Argument(help="Events of some days: NDJSON, gzipped NDJSON or Parquet.")],
+    bundle: Annotated[Path, typer.Option(help="The bundle to refresh, or the store of the one that serves.")] = STORE,
+    out: Annotated[Path, typer.Option(help="Where the new bundle goes.")] = Path("refreshed"),
+    alerts_per_day: Annotated[float, typer.Option(help="The budget: what is an alert never joins.")] = 20,
+) -> None:
+    """Let what has been normal for long enough join the baseline of a new version; promote it to let it serve.
+
+    Joins what was never an alert and came on three days or more; at most 20 new kinds of event of one entity. Entities
+    that moved away from what was first learned, a little each day, are named, and nothing of theirs joins.
+    """
+    from streamer.refresh import refresh as run
+
+    done = run(files, bundle, out, alerts_per_day=alerts_per_day)
+    refused = ", ".join(f"{n:,} {why}" for why, n in done.released.refused.items()) or "none"
+    typer.echo(f"{done.bundle.version} in {out}: {len(done.released.rows):,} vectors joined; refused: {refused}")
+    for entity, day in done.released.drifting.items():
+        typer.echo(f"drifting since {datetime.fromtimestamp(day / 1000, UTC).date()}: {entity}", err=True)
+
+
+@app.command()
 def promote(
     bundle: Annotated[str, typer.Argument(help="A version of the store, or a bundle's directory.", show_default=False)],
     store: Where = STORE,

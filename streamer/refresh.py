@@ -1,0 +1,122 @@
+"""Refreshing a bundle: what has been normal for long enough joins the baseline of a new version of it.
+
+Encoder, sequences, calibration and the reference of drift stay, so that windows stay and p-values keep their meaning;
+the baseline is rebuilt beside the one that serves, and `ripcurrent bundle promote` swaps it in. What may join is
+decided by `state.quarantine`, with distances to the vectors that the first fit learned, not to those that joined since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from encoder.entities import entities as find_entities
+from encoder.events import EventBatch, Message, decode
+from state.baseline import Baseline
+from state.quarantine import Quarantine, Released
+from streamer.bundle import Bundle, load, save
+from streamer.detector import compact
+from streamer.errors import RipcurrentError
+from streamer.files import batches
+from streamer.offline import lines_of, score_files
+from streamer.redaction import Redactor
+from streamer.scoring import NEIGHBOURS
+
+
+class RefreshError(RipcurrentError):
+    """Nothing that a baseline could take in."""
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """The new bundle, and what the quarantine decided."""
+
+    bundle: Bundle
+    released: Released
+
+
+def refresh(
+    paths: Sequence[Path],
+    path: Path,
+    out: Path,
+    *,
+    alerts_per_day: float,
+    device: str = "cpu",
+    progress: Callable[[int], None] = lambda _: None,
+) -> Refreshed:
+    """Write to `out` the bundle at `path` with what `paths` have shown to be normal. Raises RefreshError for no events,
+    BundleError for the bundle."""
+    bundle = load(path, device)
+    scored = score_files(paths, bundle, progress)
+    if not len(scored):
+        raise RefreshError(f"{', '.join(map(str, paths))}: no events could be read")
+    lines = lines_of(scored, alerts_per_day, bundle)
+    released, records, joining = _quarantined(paths, bundle, scored.p_value <= lines)
+    record = bundle.scorer.record
+    both = np.concatenate([record.baseline.vectors(), joining])
+    baseline = Baseline.build(both, seed=int(bundle.manifest["training"]["seed"]))
+    baseline.learned = np.concatenate([record.baseline.learned, np.zeros(len(joining), bool)])[baseline.members]
+    schema = bundle.encoder.schema
+    redactor = Redactor()
+    told = [orjson.dumps(redactor.record(compact(orjson.loads(each), schema)).record) for each in records]
+    exemplars = [*bundle.exemplars, *told]
+    written = save(
+        out,
+        encoder=bundle.encoder,
+        scorer=replace(bundle.scorer, record=replace(record, baseline=baseline)),
+        exemplars=[exemplars[place] for place in baseline.members.tolist()],
+        behaviours=bundle.behaviours,
+        profile=bundle.profile,
+        training=bundle.manifest["training"]
+        | {
+            "refreshed": {
+                "of": bundle.version,
+                "joined": len(records),
+                "refused": released.refused,
+                "drifting": released.drifting,
+            }
+        },
+    )
+    return Refreshed(written, released)
+
+
+def _read(bundle: Bundle, batch: Sequence[Message]) -> tuple[EventBatch, NDArray[np.float16], list[str]]:
+    """A batch's events, their vectors (float16 [n, d]) and who each is about."""
+    events, _ = decode(batch)
+    features = bundle.encoder.vectorize(events)
+    first, like = features.distinct()
+    return events, bundle.encoder.encode(features.take(first)).vectors[like], list(find_entities(events).primary)
+
+
+def _quarantined(
+    paths: Sequence[Path], bundle: Bundle, alert: NDArray[np.bool_]
+) -> tuple[Released, list[bytes], NDArray[np.float16]]:
+    """Everything through the quarantine: what it lets out, the events first seen with it, and their vectors."""
+    record = bundle.scorer.record
+    first_fit = Baseline.build(record.baseline.vectors()[record.baseline.learned], seed=0)
+    present = {vector.tobytes() for vector in record.baseline.vectors()}
+    quarantine = Quarantine()
+    done = 0
+    for batch in batches(paths):
+        events, vectors, entity = _read(bundle, batch)
+        distance = first_fit.search(vectors, NEIGHBOURS)[0].mean(1).astype(np.float64)
+        novelty = record.calibrations["novelty"].evidence(distance)
+        known = np.array([vector.tobytes() in present for vector in vectors], bool)
+        quarantine.hold(events.time, vectors, entity, alert[done : done + len(events)], known, novelty)
+        done += len(events)
+    released = quarantine.release()
+    records: list[bytes] = []
+    joining = [np.empty((0, bundle.dim), np.float16)]
+    done = 0
+    for batch in batches(paths):
+        events, vectors, _ = _read(bundle, batch)
+        rows = released.rows[(released.rows >= done) & (released.rows < done + len(events))] - done
+        records += [orjson.dumps(events.records[row]) for row in rows.tolist()]
+        joining.append(vectors[rows])
+        done += len(events)
+    return released, records, np.concatenate(joining)
