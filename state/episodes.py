@@ -8,10 +8,11 @@ remembers: what was open then begins anew.
 The rules. An episode is open until its partition's event time has passed its last event by `QUIET_MS`. An anomaly joins
 the first of these that is open, else it begins an episode (Create):
 
-1. *its own*: the same cause and the same entity, or an entity that shares events with it: one of the two is named by an
-   event of the other. Two users on one host are not one story because they share the host.
-2. *its story*: a sequence anomaly and a record anomaly of such entities, at most `STORY_MS` apart, as long as the
-   episode has fewer than `STORM` events: what comes in the middle of a storm is not part of it.
+1. *its own*: the same cause (of rates the same count, over whatever time) and the same entity, or an entity that shares
+   events with it: one of the two is named by an event of the other. Two users on one host are not one story because
+   they share the host.
+2. *its story*: a sequence (or rate) anomaly and a record anomaly of such entities, at most `STORY_MS` apart, as long as
+   the episode has fewer than `STORM` events: what comes in the middle of a storm is not part of it.
 3. *the same elsewhere*: the same cause, type of event and value at other entities, at most `SAME_MS` apart.
 4. *the crowd*: the same cause and type, whatever the value, once `CROWD` episodes of them are open that began within
    an hour, unless its severity level is higher than that of the first of them.
@@ -182,7 +183,7 @@ class _Open:
         """What it is found by."""
         episode = self.episode
         for cause in episode.causes:
-            for about in (cause, _kind(cause)):
+            for about in (_family(cause), _kind(cause)):
                 yield "entity", about, episode.entity
                 for name in self.sharing:
                     yield "sharing", about, name
@@ -254,7 +255,7 @@ class Book:
     def _find(self, anomaly: Anomaly) -> _Open | None:
         """The open episode that it joins."""
         kind, time = _kind(anomaly.cause), anomaly.time
-        for found in self._of_entities(anomaly, anomaly.cause, QUIET_MS):
+        for found in self._of_entities(anomaly, _family(anomaly.cause), QUIET_MS):
             return found
         for found in self._of_entities(anomaly, "record" if kind == "sequence" else "sequence", STORY_MS):
             if found.episode.count < STORM and all(_kind(cause) != kind for cause in found.episode.causes):
@@ -474,6 +475,11 @@ def _tick(clocks: dict[Source, int], source: Source, time: int) -> None:
 
 def _kind(cause: str) -> str:
     return "record" if cause.startswith("record:") else "sequence"
+
+
+def _family(cause: str) -> str:
+    """The cause, of a rate without the time over which it was counted: an hour's and a day's are one."""
+    return cause.rpartition(".")[0] if cause.startswith("rate:") else cause
 
 
 def _next(told: int) -> int:

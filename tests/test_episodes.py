@@ -154,6 +154,14 @@ def test_what_is_odd_by_itself_and_in_its_sequence_is_one_story(make: Make, caus
     assert told(later) == [(CREATE, 2)], "a second way in which events are odd is another story"
 
 
+def test_a_rate_over_an_hour_and_over_a_day_are_one_story_and_another_count_is_another(make: Make) -> None:
+    store = make()
+    decide(store, anomaly(0, cause="rate:bytes.hour"))
+    (more,) = decide(store, anomaly(1, 20, cause="rate:bytes.day"))
+    assert (more.activity, more.episode.causes) == (UPDATE, ("rate:bytes.hour", "rate:bytes.day"))
+    assert told(decide(store, anomaly(2, 20, cause="rate:failures.hour"))) == [(CREATE, 2)]
+
+
 def test_a_sequence_long_after_is_a_story_of_its_own_and_so_is_what_comes_in_a_storm(make: Make) -> None:
     store = make()
     decide(store, anomaly(0))
