@@ -64,6 +64,16 @@ def assert_each_once(topics: Topics, n: int) -> None:
     assert topics.alerts() == topics.expected_alerts(n)
 
 
+def assert_scored(topics: Topics, n: int) -> None:
+    labels = Counter(message.key() for message in topics.read("scores"))
+    assert (len(labels), set(labels.values())) == (n, {1})
+
+
+def resident() -> int:
+    """Bytes of memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def process_of(topics: Topics, *, delay: float, **more: Any) -> list[str]:
     """The command line of a service that can be killed."""
     given = json.loads(topics.settings().model_dump_json())
@@ -75,7 +85,8 @@ def process_of(topics: Topics, *, delay: float, **more: Any) -> list[str]:
 
 def produce(topics: Topics, values: Iterable[bytes]) -> None:
     """Many messages, one partition after the other."""
-    producer = Producer({"bootstrap.servers": topics.bootstrap, "linger.ms": 20, "enable.idempotence": True})
+    limits = {"message.max.bytes": 8_000_000, "queue.buffering.max.kbytes": 65_536, "linger.ms": 20}
+    producer = Producer(limits | {"bootstrap.servers": topics.bootstrap, "enable.idempotence": True})
     for i, value in enumerate(values):
         while True:
             try:
@@ -472,3 +483,34 @@ def test_a_million_events_with_faults_at_random(own_kafka: KafkaServer, unique: 
     dead = Counter(message.value() for message in topics.read("dead"))
     assert dead == Counter(b"garbage %d" % i for i in range(0, n, garbage_every))
     assert topics.alerts() == sorted(label for label in scored if p_value(label) <= LINE) != []
+
+
+@pytest.mark.slow
+def test_a_topic_of_two_hundred_partitions_most_of_them_idle(kafka: str, unique: Callable[[str], str]) -> None:
+    topics = create(kafka, unique("wide"), partitions=200)
+    with running(service_for(topics)) as raised:
+        topics.produce_events(1000)
+        topics.wait_until_read(1000)
+        for quiet in range(3):  # Only one partition goes on.
+            topics.produce([orjson.dumps(EVENT)] * 10, partition=quiet)
+            topics.wait_until_read(1000 + 10 * (quiet + 1))
+    assert raised == []
+    assert_scored(topics, 1030)
+
+
+@pytest.mark.slow
+def test_messages_of_a_megabyte_are_read_in_bounded_memory(topics: Topics) -> None:
+    large = [orjson.dumps(EVENT | {"message": random.Random(i).randbytes(500_000).hex()}) for i in range(20)]
+    produce(topics, (large[i % 20] for i in range(1200)))  # 1.2 GB
+    most = 0
+    detector = HashDetector(lambda _: detector.batches.clear())  # It would keep all that it has seen.
+    with running(service_for(topics, detector, batch_size=2048)) as raised:
+        before = resident()
+        deadline = time.monotonic() + 120
+        while done(topics) < 1200 and time.monotonic() < deadline:
+            most = max(most, resident())
+            time.sleep(0.1)
+    assert raised == []
+    assert_scored(topics, 1200)
+    print(f"{(most - before) / 1e6:.0f} MB more at most")
+    assert most - before < 450e6

@@ -171,12 +171,15 @@ def test_a_replay_that_is_killed_goes_on_where_it_was(
     more = ["--out", "out"] if target == "file" else ["--out-topic", own]
     killed = [*arguments(undisturbed, folder / "bundle", *more), "--batch-size=16"]
     positions = []
-    for _ in range(2):
+    for number in (signal.SIGKILL, signal.SIGTERM):
         with subprocess.Popen([*KILLABLE, *killed], cwd=tmp_path, stderr=subprocess.PIPE) as process:
             least = (positions or [0])[-1] + 300
             until(lambda least=least: process.poll() is not None or _messages(progress) >= least, 60)
             assert process.poll() is None, process.communicate()
-            process.send_signal(signal.SIGKILL)
+            process.send_signal(number)
+            said = process.communicate(timeout=30)[1].decode()
+        assert ("the same command goes on where it was" in said) == (number == signal.SIGTERM)
+        assert process.returncode == (130 if number == signal.SIGTERM else -number)
         positions.append(_messages(progress))
     assert positions[-1] < len(lines(folder / "test.ndjson"))
     if target == "file":  # What was written after the last checkpoint is not written twice.
