@@ -8,7 +8,7 @@ Pure: it takes event times and p-values, and remembers lines and counts. `stream
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -24,6 +24,8 @@ CORRECTION = 3.0
 """The factor by which what was spent may move the line from what was promised."""
 PRIOR_DAYS = 1.0
 """Days of alerts as promised that are added to what was seen, so that the first few alerts move the line little."""
+STORY_MS = HOUR_MS
+"""What goes on about the same thing within this spends nothing: it is told as one alert that is updated."""
 MAX_LINE = 0.5
 _KEPT_H = WEEK_H + BURST_H
 _RECENT = 16
@@ -49,8 +51,8 @@ class Line:
 @dataclass(frozen=True)
 class Tally:
     """What an hour held: events; expected: alerts that normal traffic was to cost (the sum of the lines); uncorrected:
-    the same, had no line been corrected; spent: alerts, those under ALWAYS of the line left out; latest: the latest
-    event time of such an alert, -1 for none."""
+    the same, had no line been corrected; spent: alerts, those under ALWAYS of the line and those that go on about
+    the same thing left out; latest: the latest event time of such an alert, -1 for none."""
 
     events: int = 0
     expected: float = 0.0
@@ -84,6 +86,7 @@ class Budget:
         lines: the recorded ones, by start; at least the last.
         tallies: of the hours (event time over HOUR_MS) of this process's part of the stream.
         elsewhere: the same, of what others judge.
+        stories: the latest event time of each thing that was alerted on, as long as it may go on.
     """
 
     alerts_per_day: float
@@ -91,18 +94,26 @@ class Budget:
     lines: list[Line] = field(default_factory=list)
     tallies: dict[int, Tally] = field(default_factory=dict)
     elsewhere: dict[int, Tally] = field(default_factory=dict)
+    stories: dict[str, int] = field(default_factory=dict)
 
     def copy(self) -> Budget:
         """One that may go its own way."""
-        return replace(self, lines=[*self.lines], tallies={**self.tallies}, elsewhere={**self.elsewhere})
+        tallies, elsewhere, stories = {**self.tallies}, {**self.elsewhere}, {**self.stories}
+        return replace(self, lines=[*self.lines], tallies=tallies, elsewhere=elsewhere, stories=stories)
 
     def judge(
-        self, time: NDArray[np.int64], p_value: NDArray[np.float64], *, moves: bool = True
+        self,
+        time: NDArray[np.int64],
+        p_value: NDArray[np.float64],
+        *,
+        story: Callable[[int], str] = lambda _: "",
+        moves: bool = True,
     ) -> NDArray[np.float64]:
         """The line that each of n events is held against, float64 [n]: it is an alert where its p-value is at or under.
 
-        time: int64 [n], event ms. Counts the events and what they spend, and moves the line where they reach a new hour
-        or spend what six hours may. moves: whether this process decides lines, or takes those that it is given.
+        time: int64 [n], event ms; story: what an alert on an event would be about, by its row ("": it stands alone).
+        Counts the events and what they spend, and moves the line where they reach a new hour or spend what six hours
+        may. moves: whether this process decides lines, or takes those that it is given.
         """
         line = np.empty(len(time))
         hours = time // HOUR_MS
@@ -110,7 +121,7 @@ class Budget:
             rows = np.flatnonzero(hours == hour)
             if moves:
                 self.advance(hour)
-            line[rows] = self._judge_hour(hour, time[rows], p_value[rows], moves)
+            line[rows] = self._judge_hour(hour, time[rows], p_value[rows], rows, story, moves)
         return line
 
     def advance(self, hour: int) -> None:
@@ -124,6 +135,7 @@ class Budget:
         for counted in (self.tallies, self.elsewhere):
             for old in [old for old in counted if old < hour - _KEPT_H]:
                 del counted[old]
+        self.stories = {about: last for about, last in self.stories.items() if last >= start - 2 * STORY_MS}
 
     def at(self, time: NDArray[np.int64]) -> NDArray[np.float64]:
         """The line in force at each event time, float64 [n]; before the first, the first."""
@@ -142,14 +154,23 @@ class Budget:
         return sum(self._tally(hour).spent for hour in hours)
 
     def _judge_hour(
-        self, hour: int, time: NDArray[np.int64], p_value: NDArray[np.float64], moves: bool
+        self,
+        hour: int,
+        time: NDArray[np.int64],
+        p_value: NDArray[np.float64],
+        rows: NDArray[np.intp],
+        story: Callable[[int], str],
+        moves: bool,
     ) -> NDArray[np.float64]:
         line = self.at(time)
         crossing = np.flatnonzero(p_value <= line)
         for row in crossing[np.argsort(time[crossing], kind="stable")].tolist():
             moment = int(time[row])
             newest = self.lines[-1] if self.lines else None
-            if p_value[row] <= ALWAYS * line[row] or (newest and newest.closed and moment >= newest.start):
+            closed = newest is not None and newest.closed and moment >= newest.start
+            if closed and p_value[row] > self.at(time[row : row + 1])[0]:
+                continue
+            if self._goes_on(story(int(rows[row])), moment) or closed or p_value[row] <= ALWAYS * line[row]:
                 continue
             self._count(hour, Tally(spent=1, latest=moment))
             if moves and newest and not newest.closed and self._exhausted(newest.start // HOUR_MS):
@@ -159,6 +180,14 @@ class Budget:
         correction = self.lines[-1].correction if self.lines else 1.0
         self._count(hour, Tally(len(time), expected, expected / correction))
         return line
+
+    def _goes_on(self, about: str, moment: int) -> bool:
+        """Whether this was alerted on a short time ago; takes note of it."""
+        if not about:
+            return False
+        last = self.stories.get(about)
+        self.stories[about] = moment if last is None else max(moment, last)
+        return last is not None and abs(moment - last) <= STORY_MS
 
     def _close(self, moment: int) -> None:
         """Until the hour is over. Not before what was let through already: a line is never changed once it was used."""

@@ -66,6 +66,10 @@ class ScoredBatch:
     def __len__(self) -> int:
         return len(self.records)
 
+    def story(self, row: int) -> str:
+        """What an alert on this event would be about: events of one story spend the budget once."""
+        return f"{self.cause[row]} {self.entity[row]}" if self.entity[row] else ""
+
 
 @dataclass(frozen=True)
 class FieldFinding:

@@ -21,6 +21,7 @@ from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType  # t
 from numpy.typing import NDArray
 
 from streamer.budget import Budget, Line, Tally, line_at
+from streamer.detector import ScoredBatch
 from streamer.errors import ConfigurationError
 from streamer.kafka import Offsets, SourcePartition, build, client_properties, reason_of
 from streamer.publishing import Output
@@ -73,10 +74,10 @@ class Ledger:
         """Give the connection back."""
         self._reader.close()
 
-    def judge(self, event_time: NDArray[np.int64], p_value: NDArray[np.float64], owned: Offsets) -> NDArray[np.float64]:
-        """The line that each of n events is held against, float64 [n]. event_time: int64 [n], ms."""
+    def judge(self, scored: ScoredBatch, owned: Offsets) -> NDArray[np.float64]:
+        """The line that each of n events is held against, float64 [n]."""
         self._follow(owned)
-        return self._budget.judge(event_time, p_value, moves=self._owner)
+        return self._budget.judge(scored.time, scored.p_value, story=scored.story, moves=self._owner)
 
     def idle(self, owned: Offsets) -> bool:
         """With nothing to judge: whether there is a line to be committed, because others have reached a new hour."""

@@ -121,7 +121,11 @@ def lines_of(scored: ScoredFile, alerts_per_day: float, bundle: Bundle) -> NDArr
     if not len(scored) or int(np.ptp(scored.time)) <= DAY_MS:
         return np.full(len(scored), line_of_a_day(alerts_per_day, len(scored)))
     budget = Budget(alerts_per_day, float(bundle.manifest["training"]["events_per_day"]))
-    return budget.judge(scored.time, scored.p_value)
+
+    def story(row: int) -> str:
+        return f"{scored.cause[row]} {scored.entity[row]}" if scored.entity[row] else ""
+
+    return budget.judge(scored.time, scored.p_value, story=story)
 
 
 def write_scores(scored: ScoredFile, line: float | NDArray[np.float64], out: Path) -> int:

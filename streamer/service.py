@@ -332,7 +332,7 @@ class Service:
 
     def _line_for(self, scored: ScoredBatch) -> NDArray[np.float64]:
         if isinstance(self._line, Ledger):
-            return self._line.judge(scored.time, scored.p_value, self._source.owned())
+            return self._line.judge(scored, self._source.owned())
         return np.full(len(scored), self._line)
 
     def _alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> Sequence[Written]:

@@ -111,6 +111,23 @@ def test_the_correction_is_bounded(skew: float, alerts_per_day: float) -> None:
         assert 0 < line.in_force <= 0.5
 
 
+def test_what_goes_on_about_the_same_thing_spends_once_and_closes_nothing() -> None:
+    time = MONDAY + np.arange(4000) * 3000
+    p = np.where(np.arange(4000) % 2, 0.5, 0.0005)
+    storm, alone = Budget(20, 24_000), Budget(20, 24_000)
+    for budget, story in ((storm, lambda _: "record:cmd_line user:eve"), (alone, lambda _: "")):
+        line = np.concatenate([budget.judge(time[i : i + 64], p[i : i + 64], story=story) for i in range(0, 4000, 64)])
+        if budget is storm:
+            assert (p[::2] <= line[::2]).sum() > 1000
+    hours = range(MONDAY // HOUR_MS, MONDAY // HOUR_MS + 5)
+    assert storm.spent(hours) == 1
+    assert not any(each.closed for each in storm.lines)
+    assert alone.spent(hours) == 10
+    again = np.array([MONDAY + 4000 * 3000 + 2 * HOUR_MS])
+    storm.judge(again, np.array([storm.at(again)[0] / 2]), story=lambda _: "record:cmd_line user:eve")
+    assert storm.spent(range(hours[0], hours[-1] + 5)) == 2
+
+
 def test_a_copy_goes_its_own_way() -> None:
     budget = Budget(20, 1000)
     budget.judge(np.array([MONDAY]), np.array([0.5]))

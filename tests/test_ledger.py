@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from stream import EVENT, EachRow, HashDetector, Topics, create, p_value, runnin
 
 from encoder.events import Message
 from streamer.budget import HOUR_MS, Budget
+from streamer.detector import ScoredBatch
 from streamer.errors import ConfigurationError
 from streamer.ledger import Ledger, Lines
 from streamer.service import Service
@@ -33,12 +35,20 @@ def produce_hours(topics: Topics, first: int, n: int) -> None:
     topics.produce([orjson.dumps(EVENT | {"time": START + i * HOUR_MS // 200}) for i in range(first, first + n)])
 
 
+class Alone(HashDetector):
+    """One whose alerts are about nothing that goes on."""
+
+    def score(self, messages: Sequence[Message]) -> ScoredBatch:
+        scored = super().score(messages)
+        return replace(scored, entity=np.full(len(scored), "", object))
+
+
 def service_for(
     topics: Topics, instance: str = "one", before: Callable[[Sequence[Message]], None] = lambda _: None, **more: Any
 ) -> Service:
     settings = topics.settings(**({"alerts_per_day": 60, "kafka.instance_id": instance} | more))
     ledger = Ledger(settings, instance, RATE)
-    return Service(settings, HashDetector(before), EachRow(), line=ledger, instance=instance)
+    return Service(settings, Alone(before), EachRow(), line=ledger, instance=instance)
 
 
 def expected(topics: Topics, n: int) -> tuple[list[str], Budget]:
