@@ -34,18 +34,18 @@ _RECENT = 16
 
 @dataclass(frozen=True)
 class Line:
-    """A line in force from an event time (ms) until the next one's. closed: the budget of six hours is spent, and only
-    what lies under ALWAYS of the line is an alert. correction: the factor in it that comes from what was spent."""
+    """A line in force from an event time (ms) until the next one's. correction: the factor in it that comes from what
+    was spent. share: what part of it is in force: less than 1, and at last ALWAYS, as six hours run out of budget."""
 
     start: int
     p_value: float
     correction: float = 1.0
-    closed: bool = False
+    share: float = 1.0
 
     @property
     def in_force(self) -> float:
         """The p-value at or under which an event is an alert."""
-        return self.p_value * ALWAYS if self.closed else self.p_value
+        return self.p_value * self.share
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Budget:
         start = hour * HOUR_MS
         if self.elsewhere:  # What others have let through was judged by the line before.
             start = max(start, 1 + max(tally.latest for tally in self.elsewhere.values()))
-        self.lines.append(Line(start, *self._decide(hour), self._exhausted(hour)))
+        self.lines.append(Line(start, *self._decide(hour), self._share(hour)))
         for counted in (self.tallies, self.elsewhere):
             for old in [old for old in counted if old < hour - _KEPT_H]:
                 del counted[old]
@@ -166,15 +166,14 @@ class Budget:
         crossing = np.flatnonzero(p_value <= line)
         for row in crossing[np.argsort(time[crossing], kind="stable")].tolist():
             moment = int(time[row])
-            newest = self.lines[-1] if self.lines else None
-            closed = newest is not None and newest.closed and moment >= newest.start
-            if closed and p_value[row] > self.at(time[row : row + 1])[0]:
+            now = self._line_at(moment)
+            if p_value[row] > now.in_force:
                 continue
-            if self._goes_on(story(int(rows[row])), moment) or closed or p_value[row] <= ALWAYS * line[row]:
+            if self._goes_on(story(int(rows[row])), moment) or p_value[row] <= ALWAYS * now.p_value:
                 continue
             self._count(hour, Tally(spent=1, latest=moment))
-            if moves and newest and not newest.closed and self._exhausted(newest.start // HOUR_MS):
-                self._close(moment)
+            if moves:
+                self._tighten(moment)
         line = self.at(time)
         expected = (1 - ALWAYS) * float(line.sum())
         correction = self.lines[-1].correction if self.lines else 1.0
@@ -189,14 +188,26 @@ class Budget:
         self.stories[about] = moment if last is None else max(moment, last)
         return last is not None and abs(moment - last) <= STORY_MS
 
-    def _close(self, moment: int) -> None:
-        """Until the hour is over. Not before what was let through already: a line is never changed once it was used."""
-        latest = max(tally.latest for counted in (self.tallies, self.elsewhere) for tally in counted.values())
-        self.lines.append(replace(self.lines[-1], start=max(moment, latest) + 1, closed=True))
+    def _line_at(self, moment: int) -> Line:
+        """The line in force at an event time, or the one that is promised where there is none yet."""
+        found = next((line for line in reversed(self.lines) if line.start <= moment), None)
+        return found or (self.lines[0] if self.lines else Line(0, self._promised(self.events_per_day)))
 
-    def _exhausted(self, hour: int) -> bool:
-        """Whether six hours that end in this one have spent half the budget. Seven hours of the clock cover any six."""
-        return self.spent(range(hour - BURST_H, hour + 1)) >= self.alerts_per_day / 2
+    def _tighten(self, moment: int) -> None:
+        """After an alert, if six hours run out of budget. Not from before what was let through already: a line is never
+        changed once it was used."""
+        newest = self.lines[-1]
+        share = self._share(newest.start // HOUR_MS)
+        if share < newest.share:
+            latest = max(tally.latest for counted in (self.tallies, self.elsewhere) for tally in counted.values())
+            self.lines.append(replace(newest, start=max(moment, latest, newest.start) + 1, share=share))
+
+    def _share(self, hour: int) -> float:
+        """The part of the line that is in force after what six hours that end in this one have spent: all until half of
+        what they may spend is gone, then less with each alert, so that the strongest get the rest; ALWAYS once it is
+        all gone. Seven hours of the clock cover any six."""
+        used = self.spent(range(hour - BURST_H, hour + 1)) / (self.alerts_per_day / 2)
+        return float(f"{ALWAYS ** min(max(2 * used - 1, 0.0), 1.0):.6g}")
 
     def _decide(self, hour: int) -> tuple[float, float]:
         """The line, and the correction in it, from the hours before: the promise over the mean rate of a week; the rate

@@ -224,7 +224,7 @@ class _Reader:
         body = orjson.loads(value) if value else None
         if kind == "line" and body is not None:
             self.budgets[int(number)] = body["alerts_per_day"]
-            self.lines[int(number)] = Line(int(number), body["p_value"], body["correction"], body["closed"])
+            self.lines[int(number)] = Line(int(number), body["p_value"], body["correction"], body["share"])
         elif kind == "tally":
             place = int(number), "".join(instance)
             if body is None:

@@ -94,7 +94,7 @@ def test_the_recorded_lines_are_those_that_events_were_held_against() -> None:
     p = np.random.default_rng(0).random(len(time)) / 5
     budget = Budget(20, 4000)
     lines = run(budget, time, p)
-    assert any(line.closed for line in budget.lines)
+    assert any(line.share == ALWAYS for line in budget.lines)
     replayed = line_at(budget.lines, time)
     np.testing.assert_array_equal(p <= lines, p <= replayed)
 
@@ -121,8 +121,8 @@ def test_what_goes_on_about_the_same_thing_spends_once_and_closes_nothing() -> N
             assert (p[::2] <= line[::2]).sum() > 1000
     hours = range(MONDAY // HOUR_MS, MONDAY // HOUR_MS + 5)
     assert storm.spent(hours) == 1
-    assert not any(each.closed for each in storm.lines)
-    assert alone.spent(hours) == 10
+    assert all(each.share == 1.0 for each in storm.lines)
+    assert 5 < alone.spent(hours) <= 10
     again = np.array([MONDAY + 4000 * 3000 + 2 * HOUR_MS])
     storm.judge(again, np.array([storm.at(again)[0] / 2]), story=lambda _: "record:cmd_line user:eve")
     assert storm.spent(range(hours[0], hours[-1] + 5)) == 2
@@ -142,7 +142,7 @@ def test_what_others_spend_counts_and_what_they_let_through_is_not_judged_anew()
     hour = MONDAY // HOUR_MS
     budget = Budget(20, 1000, elsewhere={hour: Tally(10, 0.2, 0.2, 10, MONDAY + 60_000)})
     budget.advance(hour)
-    assert budget.lines == [Line(MONDAY + 60_001, budget.lines[0].p_value, 1.0, closed=True)]
+    assert budget.lines == [Line(MONDAY + 60_001, budget.lines[0].p_value, 1.0, share=ALWAYS)]
     np.testing.assert_array_equal(
         budget.judge(np.array([MONDAY + 70_000]), np.array([0.01]), moves=False), [budget.lines[0].p_value * ALWAYS]
     )
