@@ -1,4 +1,4 @@
-"""Episodes in Valkey or Redis, shared by all processes of a tenant; the rules are those of `state.episodes`.
+"""Episodes in Valkey or Redis, shared by all processes of a tenant; the rules are those of `state.book`.
 
 Each process keeps a copy of the book. What a batch changes is stored by one server-side function, and only if nobody
 else has stored anything since; else it gives back all of the book, and the batch is decided again on that.
@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from state.episodes import Anomaly, Book, Decision, End, Position
+from state.book import Book
+from state.episodes import Anomaly, Decision, End, Position
 from state.errors import Source, StoreUnavailableError
 from state.redis_server import RedisServer
 from state.windows import DAY_MS

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from state.episodes import CLOSE, QUIET_MS, Episode
+from state.book import QUIET_MS
+from state.episodes import CLOSE, Episode
 from streamer import wording
 from streamer.alerts import P_FLOOR, told
 from streamer.finding import Alert, Frame, confidence, finding_uid

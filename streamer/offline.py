@@ -13,7 +13,8 @@ import orjson
 from numpy.typing import NDArray
 
 from encoder.events import Reject
-from state.episodes import CREATE, MemoryEpisodes
+from state.book import MemoryEpisodes
+from state.episodes import CREATE
 from state.windows import MemoryWindows
 from streamer.budget import Budget
 from streamer.bundle import Bundle

@@ -19,7 +19,7 @@ from confluent_kafka import KafkaException, TopicPartition
 from numpy.typing import NDArray
 
 from encoder.events import Coordinates, Message
-from state.episodes import MemoryEpisodes
+from state.book import MemoryEpisodes
 from state.windows import MemoryWindows
 from streamer.bundle import Bundle, load
 from streamer.detector import Detector, ScoredBatch, device_of

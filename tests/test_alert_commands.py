@@ -25,7 +25,7 @@ from test_cli import COMMAND
 from test_findings import Quiet
 from typer.testing import CliRunner, Result
 
-from state.episodes import MINUTE_MS, MemoryEpisodes
+from state.book import MINUTE_MS, MemoryEpisodes
 from streamer.cli import app
 from streamer.finding import Alert
 from streamer.findings import Findings

@@ -18,7 +18,8 @@ from test_alerts import SCHEMA, WORD, one, scored
 from test_findings import Quiet, lined
 from typer.testing import CliRunner
 
-from state.episodes import Anomaly, MemoryEpisodes
+from state.book import MemoryEpisodes
+from state.episodes import Anomaly
 from streamer.cli import app
 from streamer.errors import ConfigurationError
 from streamer.feedback import DAY_MS, Scope, Suppressions, preview, scope_of, verdict_on

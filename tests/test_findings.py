@@ -19,7 +19,8 @@ import pytest
 from stream import HashDetector, Topics, create, findings, running
 from test_alerts import NOW, WORD, check, explanation, scored
 
-from state.episodes import CLOSE, CREATE, UPDATE, MemoryEpisodes
+from state.book import MemoryEpisodes
+from state.episodes import CLOSE, CREATE, UPDATE
 from streamer.detector import ScoredBatch
 from streamer.finding import Alert
 from streamer.findings import Findings

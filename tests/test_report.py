@@ -18,7 +18,7 @@ from test_alerts import WORD, scored
 from test_findings import Quiet, lined
 from typer.testing import CliRunner
 
-from state.episodes import MemoryEpisodes
+from state.book import MemoryEpisodes
 from streamer.cli import app
 from streamer.findings import Findings
 from streamer.report_page import page
