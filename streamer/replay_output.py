@@ -75,7 +75,14 @@ class TopicSink:
     """Alerts on a topic that is nobody else's, with the positions as committed offsets of a group of its own."""
 
     def __init__(self, settings: Settings, topic: str) -> None:
-        used = {*settings.events, settings.alerts, settings.dead_letters, settings.scores}
+        used = {
+            *settings.events,
+            settings.alerts,
+            settings.dead_letters,
+            settings.scores,
+            settings.ledger,
+            settings.feedback,
+        }
         if topic in used:
             raise ConfigurationError(f"topic {topic!r} belongs to the live service; a replay needs one of its own")
         self._topic = topic
