@@ -50,20 +50,21 @@ class Acts(Protocol):
 
 
 def count(level: NDArray[np.integer] | float) -> NDArray[np.float64]:
-    """The least count of a level, which is floor(6 log2(1 + count)), at most 255."""
+    """The least count of a level: the inverse of `level_of`."""
     return np.exp2(np.asarray(level, np.float64) / STEPS) - 1.0
 
 
-def _level(count: float) -> int:
+def level_of(count: float) -> int:
+    """The level of a count, floor(6 log2(1 + count)), at most 255."""
     return min(int(STEPS * math.log2(1.0 + count) + 1e-9), MOST)
 
 
-_OF_COUNT = [_level(count) for count in range(4096)]
-_OF_PLACES = [_level(-PLACES * math.log1p(-min(used, PLACES - 0.5) / PLACES)) for used in range(PLACES + 1)]
+_OF_COUNT = [level_of(count) for count in range(4096)]
+_OF_PLACES = [level_of(-PLACES * math.log1p(-min(used, PLACES - 0.5) / PLACES)) for used in range(PLACES + 1)]
 
 
 def _of_count(count: int) -> int:
-    return _OF_COUNT[count] if count < 4096 else _level(count)
+    return _OF_COUNT[count] if count < 4096 else level_of(count)
 
 
 class _Sums:

@@ -104,6 +104,7 @@ class _Finding:
             for n in explanation.neighbours[:MAX_NEIGHBOURS]
         ]
         self.distance, self.usual_distance = float(explanation.distance), float(explanation.usual_distance)
+        self.rate = explanation.rate
         self.window = [
             (int(time), str(label), self._told(str(label), str(summary)), float(share))
             for time, label, summary, share in explanation.window[-MAX_WINDOW:]
@@ -169,6 +170,9 @@ class _Finding:
             who = wording.subject(self.entity, record)
             what = "first event" if len(self.window) == 1 else wording.sequence(cause)
             return f"Unusual {what}{who}{self.sequence_in_short()}"
+        if self.rate is not None:
+            who = wording.subject(self.entity, {})  # What it did many times, it did not all do from here.
+            return f"Unusually {wording.rate(cause)[0]}{who}: {self.how_much()}"
         field = self.leading()
         where = wording.event_kind(record)
         if field is None:
@@ -190,6 +194,21 @@ class _Finding:
             what = f"{wording.shorten(field.given, 60)} does not usually do this: {what[0].lower()}{what[1:]}"
         return f"{what}{told}{who}{f'; {usual}' if usual else ''}"
 
+    def how_much(self) -> str:
+        """Of a rate: "about 23 failures within two hours; never more than 3 before"."""
+        if self.rate is None:
+            return ""
+        counted = wording.rate(self.cause.partition(":")[2])[1]
+        return f"about {wording.amount(self.rate.count, self.rate.observed)} {counted}; {self.at_most()}"
+
+    def at_most(self) -> str:
+        if self.rate is None:
+            return ""
+        most = wording.amount(self.rate.count, self.rate.usual)
+        if not round(self.rate.usual):
+            return "none before" if self.rate.own else "others like it seldom have any"
+        return f"never more than {most} before" if self.rate.own else f"others like it seldom more than {most}"
+
     def sequence_in_short(self) -> str:
         if not self.window:
             return ""
@@ -203,7 +222,9 @@ class _Finding:
         record = self.record
         lines = [f"{wording.moment(self.time)}: {wording.event_kind(record)}{wording.subject(self.entity, record)}."]
         # By itself each event of a sequence may be ordinary: its own attributes would mislead.
-        for f in () if self.window else self.fields:
+        if self.rate is not None:
+            lines.append(f"- {self.how_much()}.")
+        for f in () if self.window or self.rate else self.fields:
             shown = wording.value(f.path, f.observed, record)
             usual = wording.usually(f.path, f.observed, f.expected, record)
             name = wording.attribute(f.path)
@@ -253,7 +274,7 @@ class _Finding:
         return ", ".join(found[:4])
 
     def finding_info(self, uid: str, title: str) -> dict[str, Any]:
-        kind = "sequence" if self.cause.startswith("sequence:") else "record"
+        kind = self.cause.partition(":")[0]
         metadata = self.record.get("metadata")
         metadata = metadata if isinstance(metadata, Mapping) else {}
         product = metadata.get("product")
@@ -325,6 +346,12 @@ class _Finding:
             for f in self.fields
             if f.expected
         ]
+        if self.rate is not None:
+            name = self.cause.partition(":")[2]
+            much = {"observation_parameter": name, "observation_type": wording.rate(name)[1]}
+            seen, usual = (wording.amount(self.rate.count, x) for x in (self.rate.observed, self.rate.usual))
+            anomalies.insert(0, {**much, "observations": [{"value": seen}], "observed_pattern": self.at_most()})
+            baselines.insert(0, {**much, "observations": [{"value": usual}]})
         distance = {
             "observation_parameter": "distance",
             "observation_type": "distance to the nearest normal event",

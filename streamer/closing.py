@@ -26,7 +26,7 @@ def close_alert(episode: Episode, *, line: float, bundle_version: str, tenant: s
         last_seen=episode.last_seen,
         count=episode.count,
     )
-    kind = "record" if episode.cause.startswith("record:") else "sequence"
+    kind = episode.cause.partition(":")[0]
     title = _title(episode)
     ends = list(dict.fromkeys((episode.first, episode.last)))
     related: list[dict[str, Any]] = [{"uid": at, "desc": f"the event at {at}"} for at in ends]

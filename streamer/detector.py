@@ -25,7 +25,7 @@ from encoder.events import Coordinates, EventBatch, Message, Reject, decode
 from encoder.runtime import Encoded
 from encoder.schema import UNKNOWN, Field, Schema, folder, normalise
 from encoder.vectorize import FeatureBatch
-from state.tally import LEVELS
+from state.tally import LEVELS, count
 from state.windows import WindowEntries, Windows, WindowStore
 from streamer import wording
 from streamer.bundle import Bundle, load
@@ -48,7 +48,8 @@ class ScoredBatch:
     object [n] (`record:ATTRIBUTE PATH` or `sequence:WHAT`); records: the n decoded events; rejects: what could not be
     read; repairs: how often each kind of repair was made; complete: bool [n], False where the history of an entity is
     known to be missing (None: nothing is); line: float64 [n], the p-value at or under which each event is an alert
-    (None: whoever scored did not ask).
+    (None: whoever scored did not ask); level: uint8 [n], of a rate the level that the event raised its count to
+    (`state.tally`; None: no cause is a rate).
     """
 
     coordinates: Coordinates
@@ -62,6 +63,7 @@ class ScoredBatch:
     repairs: Counter[str] = field(default_factory=Counter)
     complete: NDArray[np.bool_] | None = None
     line: NDArray[np.float64] | None = None
+    level: NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -88,12 +90,25 @@ class FieldFinding:
 
 
 @dataclass(frozen=True)
+class RateFinding:
+    """How much an entity did: count, span: of `tally.COUNTS` and `tally.SPANS`; observed: at least so many; usual:
+    what it never exceeded in training or, where training had no such entity (own: False), what its kind seldom did."""
+
+    count: str
+    span: str
+    observed: float
+    usual: float
+    own: bool
+
+
+@dataclass(frozen=True)
 class Explanation:
     """Why one event was alerted on, in the order of what mattered most.
 
     fields: at most five; neighbours: the nearest normal events, each a compact redacted copy (path -> value), nearest
     first; distance and usual_distance: to the nearest normal and that of a normal event; window: for a sequence, (event
-    time ms, coordinates, one-line summary, share of the score) of each of its events, oldest first.
+    time ms, coordinates, one-line summary, share of the score) of each of its events, oldest first;
+    rate: of a rate, how much it was.
     """
 
     fields: tuple[FieldFinding, ...]
@@ -101,6 +116,7 @@ class Explanation:
     distance: float
     usual_distance: float
     window: tuple[tuple[int, str, str, float], ...] = ()
+    rate: RateFinding | None = None
 
 
 EXPLAINED_FIELDS = 5
@@ -132,12 +148,13 @@ _RATES = np.array([f"rate:{name}" for name in LEVELS], object)
 @dataclass(frozen=True)
 class _History:
     """Of n events: the strongest evidence of a window or count of theirs (float64, nats, weighed), whose it is, which
-    it is, and whether no history of theirs is missing."""
+    it is, whether no history of theirs is missing, and of a count the level it was raised to (uint8)."""
 
     evidence: NDArray[np.float64]
     entity: NDArray[np.object_]
     cause: NDArray[np.object_]
     complete: NDArray[np.bool_]
+    level: NDArray[np.uint8]
 
 
 class Detector:
@@ -188,6 +205,7 @@ class Detector:
             rejects,
             events.repairs,
             history.complete,
+            level=np.where(by_history, history.level, 0).astype(np.uint8),
         )
 
     def remember(self, messages: Sequence[Message]) -> None:
@@ -203,7 +221,8 @@ class Detector:
     def _judge_windows(self, events: EventBatch, entities: Entities, vectors: NDArray[np.float16]) -> _History:
         """Append the events to the windows of their entities, and judge each by the histories that it is part of."""
         n, kind, row = len(events), entities.kind, entities.row
-        found = _History(np.zeros(n), np.full(n, "", object), np.full(n, "", object), np.ones(n, bool))
+        nothing = np.full(n, "", object)
+        found = _History(np.zeros(n), nothing, nothing.copy(), np.ones(n, bool), np.zeros(n, np.uint8))
         if not len(row):
             return found
         windows = self.windows.append(window_entries(events, entities, vectors))
@@ -212,13 +231,15 @@ class Detector:
         if sequences is None or rates is None:
             return found
         order = sequences.evidence("order", sequences.raw(windows, kind), kind)
-        rate, count = self._judge_rates(rates, entities, windows)
+        rate, column = self._judge_rates(rates, entities, windows)
         evidence = weighed(order, rate)
         weakest_first = np.argsort(evidence, kind="stable")
-        cause = np.where(evidence > SEQUENCE_TRUST * order, _RATES[count], "sequence:order")
+        cause = np.where(evidence > SEQUENCE_TRUST * order, _RATES[column], "sequence:order")
         found.evidence[row[weakest_first]] = evidence[weakest_first]
         found.entity[row[weakest_first]] = np.array(entities.entity, object)[weakest_first]
         found.cause[row[weakest_first]] = cause[weakest_first]
+        level = windows.levels[np.arange(len(row)), column]
+        found.level[row[weakest_first]] = level[weakest_first]
         self._watch(events, entities)
         return found
 
@@ -227,13 +248,13 @@ class Detector:
         rates: RateScorer, entities: Entities, windows: Windows
     ) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
         """Evidence and count (place in `LEVELS`) of each pair: most raise nothing, and are not looked at."""
-        evidence, count = np.zeros(len(entities)), np.zeros(len(entities), np.int8)
+        evidence, column = np.zeros(len(entities)), np.zeros(len(entities), np.int8)
         raised = np.flatnonzero(windows.levels.any(1))
         if len(raised):
             names, kinds = [entities.entity[pair] for pair in raised.tolist()], entities.kind[raised]
             excess = rates.habits.excess(names, kinds, windows.levels[raised])
-            evidence[raised], count[raised] = rates.evidence(excess, kinds)
-        return evidence, count
+            evidence[raised], column[raised] = rates.evidence(excess, kinds)
+        return evidence, column
 
     def _watch(self, events: EventBatch, entities: Entities) -> None:
         """Remember the last event of each entity that may fall silent."""
@@ -286,8 +307,22 @@ class Detector:
             window: Timeline = ()
             if str(scored.cause[row]).startswith("sequence:"):
                 window = self._timeline(str(scored.entity[row]), int(scored.time[row]))
-            found.append(self._explain_one(events, str(scored.cause[row]), window))
+            explained = self._explain_one(events, str(scored.cause[row]), window)
+            level = 0 if scored.level is None else int(scored.level[row])
+            rate = self._rate(str(scored.entity[row]), str(scored.cause[row]), level)
+            found.append(replace(explained, rate=rate))
         return found
+
+    def _rate(self, entity: str, cause: str, level: int) -> RateFinding | None:
+        rates, (kind, _, name) = self.bundle.scorer.rates, cause.partition(":")
+        if rates is None or kind != "rate":
+            return None
+        own, known = rates.habits.own([entity])
+        usual = own[0] if known[0] else rates.habits.usual[KINDS.index(entity.partition(":")[0])]
+        most = int(usual[LEVELS.index(name)])
+        what, _, span = name.partition(".")
+        # A level is all counts up to where the next one begins.
+        return RateFinding(what, span, float(count(level)), float(count(most + 1)) - 1 if most else 0.0, bool(known[0]))
 
     def _timeline(self, entity: str, until: int) -> Timeline:
         """The last records of an entity's window up to a time, each told by the normal event that it is most like, with

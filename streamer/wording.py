@@ -414,11 +414,32 @@ def sequence(what: str) -> str:
     return _SEQUENCES.get(what, "course of events")
 
 
+_COUNTS = {
+    "events": ("many events", "events"),
+    "failures": ("many failures", "failures"),
+    "partners": ("many peers", "distinct users, hosts, addresses and services"),
+    "bytes": ("much data", "sent"),
+}
+_SPANS = {"hour": "within two hours", "day": "within a day"}
+
+
+def rate(name: str) -> tuple[str, str]:
+    """What was much, of a count such as `failures.hour`: ("many failures", "failures within two hours")."""
+    of, _, span = name.partition(".")
+    much, counted = _COUNTS.get(of, ("much activity", "acts"))
+    return much, f"{counted} {_SPANS.get(span, '')}".rstrip()
+
+
+def amount(of: str, x: float) -> str:
+    """A count: "23", of bytes "41.2 MB"."""
+    return _quantity(of, float(round(x))) if of == "bytes" else f"{round(x):,}"
+
+
 def cause(text: str) -> str:
-    """What was unusual: `record:dst_endpoint.port` is "destination port", `rate:bytes.hour` "bytes per hour"."""
+    """What was unusual: `record:dst_endpoint.port` is "destination port", `rate:bytes.day` "sent within a day"."""
     kind, _, what = text.partition(":")
     if kind == "rate":
-        return what.replace("_", " ").replace(".", " per ") or sequence(kind)
+        return rate(what)[1]
     return sequence(what) if kind == "sequence" else attribute(what)
 
 

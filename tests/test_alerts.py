@@ -28,7 +28,7 @@ from streamer import wording
 from streamer.alerts import build_alerts
 from streamer.bundle import Bundle
 from streamer.closing import close_alert
-from streamer.detector import Detector, Explanation, FieldFinding, ScoredBatch
+from streamer.detector import Detector, Explanation, FieldFinding, RateFinding, ScoredBatch
 from streamer.finding import OCSF_VERSION, Alert, confidence
 from streamer.fitting import fit
 from streamer.observables import EVIDENCE, OBSERVABLE_TYPES, Leaf, Shape, evidence, observables
@@ -293,6 +293,22 @@ def test_a_sequence_tells_its_time_and_its_worst_event() -> None:
     assert finding["start_time"] == start - 8 * 60_000
     assert len(finding["finding_info"]["related_events"]) == 6
     assert finding["unmapped"]["timeline"][4]["share"] == pytest.approx(0.4)
+
+
+def test_a_rate_is_told_with_its_number_and_what_was_usual() -> None:
+    def told(cause: str, entity: str, rate: RateFinding) -> Json:
+        explained = [replace(explanation(PORT), rate=rate)]
+        return check(alerts(scored([WORD], cause, entity), explained)[0])
+
+    failures = told("rate:failures.day", "user:bob", RateFinding("failures", "day", 23.4, 3.0, own=True))
+    title = "Unusually many failures of user bob: about 23 failures within a day; never more than 3 before"
+    assert failures["finding_info"]["title"] == title
+    assert failures["finding_info"]["analytic"]["uid"] == "ripcurrent-rate"
+    first = failures["anomaly_analyses"][0]["anomalies"][0]
+    assert (first["observation_parameter"], first["observations"]) == ("failures.day", [{"value": "23"}])
+    sent = told("rate:bytes.hour", "host:PC-7", RateFinding("bytes", "hour", 41_200_000.0, 0.0, own=False))
+    much = "Unusually much data of host PC-7: about 41.2 MB sent within two hours; others like it seldom have any"
+    assert sent["finding_info"]["title"] == much
 
 
 def test_the_nearest_normal_event_and_what_differs() -> None:

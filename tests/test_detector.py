@@ -17,11 +17,12 @@ import encoder.training
 from encoder.events import Message
 from state.windows import MemoryWindows
 from streamer import bundle as bundles
+from streamer import fitting
 from streamer.bundle import Bundle, BundleError
 from streamer.detector import Detector, ScoredBatch
 from streamer.fitting import FitError, fit
 from streamer.offline import line_of_a_day, score_files, write_scores
-from streamer.simulate import schedule, simulate, write
+from streamer.simulate import MONDAY, schedule, simulate, write
 
 EVENTS_PER_DAY = 2600
 
@@ -185,3 +186,14 @@ def test_a_score_file_has_a_line_an_event(fitted: tuple[Bundle, Path], days: tup
     rows = [orjson.loads(line) for line in (tmp_path / "out.ndjson").read_bytes().splitlines()]
     assert len(rows) == len(scored) and sum(row["alert"] for row in rows) == alerts
     assert set(rows[0]) == {"uid", "p_value", "severity", "alert", "entity", "cause"}
+
+
+def test_the_latest_of_working_days_and_of_weekends_calibrate() -> None:
+    hour = 3_600_000
+    time = MONDAY + hour * np.arange(14 * 24)
+    held = fitting._held_out(time)
+    day = (time - MONDAY) // (24 * hour)
+    weekend = day % 7 >= 5
+    for part in (weekend, ~weekend):
+        assert abs(held[part].mean() - fitting.HELD_OUT) < 0.02
+        assert (np.diff(held[part].astype(int)) >= 0).all()  # the latest
