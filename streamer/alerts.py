@@ -106,7 +106,7 @@ class _Finding:
         self.distance, self.usual_distance = float(explanation.distance), float(explanation.usual_distance)
         self.rate = explanation.rate
         self.window = [
-            (int(time), str(label), self._told(str(label), str(summary)), float(share))
+            (int(time), str(label), self._told(str(label), str(summary)), min(max(float(share), 0.0), 1.0))
             for time, label, summary, share in explanation.window[-MAX_WINDOW:]
         ]
         self.activity = decision.activity if decision else CREATE
@@ -274,7 +274,7 @@ class _Finding:
         return ", ".join(found[:4])
 
     def finding_info(self, uid: str, title: str) -> dict[str, Any]:
-        kind = self.cause.partition(":")[0]
+        kind = self.cause.partition(":")[0] or "record"
         metadata = self.record.get("metadata")
         metadata = metadata if isinstance(metadata, Mapping) else {}
         product = metadata.get("product")
