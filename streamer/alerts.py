@@ -106,7 +106,7 @@ class _Finding:
         self.distance, self.usual_distance = float(explanation.distance), float(explanation.usual_distance)
         self.rate = explanation.rate
         self.window = [
-            (int(time), str(label), self._told(str(label), str(summary)), min(max(float(share), 0.0), 1.0))
+            (int(time), str(label), self._told(str(label), str(summary)), _share(float(share)))
             for time, label, summary, share in explanation.window[-MAX_WINDOW:]
         ]
         self.activity = decision.activity if decision else CREATE
@@ -405,6 +405,10 @@ def told(episode: Episode) -> dict[str, Any]:
         "causes": list(episode.causes or (episode.cause,)),
     }
     return found | ({"others": list(episode.others)} if episode.others else {})
+
+
+def _share(x: float) -> float:
+    return min(max(x, 0.0), 1.0) if math.isfinite(x) else 0.0
 
 
 def _nats(p_value: float) -> float:
