@@ -7,13 +7,23 @@ import time
 
 import numpy as np
 import redis
+from numpy.typing import NDArray
 
+from encoder.acts import PARTNERS, Acts
 from state.redis_windows import RedisWindows
 from state.windows import MemoryWindows, WindowEntries, WindowStore
 from streamer.servers import ValkeyServer
 
 SOURCE = ("events", 0)
 DIM, BATCH = 64, 2000
+STEP_MS = 100
+
+
+def some_acts(at: NDArray[np.int64]) -> Acts:
+    """Every tenth a failure, some bytes, two partners each."""
+    partners = np.full((len(at), PARTNERS), -1, np.int16)
+    partners[:, :2] = np.column_stack([at * 7 % 256, at // 3 % 256])
+    return Acts(np.ones(len(at), bool), at % 10 == 0, at % 1500, partners)
 
 
 def push(store: WindowStore, entity: list[str], first: int) -> float:
@@ -24,7 +34,8 @@ def push(store: WindowStore, entity: list[str], first: int) -> float:
         names = entity[start : start + BATCH]
         at = np.arange(first + start, first + start + len(names))
         zero = np.zeros(len(names), np.int32)
-        store.append(WindowEntries(names, 100 * at, vectors[: len(names)], (SOURCE,), zero, at, zero))
+        entries = WindowEntries(names, STEP_MS * at, vectors[: len(names)], (SOURCE,), zero, at, zero, some_acts(at))
+        store.append(entries)
         end = {SOURCE: first + start + len(names)}
         store.prepare(end)
         store.committed(end)
