@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from stream import Topics
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the command does, before torch is imported
+
+# A job in the background of a script is born with SIGINT ignored, and so would be each process that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

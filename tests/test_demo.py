@@ -138,9 +138,7 @@ def test_what_fails_is_said_with_its_reason(
 @pytest.mark.usefixtures("servers")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_leaves_no_process_and_no_file(tmp_path: Path, how: signal.Signals) -> None:
-    # A job in the background of a script is born with SIGINT ignored, and so would be its children.
-    heard = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    program = f"{heard}; from streamer.demo import demo; sys.exit(demo(seconds=600, command={STAND_IN!r}))"
+    program = f"import sys; from streamer.demo import demo; sys.exit(demo(seconds=600, command={STAND_IN!r}))"
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen(
         [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True
