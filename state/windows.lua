@@ -8,7 +8,8 @@
 --   heads       of each entry kept, in order, displaced first: number 5, time 6, place of the source 2, offset 6, index 3,
 --               levels that it raised 8 (see tally.py)
 --   vectors     of each entry kept, in the same order: fp16 x d
---   tally       buckets, by hour: hour 4, events 4, failures 4, bytes 6, bitmap of partners 32
+--   tally       sums of the last two hours and of the day: bits 2, events 4, failures 4, bytes 6, bitmap of partners 32;
+--               buckets, by hour: hour 4, events 4, failures 4, bytes 6, bitmap 32
 
 local VERSION = 2
 local HEADER, HEADER_SIZE = '<I1I6I5I5I4I2I2I2', 27
@@ -17,6 +18,7 @@ local HEAD, HEAD_SIZE = '<I5I6I2I6I3c8', 30
 local ENTRY, ENTRY_SIZE = '<I6I6I6I3I6', 39 -- and what it adds to the counts:
 local ACT, ACT_AT = '<I1I6BBBBB', 27 -- flags (counted, failed, which partners are there), bytes, partners
 local BUCKET, BUCKET_SIZE = '<I4I4I4I6I4I4I4I4I4I4I4I4', 50
+local SUMS, SUMS_SIZE = '<I2I4I4I6I4I4I4I4I4I4I4I4', 48
 local HOUR_MS, HOURS, NEAR, PLACES, MOST_BYTES = 3600000, 24, 2, 256, 2 ^ 47 - 1
 local NOTHING = '\0\0\0\0\0\0\0\0'
 
@@ -48,98 +50,123 @@ local function bits_of(word)
   return count
 end
 
--- The counts of one entity, as tally.py has them. A bucket is {hour, events, failures, bytes, 8 words of the bitmap};
--- sums are {0, events, failures, bytes, 8 words, how many bits}.
+local function estimate(places)
+  return level(-PLACES * math.log(1 - math.min(places, PLACES - 0.5) / PLACES))
+end
+
+-- Add to the sums of a span, and return the levels that this lifted, in the order of tally.py's COUNTS.
+local function lift(sums, failed, bytes, places)
+  local events, failures, partners, data = level(sums[2] + 1), 0, 0, 0
+  if events == level(sums[2]) then events = 0 end
+  sums[2] = sums[2] + 1
+  if failed > 0 then
+    failures = level(sums[3] + 1)
+    if failures == level(sums[3]) then failures = 0 end
+    sums[3] = sums[3] + 1
+  end
+  if bytes > 0 then
+    data = level(sums[4] + bytes)
+    if data == level(sums[4]) then data = 0 end
+    sums[4] = math.min(sums[4] + bytes, MOST_BYTES)
+  end
+  local used = sums[1]
+  for _, place in ipairs(places) do
+    local word, mask = 5 + math.floor(place / 32), bit.lshift(1, place % 32)
+    if bit.band(sums[word], mask) == 0 then
+      sums[word] = bit.bor(sums[word], mask)
+      sums[1] = sums[1] + 1
+    end
+  end
+  if sums[1] > used then
+    partners = estimate(sums[1])
+    if partners == estimate(used) then partners = 0 end
+  end
+  return events, failures, partners, data
+end
+
+local function packed_words(layout, row)
+  for word = 5, 12 do row[word] = row[word] % 4294967296 end -- `bit` gives signed words
+  return struct.pack(layout, unpack(row, 1, 12))
+end
+
+-- The counts of one entity, as tally.py has them: the sums of both spans are kept beside the buckets, so that those are
+-- looked into only when the hour changes. A bucket is {hour, events, failures, bytes, 8 words of the bitmap}; sums are
+-- the same with the number of bits instead of the hour. `earlier` are the packed buckets before the newest.
 local function tally_of(packed)
-  local buckets, newest, near, day = {}, -1, nil, nil
-  for at = 1, #packed, BUCKET_SIZE do
-    local bucket = { struct.unpack(BUCKET, packed, at) }
-    bucket[13] = nil -- where it ended
-    for word = 5, 12 do bucket[word] = bit.tobit(bucket[word]) end
-    buckets[#buckets + 1] = bucket
-    newest = bucket[1]
+  local near, day, earlier, newest = nil, nil, '', nil
+  if packed ~= '' then
+    near, day = { struct.unpack(SUMS, packed, 1) }, { struct.unpack(SUMS, packed, SUMS_SIZE + 1) }
+    newest = { struct.unpack(BUCKET, packed, #packed - BUCKET_SIZE + 1) }
+    earlier = string.sub(packed, 2 * SUMS_SIZE + 1, -BUCKET_SIZE - 1)
   end
 
   local function sum(from)
-    local sums = { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
-    for _, bucket in ipairs(buckets) do
+    local sums = { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+    for at = 1, #earlier, BUCKET_SIZE do
+      local bucket = { struct.unpack(BUCKET, earlier, at) }
       if bucket[1] >= from then
         for i = 2, 4 do sums[i] = sums[i] + bucket[i] end
         for word = 5, 12 do sums[word] = bit.bor(sums[word], bucket[word]) end
       end
     end
-    for word = 5, 12 do sums[13] = sums[13] + bits_of(sums[word]) end
+    for word = 5, 12 do sums[1] = sums[1] + bits_of(sums[word]) end
+    sums[4] = math.min(sums[4], MOST_BYTES)
     return sums
   end
 
-  local function lift(sums, failed, bytes, places)
-    local levels = { 0, 0, 0, 0 }
-    local function add(which, place, more)
-      local before = level(sums[which])
-      sums[which] = sums[which] + more
-      local now = level(sums[which])
-      if now > before then levels[place] = now end
-    end
-    add(2, 1, 1)
-    if failed > 0 then add(3, 2, failed) end
-    if bytes > 0 then add(4, 4, bytes) end
-    local before = sums[13]
-    for _, place in ipairs(places) do
-      local word, mask = 5 + math.floor(place / 32), bit.lshift(1, place % 32)
-      if bit.band(sums[word], mask) == 0 then
-        sums[word] = bit.bor(sums[word], mask)
-        sums[13] = sums[13] + 1
-      end
-    end
-    local function estimate(used) return level(-PLACES * math.log(1 - math.min(used, PLACES - 0.5) / PLACES)) end
-    if estimate(sums[13]) > estimate(before) then levels[3] = estimate(sums[13]) end
-    return levels
+  local function begin(hour)
+    if newest then earlier = earlier .. packed_words(BUCKET, newest) end
+    local from = 1
+    while from <= #earlier and struct.unpack('<I4', earlier, from) <= hour - HOURS do from = from + BUCKET_SIZE end
+    earlier = string.sub(earlier, from)
+    near, day = sum(hour - NEAR + 1), sum(hour - HOURS + 1)
+    newest = { hour, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
   end
 
-  local function add(time, act)
-    local flags, bytes = act[1], act[2]
-    local hour, failed, places = math.floor(time / HOUR_MS), bit.band(flags, 2) / 2, {}
-    for i = 1, 5 do
-      if bit.band(flags, bit.lshift(2, i)) ~= 0 then places[#places + 1] = act[2 + i] end
-    end
-    if hour > newest then
-      local kept = {}
-      for _, bucket in ipairs(buckets) do
-        if bucket[1] > hour - HOURS then kept[#kept + 1] = bucket end
-      end
-      buckets, newest, near, day = kept, hour, nil, nil
-    elseif hour <= newest - HOURS then
-      return NOTHING
-    end
-    near, day = near or sum(newest - NEAR + 1), day or sum(newest - HOURS + 1)
-    local at = #buckets
-    while at > 0 and buckets[at][1] > hour do at = at - 1 end
-    if at == 0 or buckets[at][1] < hour then
-      at = at + 1
-      table.insert(buckets, at, { hour, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 })
-    end
-    local bucket = buckets[at]
+  local function count(bucket, failed, bytes, places)
     bytes = math.min(bytes, MOST_BYTES - bucket[4])
     bucket[2], bucket[3], bucket[4] = bucket[2] + 1, bucket[3] + failed, bucket[4] + bytes
     for _, place in ipairs(places) do
       local word = 5 + math.floor(place / 32)
       bucket[word] = bit.bor(bucket[word], bit.lshift(1, place % 32))
     end
-    local long, short = lift(day, failed, bytes, places), { 0, 0, 0, 0 }
-    if hour > newest - NEAR then short = lift(near, failed, bytes, places) end
-    return string.char(short[1], long[1], short[2], long[2], short[3], long[3], short[4], long[4])
+    return bytes
   end
 
-  local function packed_again()
-    local parts = {}
-    for i, bucket in ipairs(buckets) do
-      local words = {}
-      for word = 5, 12 do words[word - 4] = bucket[word] % 4294967296 end
-      parts[i] = struct.pack(BUCKET, bucket[1], bucket[2], bucket[3], bucket[4], unpack(words))
+  local function count_earlier(hour, failed, bytes, places)
+    local at = 1
+    while at <= #earlier and struct.unpack('<I4', earlier, at) < hour do at = at + BUCKET_SIZE end
+    local bucket, rest = { hour, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }, at
+    if at <= #earlier and struct.unpack('<I4', earlier, at) == hour then
+      bucket, rest = { struct.unpack(BUCKET, earlier, at) }, at + BUCKET_SIZE
     end
-    return table.concat(parts)
+    bytes = count(bucket, failed, bytes, places)
+    earlier = string.sub(earlier, 1, at - 1) .. packed_words(BUCKET, bucket) .. string.sub(earlier, rest)
+    return bytes
   end
-  return { add = add, packed = packed_again }
+
+  local function add(time, flags, bytes, ...)
+    local hour, failed, places = math.floor(time / HOUR_MS), bit.band(flags, 2) / 2, {}
+    for i = 1, 5 do
+      if bit.band(flags, bit.lshift(2, i)) ~= 0 then places[#places + 1] = select(i, ...) end
+    end
+    if not newest or hour > newest[1] then begin(hour) end
+    if hour <= newest[1] - HOURS then return NOTHING end
+    if hour == newest[1] then
+      bytes = count(newest, failed, bytes, places)
+    else
+      bytes = count_earlier(hour, failed, bytes, places)
+    end
+    local n, f, p, b = 0, 0, 0, 0
+    if hour > newest[1] - NEAR then n, f, p, b = lift(near, failed, bytes, places) end
+    local n24, f24, p24, b24 = lift(day, failed, bytes, places)
+    return string.char(n, n24, f, f24, p, p24, b, b24)
+  end
+
+  local function pack()
+    return packed_words(SUMS, near) .. packed_words(SUMS, day) .. earlier .. packed_words(BUCKET, newest)
+  end
+  return { add = add, packed = pack }
 end
 
 -- Append entries to one entity. args: parameters; (source id, committed offset) pairs known beyond those of the
@@ -260,7 +287,7 @@ local function push(keys, args)
       local ref, levels = kept + i, NOTHING
       if not seen and string.byte(entries, (i - 1) * ENTRY_SIZE + ACT_AT + 1) % 2 == 1 then
         tally = tally or tally_of(tail > 0 and sub(state, -tail) or '')
-        levels = tally.add(time, { unpack(ACT, entries, (i - 1) * ENTRY_SIZE + ACT_AT + 1) })
+        levels = tally.add(time, unpack(ACT, entries, (i - 1) * ENTRY_SIZE + ACT_AT + 1))
       end
       fresh[i] = pack(HEAD, number, time, s, offset, index, levels)
       if known then known[s .. ':' .. offset .. ':' .. index] = number end

@@ -429,3 +429,19 @@ def test_every_call_touches_one_key_as_a_cluster_demands(server: ValkeyServer, c
         client.execute_command("CLUSTER", "DELSLOTSRANGE", 0, 16383)
         with pytest.raises(StoreUnavailableError):
             connect(server.url, retries=0).check_epoch({})
+
+
+def test_the_server_counts_as_this_process_does(server: ValkeyServer, connect: Open) -> None:
+    """Events of two days out of order, some of them late by hours, in batches of all sizes: the same levels."""
+    rng = np.random.default_rng(4)
+    times = np.maximum(np.arange(1500) * 100_000 - rng.integers(0, 30, 1500) ** 3 * 4_000, 0)
+    rows: list[Row] = [(f"user:{rng.integers(3)}", int(time), 0, i) for i, time in enumerate(times)]
+    options = {"age_ms": 7 * 86_400_000, "width": 32}
+    store, straight = connect(server.url, **options), MemoryWindows(dim=DIM, age_ms=options["age_ms"], width=32)
+    store.check_epoch({})
+    start = 0
+    while start < len(rows):
+        end = start + int(rng.integers(1, 40))
+        batch = entries(rows[start:end])
+        np.testing.assert_array_equal(store.append(batch).levels, straight.append(batch).levels)
+        start = end
