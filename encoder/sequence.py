@@ -401,13 +401,14 @@ class SequenceModel:
         kinds = kind.astype(np.int64)
         latest = codes[:, ::-1]
         by_count = self.counts.probability(kinds, latest[:, 1:], codes[:, -1])
-        end_count = self.counts.probability(kinds, latest[:, :-1], np.full(m, end))
+        ends = self._quiet[kinds] > 0
+        end_count = self.counts.probability(kinds[ends], latest[ends, :-1], np.full(int(ends.sum()), end))
         surprise = -0.5 * (np.log(np.maximum(p_next, _LEAST)) + np.log(by_count))
-        ending = -0.5 * (np.log(np.maximum(p_end, _LEAST)) + np.log(end_count))
+        ending = np.zeros(m)
+        ending[ends] = -0.5 * (np.log(np.maximum(p_end[ends], _LEAST)) + np.log(end_count))
         usual = -np.log(self.counts.probability(kinds, latest[:, :0], codes[:, -1]))
         new = codes[:, -1] == self.codebook.other
         surprise[new] = usual[new] = -np.log(self._novelty[kinds[new]])
-        ending[self._quiet[kinds] == 0] = 0.0
         return SequenceScores(
             surprise.astype(np.float32),
             usual.astype(np.float32),
