@@ -25,7 +25,7 @@ from encoder.events import EventBatch, Message, decode
 from encoder.rarity import ContextRarity
 from encoder.runtime import Encoder
 from encoder.schema import Schema, SchemaLearner
-from encoder.sequence import fit_sequences
+from encoder.sequence_training import fit_sequences
 from encoder.training import TrainingReport, train
 from encoder.vectorize import FeatureBatch, Vectorizer
 from state.baseline import Baseline, Density

@@ -32,7 +32,7 @@ from confluent_kafka.cimpl import NewTopic
 
 import encoder.rarity
 import encoder.runtime
-import encoder.sequence
+import encoder.sequence_training
 import encoder.training
 import encoder.vectorize
 import state.baseline
@@ -289,7 +289,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, servers.kafka() as bootstrap, servers.valkey() as redis_url:
         os.chdir(folder)
         torch.set_num_threads(1)  # as the command does
-        encoder.training.STEPS = encoder.sequence.STEPS = STEPS
+        encoder.training.STEPS = encoder.sequence_training.STEPS = STEPS
         for size in SIZES:
             measure(size, Path(folder), bootstrap, redis_url)
 

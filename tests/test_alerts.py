@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from ocsf_json_schema import OcsfJsonSchemaEmbedded, get_ocsf_schema
 
-import encoder.sequence
+import encoder.sequence_training
 import encoder.training
 from encoder.events import Message, decode
 from state.episodes import CREATE, UPDATE, Decision, Episode
@@ -400,7 +400,7 @@ def day(tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, Told]:
     write(days[:2], folder / "train.ndjson.gz")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoder.training, "STEPS", 200)
-        patch.setattr(encoder.sequence, "STEPS", 100)
+        patch.setattr(encoder.sequence_training, "STEPS", 100)
         bundle = fit([folder / "train.ndjson.gz"], folder / "bundle").bundle
     return explained(bundle, days[2].events, each=4)
 
@@ -664,7 +664,7 @@ def test_every_stream_makes_valid_alerts_with_a_fitted_detector(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoder.training, "STEPS", 200)
-    monkeypatch.setattr(encoder.sequence, "STEPS", 100)
+    monkeypatch.setattr(encoder.sequence_training, "STEPS", 100)
     bundle = fit([Path(DATA or "") / f"{name}.train.ndjson.gz"], tmp_path / "bundle").bundle
     with gzip.open(Path(DATA or "") / f"{name}.test.ndjson.gz") as lines:
         _, told = explained(bundle, list(lines), each=2)

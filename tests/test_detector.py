@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 import pytest
 
-import encoder.sequence
+import encoder.sequence_training
 import encoder.training
 from encoder.events import Message
 from state.windows import MemoryWindows
@@ -42,7 +42,7 @@ def quick() -> Iterator[None]:
     """Short training: these tests are about what is done with a model, not about how good it is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoder.training, "STEPS", 200)
-        patch.setattr(encoder.sequence, "STEPS", 200)
+        patch.setattr(encoder.sequence_training, "STEPS", 200)
         yield
 
 

@@ -145,7 +145,10 @@ def test_the_example_events_pass_through_fit_score_and_run(topics: Topics, tmp_p
     topics.produce(list(lines(examples)), 0)
     Service(topics, tmp_path / "bundle", redis_url, 5, line=1.0).run_until(93)
     assert len(scores_of(topics)) == 93
-    assert 0 < len(alerts_of(topics)) <= 93
+    told = [body for _, body in alerts_of(topics).values()]
+    created = {body["finding_info"]["uid"] for body in told if body["activity_name"] == "Create"}
+    assert 0 < len(created) <= 93
+    assert {body["finding_info"]["uid"] for body in told} == created
     assert topics.read("dead") == []
 
 

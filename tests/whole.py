@@ -15,7 +15,7 @@ import pytest
 from stream import Topics, until
 from test_cli import COMMAND
 
-import encoder.sequence
+import encoder.sequence_training
 import encoder.training
 
 LINE = 0.02
@@ -26,7 +26,7 @@ def short_training() -> Iterator[None]:
     """What is tested here does not depend on how well the detector detects."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoder.training, "STEPS", 30)
-        patch.setattr(encoder.sequence, "STEPS", 30)
+        patch.setattr(encoder.sequence_training, "STEPS", 30)
         yield
 
 
