@@ -142,7 +142,7 @@ class _Finding:
             value["metadata"]["is_truncated"] = True
         value |= {
             "message": f"{title} ({wording.moment(self.time)})",
-            "finding_info": self.finding_info(finding, title),
+            "finding_info": self.finding_info(frame, title),
             "evidences": [found],
             "observables": observables(found, "evidences[0]"),
             "anomaly_analyses": [self.analysis()],
@@ -273,8 +273,7 @@ class _Finding:
             found.append(f"{name} ({wording.value(path, here, self.record)} here, {was} there)")
         return ", ".join(found[:4])
 
-    def finding_info(self, uid: str, title: str) -> dict[str, Any]:
-        kind = self.cause.partition(":")[0] or "record"
+    def finding_info(self, frame: Frame, title: str) -> dict[str, Any]:
         metadata = self.record.get("metadata")
         metadata = metadata if isinstance(metadata, Mapping) else {}
         product = metadata.get("product")
@@ -298,18 +297,10 @@ class _Finding:
             if label != self.coordinates
         ]
         return {
-            "uid": uid,
+            "uid": frame.finding,
             "title": title,
             "desc": self.description(),
-            "types": [f"{kind} anomaly"],
-            "analytic": {
-                "type_id": 4,
-                "type": "Learning (ML/DL)",
-                "name": f"Ripcurrent {kind} anomaly",
-                "uid": f"ripcurrent-{kind}",
-                "version": self.bundle,
-                "algorithm": "residual network, nearest neighbours, conformal p-value",
-            },
+            **frame.analytic,
             "created_time": self.now,
             "first_seen_time": self.first_seen,
             "last_seen_time": self.last_seen,

@@ -26,7 +26,6 @@ def close_alert(episode: Episode, *, line: float, bundle_version: str, tenant: s
         last_seen=episode.last_seen,
         count=episode.count,
     )
-    kind = episode.cause.partition(":")[0]
     title = _title(episode)
     ends = list(dict.fromkeys((episode.first, episode.last)))
     related: list[dict[str, Any]] = [{"uid": at, "desc": f"the event at {at}"} for at in ends]
@@ -37,14 +36,7 @@ def close_alert(episode: Episode, *, line: float, bundle_version: str, tenant: s
             "title": title,
             "desc": f"Nothing more for {wording.duration(QUIET_MS)}. From {wording.moment(episode.first_seen)} to "
             f"{wording.moment(episode.last_seen)}, first {episode.first}, last {episode.last}.",
-            "types": [f"{kind} anomaly"],
-            "analytic": {
-                "type_id": 4,
-                "type": "Learning (ML/DL)",
-                "name": f"Ripcurrent {kind} anomaly",
-                "uid": f"ripcurrent-{kind}",
-                "version": bundle_version,
-            },
+            **frame.analytic,
             "created_time": now_ms,
             "first_seen_time": episode.first_seen,
             "last_seen_time": episode.last_seen,

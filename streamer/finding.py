@@ -103,6 +103,22 @@ class Frame:
             **({"is_alert": True} if self.activity == CREATE else {}),
         }
 
+    @property
+    def analytic(self) -> dict[str, Any]:
+        """What `finding_info` says of how it was found."""
+        kind = self.ids[1].partition(":")[0] or "record"
+        return {
+            "types": [f"{kind} anomaly"],
+            "analytic": {
+                "type_id": 4,
+                "type": "Learning (ML/DL)",
+                "name": f"Ripcurrent {kind} anomaly",
+                "uid": f"ripcurrent-{kind}",
+                "version": self.bundle,
+                "algorithm": "residual network, nearest neighbours, conformal p-value",
+            },
+        }
+
     def alert(self, value: dict[str, Any], entity: str, row: int = -1) -> Alert:
         """The message that holds this value; entity: as people may see it."""
         headers = [

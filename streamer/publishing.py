@@ -46,6 +46,19 @@ _WRONG_TIME = {KafkaError.INVALID_TIMESTAMP, KafkaError.INVALID_RECORD}
 _log = structlog.get_logger("ripcurrent.kafka")
 
 
+class Written(Protocol):
+    """A message of an output topic that has an id: an `Alert`, as far as writing it goes."""
+
+    @property
+    def uid(self) -> str: ...
+    @property
+    def key(self) -> bytes: ...
+    @property
+    def value(self) -> bytes: ...
+    @property
+    def headers(self) -> Sequence[tuple[str, bytes]]: ...
+
+
 class Output(NamedTuple):
     """One message to write. origin names what it came from, so that one that is too large can be told; timestamp in
     epoch ms, 0: now."""

@@ -27,6 +27,7 @@ from streamer.errors import StreamError
 from streamer.findings import Findings, Suppressing
 from streamer.kafka import Offsets, SourcePartition, reason_of
 from streamer.ledger import Lines as RecordedLines
+from streamer.publishing import Written
 from streamer.range_reader import RangeReader
 from streamer.ranges import KAFKA_S, Range, freeze, metadata_consumer, offsets_at
 from streamer.rebuild import FUTURE_MS
@@ -44,19 +45,6 @@ Lines = Callable[[NDArray[np.int64]], NDArray[np.float64]]
 """event times (epoch ms, int64 [n]) -> the p-value at or under which an event of that time is an alert, float64 [n]."""
 Show = Callable[[str, int, int, str], None]
 """Called with (stage, messages done, of how many, what to show beside it)."""
-
-
-class Written(Protocol):
-    """What a replay needs of an alert."""
-
-    @property
-    def uid(self) -> str: ...
-    @property
-    def key(self) -> bytes: ...
-    @property
-    def value(self) -> bytes: ...
-    @property
-    def headers(self) -> Sequence[tuple[str, bytes]]: ...
 
 
 @dataclass(frozen=True)

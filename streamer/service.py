@@ -30,7 +30,7 @@ from streamer.errors import StreamError
 from streamer.kafka import Offsets, TransactionAbortedError, claim_instance
 from streamer.ledger import Ledger
 from streamer.metrics import Metrics, serve
-from streamer.publishing import Output, PlainPublisher, Publisher, TransactionalPublisher
+from streamer.publishing import Output, PlainPublisher, Publisher, TransactionalPublisher, Written
 from streamer.rebuild import Rebuild, Rebuildable
 from streamer.scores import score_lines
 from streamer.settings import Settings
@@ -63,17 +63,9 @@ class Remembering(Rebuildable, Protocol):
     def check_epoch(self, offsets: Mapping[SourcePartition, int]) -> None: ...
 
 
-class Written(Protocol):
+class Told(Written, Protocol):
     """What the loop needs of an `Alert`."""
 
-    @property
-    def uid(self) -> str: ...
-    @property
-    def key(self) -> bytes: ...
-    @property
-    def value(self) -> bytes: ...
-    @property
-    def headers(self) -> Sequence[tuple[str, bytes]]: ...
     @property
     def activity(self) -> int: ...
     @property
@@ -83,7 +75,7 @@ class Written(Protocol):
 class Alerting(Protocol):
     """What the loop needs of `Findings`: it turns scored rows into alerts to publish, and may be asked again."""
 
-    def alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> Sequence[Written]: ...
+    def alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> Sequence[Told]: ...
 
     def take_suppressed(self) -> Mapping[str, int]: ...
 
@@ -335,14 +327,14 @@ class Service:
             return self._line.judge(scored, self._source.owned())
         return np.full(len(scored), self._line)
 
-    def _alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> Sequence[Written]:
+    def _alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> Sequence[Told]:
         with self.metrics.time("explain"):
             alerts = self._waiting("alerts", lambda: self._alerting.alerts(scored, rows))
         self._group.anomalies += len(rows)
         self._group.suppressed.update(self._alerting.take_suppressed())
         return alerts
 
-    def _add(self, batch: Batch, scored: ScoredBatch, alerts: Sequence[Written]) -> None:
+    def _add(self, batch: Batch, scored: ScoredBatch, alerts: Sequence[Told]) -> None:
         """Put a scored batch into the group: its outputs, its offsets, and what to count once they are committed."""
         group, settings, refused = self._group, self._settings, self._publisher.refused
         if not group.batches:
@@ -494,7 +486,7 @@ class Service:
         return self._waiting_for
 
 
-def _output(topic: str, alert: Written, now_ms: int) -> Output:
+def _output(topic: str, alert: Told, now_ms: int) -> Output:
     return Output(topic, alert.key, alert.value, [*alert.headers], now_ms, alert.uid)
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+from alerting import WORD, scored
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 from stream import until
-from test_alerts import WORD, scored
 from test_cli import COMMAND
 from test_findings import Quiet
 from typer.testing import CliRunner, Result

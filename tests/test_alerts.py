@@ -1,133 +1,50 @@
-"""Every alert is a valid Detection Finding, says why in words, has ids that never change, and holds no secret."""
+"""Every alert is a valid Detection Finding, says why, has ids that never change, and holds no secret."""
 
 import gzip
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import orjson
 import pytest
+from alerting import (
+    NOW,
+    PORT,
+    PROFILE,
+    VALIDATOR,
+    WORD,
+    Json,
+    Told,
+    alerts,
+    check,
+    explanation,
+    one,
+    scored,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
-from ocsf_json_schema import OcsfJsonSchemaEmbedded, get_ocsf_schema
 
 import encoder.sequence_training
 import encoder.training
-from encoder.events import Message, decode
+from encoder.events import Message
 from state.episodes import CREATE, UPDATE, Decision, Episode
 from state.windows import MemoryWindows
-from streamer import wording
-from streamer.alerts import build_alerts
 from streamer.bundle import Bundle
 from streamer.closing import close_alert
-from streamer.detector import Detector, Explanation, FieldFinding, RateFinding, ScoredBatch
-from streamer.finding import OCSF_VERSION, Alert, confidence
+from streamer.detector import Detector, Explanation, FieldFinding
 from streamer.fitting import fit
-from streamer.observables import EVIDENCE, OBSERVABLE_TYPES, Leaf, Shape, evidence, observables
+from streamer.observables import EVIDENCE, Leaf, Shape
 from streamer.peers import flatten
 from streamer.redaction import Redactor
 from streamer.simulate import schedule, simulate, write
 
 DATA = os.environ.get("RIPCURRENT_EVAL_DATA")
 STREAMS = ("flows-nsl", "windows-a", "sequences-hdfs", "cloud")
-NOW = 1_790_000_000_000
-Json = dict[str, Any]
-Told = list[tuple[ScoredBatch, int, Explanation]]
-
-SCHEMA = get_ocsf_schema(version=OCSF_VERSION)
-VALIDATOR = jsonschema.Draft202012Validator(
-    OcsfJsonSchemaEmbedded(SCHEMA).get_class_schema(class_name="detection_finding", profiles=[])
-)
-
-WORD: Json = {
-    "metadata": {"uid": "event-1", "version": "1.5.0", "product": {"name": "Sysmon"}},
-    "time": 1_780_000_000_000,
-    "class_uid": 4001,
-    "activity_id": 1,
-    "type_uid": 400101,
-    "device": {"hostname": "PC-7", "type_id": 2, "os": {"name": "Windows", "type_id": 100}},
-    "actor": {
-        "process": {
-            "pid": 812,
-            "name": "winword.exe",
-            "cmd_line": "winword.exe --password hunter2",
-            "file": {"path": "C:\\Office\\winword.exe"},
-        },
-        "user": {"name": "bob"},
-    },
-    "src_endpoint": {"ip": "10.0.0.5", "port": "49604"},
-    "dst_endpoint": {"ip": "203.0.113.9", "port": 4444},
-}
-PORT = FieldFinding("dst_endpoint.port", "4444", (("443", 0.92), ("80", 0.06)), 9.0)
-
-
-def scored(records: Iterable[Json], cause: str = "record:dst_endpoint.port", entity: str = "host:PC-7") -> ScoredBatch:
-    """A batch as the detector gives it, made by the real decoder."""
-    messages = [Message("events", 3, 100 + i, NOW, orjson.dumps(record)) for i, record in enumerate(records)]
-    batch, rejects = decode(messages)
-    n = len(batch)
-    return ScoredBatch(
-        batch.coordinates,
-        batch.time,
-        np.full(n, 1e-5),
-        np.full(n, 75, np.float32),
-        np.array([entity] * n, object),
-        np.array([cause] * n, object),
-        batch.records,
-        rejects,
-    )
-
-
-def explanation(*fields: FieldFinding, **more: Any) -> Explanation:
-    return Explanation(fields, more.get("neighbours", ()), 3.0, 0.5, more.get("window", ()))
-
-
-def alerts(
-    batch: ScoredBatch,
-    explanations: list[Explanation] | None = None,
-    rows: NDArray[np.intp] | None = None,
-    **changes: Any,
-) -> list[Alert]:
-    chosen: Json = {"line": 1e-4, "bundle_version": "lab-3f2a", "tenant": "default", "now_ms": NOW, **changes}
-    told = explanations or [explanation(PORT)] * len(batch)
-    return build_alerts(batch, np.arange(len(batch)) if rows is None else rows, told, **chosen)
-
-
-def one(record: Json = WORD, told: Explanation | None = None, **changes: Any) -> Json:
-    batch = scored([record], **{k: changes.pop(k) for k in ("cause", "entity") if k in changes})
-    (alert,) = alerts(batch, [told or explanation(PORT)], **changes)
-    return check(alert)
-
-
-PROFILE = jsonschema.Draft202012Validator(orjson.loads((files("streamer") / "alert.schema.json").read_bytes()))
-
-
-def check(alert: Alert) -> Json:
-    """It is valid OCSF and has what our own profile promises; returns it."""
-    finding: Json = orjson.loads(alert.value)
-    broken = [f"{e.json_path}: {e.message[:200]}" for e in PROFILE.iter_errors(finding)]
-    assert not broken, broken
-    errors = [f"{'.'.join(map(str, e.absolute_path))}: {e.message[:200]}" for e in VALIDATOR.iter_errors(finding)]
-    assert not errors, errors
-    assert finding["metadata"]["uid"] == alert.uid
-    for observable in finding.get("observables", ()):
-        assert str(resolve(finding, observable["name"])) == observable["value"]
-    return finding
-
-
-def resolve(finding: Json, path: str) -> Any:
-    node: Any = finding
-    for part in path.replace("[", ".").replace("]", "").split("."):
-        node = node[int(part)] if isinstance(node, list) else node[part]
-    return node
 
 
 def test_the_validator_refuses_what_is_wrong() -> None:
@@ -284,114 +201,6 @@ def test_lengths_that_differ_are_refused() -> None:
         alerts(scored([WORD, WORD]), [explanation(PORT)])
 
 
-def test_a_sequence_tells_its_time_and_its_worst_event() -> None:
-    start = WORD["time"]
-    window = tuple((start - 60_000 * (8 - i), f"events:3:{i}:0", f"logon to HOST-{i}", 0.1 * i) for i in range(5))
-    finding = one(told=explanation(window=window), cause="sequence:rate", entity="user:bob")
-    assert finding["finding_info"]["title"].endswith("on host PC-7: 5 events in 4 min, least expected logon to HOST-4")
-    assert finding["finding_info"]["title"].startswith("Unusual rate of events of process winword.exe of user bob")
-    assert finding["start_time"] == start - 8 * 60_000
-    assert len(finding["finding_info"]["related_events"]) == 6
-    assert finding["unmapped"]["timeline"][4]["share"] == pytest.approx(0.4)
-
-
-def test_a_rate_is_told_with_its_number_and_what_was_usual() -> None:
-    def told(cause: str, entity: str, rate: RateFinding) -> Json:
-        explained = [replace(explanation(PORT), rate=rate)]
-        return check(alerts(scored([WORD], cause, entity), explained)[0])
-
-    failures = told("rate:failures.day", "user:bob", RateFinding("failures", "day", 23.4, 3.0, own=True))
-    title = "Unusually many failures of user bob: about 23 failures within a day; never more than 3 before"
-    assert failures["finding_info"]["title"] == title
-    assert failures["finding_info"]["analytic"]["uid"] == "ripcurrent-rate"
-    first = failures["anomaly_analyses"][0]["anomalies"][0]
-    assert (first["observation_parameter"], first["observations"]) == ("failures.day", [{"value": "23"}])
-    sent = told("rate:bytes.hour", "host:PC-7", RateFinding("bytes", "hour", 41_200_000.0, 0.0, own=False))
-    much = "Unusually much data of host PC-7: about 41.2 MB sent within two hours; others like it seldom have any"
-    assert sent["finding_info"]["title"] == much
-
-
-def test_the_nearest_normal_event_and_what_differs() -> None:
-    neighbour = {"dst_endpoint.port": "443", "actor.process.name": "winword.exe", "metadata.uid": "other"}
-    desc = one(told=explanation(PORT, neighbours=(neighbour,)))["finding_info"]["desc"]
-    assert "The nearest normal event differs in destination port (4444 here, 443 there)." in desc
-
-
-TITLES = [
-    (FieldFinding("status_id", "2", (("1", 0.99),), 5), 3002, "Unusual outcome failure in authentication"),
-    (
-        FieldFinding("type_uid", "100702", (("100701", 0.97),), 5),
-        1007,
-        "Unusual kind of event process activity: terminate of process",
-    ),
-    (
-        FieldFinding("traffic.bytes_out", "43133000", (), 5),
-        4001,
-        "Unusual bytes sent 43.1 MB in network activity of",
-    ),
-    (FieldFinding("unmapped.serror_rate", "1", (), 5), 4001, "Unusual serror rate 1 in network activity"),
-    (
-        FieldFinding("actor.user.name", "", (("bob", 0.7),), 5),
-        6003,
-        "No user in API activity of process winword.exe on",
-    ),
-    (
-        FieldFinding("actor.process.name", "evil.exe", (), 5),
-        1007,
-        "Unusual acting process evil.exe in process activity",
-    ),
-    (FieldFinding("actor.process.cmd_line", "x" * 500, (), 5), 1007, f"Unusual command line {'x' * 53}…{'x' * 26} in"),
-    (FieldFinding("activity_id", "4", (("2", 0.8),), 5), 6003, "Unusual activity delete in API activity"),
-]
-
-
-@pytest.mark.parametrize(("field", "class_uid", "begins"), TITLES)
-def test_titles_speak_of_things_not_of_paths(field: FieldFinding, class_uid: int, begins: str) -> None:
-    title = one({**WORD, "class_uid": class_uid}, explanation(field), cause=f"record:{field.path}")["finding_info"][
-        "title"
-    ]
-    assert title.startswith(begins)
-    assert len(title) < 320
-
-
-ODD = "rundll32.exe does not usually do this: unusual destination port 4444 in network activity of process winword.exe"
-MORE_TITLES = [
-    (FieldFinding("dst_endpoint.port", "4444", (), 7, given="rundll32.exe"), ODD),
-    (
-        FieldFinding("actor.process.name", "winword.exe", (), 7, new=True),
-        "Never seen before: acting process winword.exe in network activity of user bob on host PC-7",
-    ),
-    (
-        FieldFinding("traffic.bytes_out", "559000", (("304 to 24700", 0.9),), 6),
-        "Unusually high bytes sent 559 kB in network activity of process winword.exe of user bob on host PC-7; "
-        "usually 304 to 24.7 kB (90 %)",
-    ),
-    (
-        FieldFinding("unmapped.same_srv_rate", "0.05", (("0.99 to 1", 0.9),), 6),
-        "Unusually low same service rate 0.05 in network activity of process winword.exe of user bob on host PC-7; "
-        "usually 0.99 to 1 (90 %)",
-    ),
-    (FieldFinding("actor.session.is_mfa", "false", (), 6), "Unusual use of a second factor: no in network activity"),
-]
-
-
-@pytest.mark.parametrize(("field", "begins"), MORE_TITLES)
-def test_titles_say_whether_it_is_new_high_low_or_odd_for_whom(field: FieldFinding, begins: str) -> None:
-    assert one(told=explanation(field), cause=f"record:{field.path}")["finding_info"]["title"].startswith(begins)
-
-
-def test_numbers_have_units_and_names_stay_as_they_are() -> None:
-    assert wording.value("traffic.bytes", "43133000", {}) == "43.1 MB"
-    assert wording.value("traffic.bytes", "over 4200", {}) == "over 4.2 kB"
-    assert wording.value("duration", "388", {}) == "388 ms"
-    assert wording.value("dst_endpoint.port", "44444", {}) == "44444"
-    assert wording.value("process.pid", "12345", {}) == "12345"
-    assert wording.value("unmapped.rate", "0.333333", {}) == "0.333"
-    assert wording.value("privileges", '["SeDebug","SeLoad"]', {}) == "SeDebug, SeLoad"
-    told = {"type_uid": 300201, "status_id": 2, "dst_endpoint.hostname": "WS-7"}
-    assert wording.told(told) == "authentication: logon, failure, WS-7"
-
-
 @pytest.fixture(scope="module")
 def day(tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, Told]:
     """A detector fitted to two simulated days, its training cut short, and the oddest of a third day."""
@@ -443,23 +252,6 @@ def test_explaining_an_alert_takes_milliseconds(day: tuple[Detector, Told]) -> N
     detector.explain(batch, np.arange(50))
     per_alert = (time.process_time() - started) / 50
     assert per_alert < 0.02, f"{per_alert * 1e3:.0f} ms an alert"
-
-
-def test_two_usual_values_are_named_and_rare_ones_are_not() -> None:
-    def usual(*expected: tuple[str, float]) -> str:
-        return wording.usually("dst_endpoint.port", "4444", expected, {})
-
-    assert usual(("443", 0.48), ("80", 0.31), ("53", 0.1)) == "usually 443 (48 %) or 80 (31 %)"
-    assert usual(("443", 0.998)) == "usually 443 (over 99 %)"
-    assert usual(("4444", 0.9), ("443", 0.04)) == ""
-
-
-def test_rarity_and_confidence_in_words() -> None:
-    assert wording.one_in(9.0) == "1 in 8,100"
-    assert wording.one_in(0.0) == "every time"
-    assert wording.one_in(100.0) == "less than 1 in a billion"
-    assert wording.one_in(float("nan")) == "every time"
-    assert [confidence(p, 1e-4) for p in (1e-4, 5e-5, 1e-5, 0.0, 1.0)] == [0, 50, 90, 99, 0]
 
 
 def test_no_secret_leaves_in_an_alert() -> None:
@@ -573,34 +365,6 @@ def test_any_event_and_any_explanation_make_a_valid_alert(
     check(alert)
 
 
-def test_shapes_and_observable_types_are_those_of_the_schema() -> None:
-    captions = SCHEMA["objects"]["observable"]["attributes"]["type_id"]["enum"]
-    types = SCHEMA["dictionary"]["types"]["attributes"]
-    published = VALIDATOR.schema["$defs"]
-    kinds = {"string": str, "integer": int, "boolean": bool}
-    assert {uid: captions[str(uid)]["caption"] for uid in OBSERVABLE_TYPES} == OBSERVABLE_TYPES
-
-    def walk(name: str, shape: Shape) -> None:
-        theirs, known = published[name.replace("/", "_")], SCHEMA["objects"][name]["attributes"]
-        assert set(theirs.get("required", ())) == set(shape.required), name
-        if name != "evidences":
-            allowed = {choice for option in theirs.get("anyOf", ()) for choice in option["required"]}
-            assert set(shape.one_of) <= allowed and bool(shape.one_of) == bool(allowed), name
-        for attribute, wanted in shape.attributes.items():
-            where, own = f"{name}.{attribute}", known[attribute]
-            schema = theirs["properties"][attribute]
-            if isinstance(wanted, Leaf):
-                assert kinds[schema["type"]] is wanted.kind, where
-                assert set(schema.get("enum", ())) == wanted.allowed, where
-                observable = own.get("observable") or types.get(own["type"], {}).get("observable") or 0
-                assert observable == wanted.observable, where
-            else:
-                assert isinstance(wanted, list) == (schema.get("type") == "array"), where
-                walk(own["object_type"], wanted if isinstance(wanted, Shape) else wanted[0])
-
-    walk("evidences", EVIDENCE)
-
-
 def read(path: Path, limit: int) -> list[Json]:
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
         return [orjson.loads(text) for text in lines][:: 1 if limit == 0 else limit]
@@ -635,26 +399,6 @@ def test_real_events_make_valid_alerts_quickly(name: str) -> None:
         check(alert)
     assert len(made) == len(records)
     assert per_alert < 1e-3, f"{per_alert * 1e6:.0f} us an alert"
-
-
-@given(
-    st.ip_addresses().map(str) | st.from_regex(r"[0-9a-f:.]{1,45}", fullmatch=True), st.emails() | st.text(max_size=9)
-)
-def test_addresses_are_kept_where_the_schema_knows_them_as_such(ip: str, email: str) -> None:
-    one({"src_endpoint": {"ip": ip, "mac": ip}, "user": {"name": "x", "email_addr": email}, "device": {"ip": ip}})
-
-
-def test_a_name_where_an_address_belongs_stays_a_name() -> None:
-    assert evidence({"src_endpoint": {"ip": "AWS Internal"}})["src_endpoint"] == {"name": "AWS Internal"}
-    assert evidence({"src_endpoint": {"ip": "fe80::1%eth0", "port": 70000}})["src_endpoint"] == {"ip": "fe80::1"}
-
-
-def test_evidence_keeps_nothing_that_is_not_evidence() -> None:
-    assert evidence({"actor": "bob", "device": {"hostname": 7}, "process": {"name": "no id"}, "file": {"size": 1}}) == {
-        "device": {"hostname": "7", "type_id": 0}
-    }
-    assert evidence({"module": {"file": {"path": "/lib/x.so"}}})["file"]["name"] == "x.so"
-    assert observables({"actor": {"user": {"name": "-"}}}, "e") == []
 
 
 @pytest.mark.slow

@@ -11,10 +11,10 @@ import jsonschema
 import numpy as np
 import orjson
 import pytest
+from alerting import SCHEMA, WORD, one, scored
 from ocsf_json_schema import OcsfJsonSchemaEmbedded
 from stream import EVENT, HashDetector, Topics, create, p_value, running, until
 from test_alert_commands import create_topic, invoke, lines, send
-from test_alerts import SCHEMA, WORD, one, scored
 from test_findings import Quiet, lined
 from typer.testing import CliRunner
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+from alerting import NOW, WORD, check, explanation, scored
 from stream import HashDetector, Topics, create, findings, running
-from test_alerts import NOW, WORD, check, explanation, scored
 
 from state.book import MemoryEpisodes
 from state.episodes import CLOSE, CREATE, UPDATE

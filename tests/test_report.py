@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+from alerting import WORD, scored
 from test_alert_commands import create_topic, invoke, lines, make, send
-from test_alerts import WORD, scored
 from test_findings import Quiet, lined
 from typer.testing import CliRunner
 

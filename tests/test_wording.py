@@ -1,0 +1,135 @@
+"""Titles and descriptions speak of things, with numbers, units and what is usual."""
+
+from dataclasses import replace
+
+import pytest
+from alerting import PORT, WORD, Json, alerts, check, explanation, one, scored
+
+from streamer import wording
+from streamer.detector import FieldFinding, RateFinding
+from streamer.finding import confidence
+
+
+def test_a_sequence_tells_its_time_and_its_worst_event() -> None:
+    start = WORD["time"]
+    window = tuple((start - 60_000 * (8 - i), f"events:3:{i}:0", f"logon to HOST-{i}", 0.1 * i) for i in range(5))
+    finding = one(told=explanation(window=window), cause="sequence:rate", entity="user:bob")
+    assert finding["finding_info"]["title"].endswith("on host PC-7: 5 events in 4 min, least expected logon to HOST-4")
+    assert finding["finding_info"]["title"].startswith("Unusual rate of events of process winword.exe of user bob")
+    assert finding["start_time"] == start - 8 * 60_000
+    assert len(finding["finding_info"]["related_events"]) == 6
+    assert finding["unmapped"]["timeline"][4]["share"] == pytest.approx(0.4)
+
+
+def test_a_rate_is_told_with_its_number_and_what_was_usual() -> None:
+    def told(cause: str, entity: str, rate: RateFinding) -> Json:
+        explained = [replace(explanation(PORT), rate=rate)]
+        return check(alerts(scored([WORD], cause, entity), explained)[0])
+
+    failures = told("rate:failures.day", "user:bob", RateFinding("failures", "day", 23.4, 3.0, own=True))
+    title = "Unusually many failures of user bob: about 23 failures within a day; never more than 3 before"
+    assert failures["finding_info"]["title"] == title
+    assert failures["finding_info"]["analytic"]["uid"] == "ripcurrent-rate"
+    first = failures["anomaly_analyses"][0]["anomalies"][0]
+    assert (first["observation_parameter"], first["observations"]) == ("failures.day", [{"value": "23"}])
+    sent = told("rate:bytes.hour", "host:PC-7", RateFinding("bytes", "hour", 41_200_000.0, 0.0, own=False))
+    much = "Unusually much data of host PC-7: about 41.2 MB sent within two hours; others like it seldom have any"
+    assert sent["finding_info"]["title"] == much
+
+
+def test_the_nearest_normal_event_and_what_differs() -> None:
+    neighbour = {"dst_endpoint.port": "443", "actor.process.name": "winword.exe", "metadata.uid": "other"}
+    desc = one(told=explanation(PORT, neighbours=(neighbour,)))["finding_info"]["desc"]
+    assert "The nearest normal event differs in destination port (4444 here, 443 there)." in desc
+
+
+TITLES = [
+    (FieldFinding("status_id", "2", (("1", 0.99),), 5), 3002, "Unusual outcome failure in authentication"),
+    (
+        FieldFinding("type_uid", "100702", (("100701", 0.97),), 5),
+        1007,
+        "Unusual kind of event process activity: terminate of process",
+    ),
+    (
+        FieldFinding("traffic.bytes_out", "43133000", (), 5),
+        4001,
+        "Unusual bytes sent 43.1 MB in network activity of",
+    ),
+    (FieldFinding("unmapped.serror_rate", "1", (), 5), 4001, "Unusual serror rate 1 in network activity"),
+    (
+        FieldFinding("actor.user.name", "", (("bob", 0.7),), 5),
+        6003,
+        "No user in API activity of process winword.exe on",
+    ),
+    (
+        FieldFinding("actor.process.name", "evil.exe", (), 5),
+        1007,
+        "Unusual acting process evil.exe in process activity",
+    ),
+    (FieldFinding("actor.process.cmd_line", "x" * 500, (), 5), 1007, f"Unusual command line {'x' * 53}…{'x' * 26} in"),
+    (FieldFinding("activity_id", "4", (("2", 0.8),), 5), 6003, "Unusual activity delete in API activity"),
+]
+
+
+@pytest.mark.parametrize(("field", "class_uid", "begins"), TITLES)
+def test_titles_speak_of_things_not_of_paths(field: FieldFinding, class_uid: int, begins: str) -> None:
+    title = one({**WORD, "class_uid": class_uid}, explanation(field), cause=f"record:{field.path}")["finding_info"][
+        "title"
+    ]
+    assert title.startswith(begins)
+    assert len(title) < 320
+
+
+ODD = "rundll32.exe does not usually do this: unusual destination port 4444 in network activity of process winword.exe"
+MORE_TITLES = [
+    (FieldFinding("dst_endpoint.port", "4444", (), 7, given="rundll32.exe"), ODD),
+    (
+        FieldFinding("actor.process.name", "winword.exe", (), 7, new=True),
+        "Never seen before: acting process winword.exe in network activity of user bob on host PC-7",
+    ),
+    (
+        FieldFinding("traffic.bytes_out", "559000", (("304 to 24700", 0.9),), 6),
+        "Unusually high bytes sent 559 kB in network activity of process winword.exe of user bob on host PC-7; "
+        "usually 304 to 24.7 kB (90 %)",
+    ),
+    (
+        FieldFinding("unmapped.same_srv_rate", "0.05", (("0.99 to 1", 0.9),), 6),
+        "Unusually low same service rate 0.05 in network activity of process winword.exe of user bob on host PC-7; "
+        "usually 0.99 to 1 (90 %)",
+    ),
+    (FieldFinding("actor.session.is_mfa", "false", (), 6), "Unusual use of a second factor: no in network activity"),
+]
+
+
+@pytest.mark.parametrize(("field", "begins"), MORE_TITLES)
+def test_titles_say_whether_it_is_new_high_low_or_odd_for_whom(field: FieldFinding, begins: str) -> None:
+    assert one(told=explanation(field), cause=f"record:{field.path}")["finding_info"]["title"].startswith(begins)
+
+
+def test_numbers_have_units_and_names_stay_as_they_are() -> None:
+    assert wording.value("traffic.bytes", "43133000", {}) == "43.1 MB"
+    assert wording.value("traffic.bytes", "over 4200", {}) == "over 4.2 kB"
+    assert wording.value("duration", "388", {}) == "388 ms"
+    assert wording.value("dst_endpoint.port", "44444", {}) == "44444"
+    assert wording.value("process.pid", "12345", {}) == "12345"
+    assert wording.value("unmapped.rate", "0.333333", {}) == "0.333"
+    assert wording.value("privileges", '["SeDebug","SeLoad"]', {}) == "SeDebug, SeLoad"
+    told = {"type_uid": 300201, "status_id": 2, "dst_endpoint.hostname": "WS-7"}
+    assert wording.told(told) == "authentication: logon, failure, WS-7"
+
+
+def test_two_usual_values_are_named_and_rare_ones_are_not() -> None:
+    def usual(*expected: tuple[str, float]) -> str:
+        return wording.usually("dst_endpoint.port", "4444", expected, {})
+
+    assert usual(("443", 0.48), ("80", 0.31), ("53", 0.1)) == "usually 443 (48 %) or 80 (31 %)"
+    assert usual(("443", 0.998)) == "usually 443 (over 99 %)"
+    assert usual(("4444", 0.9), ("443", 0.04)) == ""
+
+
+def test_rarity_and_confidence_in_words() -> None:
+    assert wording.one_in(9.0) == "1 in 8,100"
+    assert wording.one_in(0.0) == "every time"
+    assert wording.one_in(100.0) == "less than 1 in a billion"
+    assert wording.one_in(float("nan")) == "every time"
+    assert [confidence(p, 1e-4) for p in (1e-4, 5e-5, 1e-5, 0.0, 1.0)] == [0, 50, 90, 99, 0]
