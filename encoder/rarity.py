@@ -2,7 +2,7 @@
 
 Counting pairs is what a learned surprise has to beat on values seen a handful of times, so it is part of the encoder.
 Promises exact counts (64-bit keys, no buckets shared) and a fixed memory for a fixed vocabulary. Method: -log of the
-smoothed conditional frequency; what several attributes of one object say is taken once.
+smoothed conditional frequency; what several attributes say of one object, or in other words of the same, is taken once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ from torch import Tensor
 from encoder.schema import UNKNOWN, Schema
 from encoder.vectorize import FeatureBatch, row_hash
 
+TWINS = 0.98
+"""Attributes are twins for an event type where so large a share of the values of each belongs to one value of the
+other: a logon names its server by name, by address, and both again as the destination."""
+_TWIN_ROWS = 4096
+"""Distinct events of a type that are looked at for twins."""
 _HIT, _SEEN = 0.5, 5.0
 """Added to the count of a value and of its context: an unseen value in a context seen often costs log(2 n)."""
 NEW_NAME_SURPRISE = 2.0
@@ -26,25 +31,25 @@ NEW_NAME_SURPRISE = 2.0
 
 @dataclass(frozen=True)
 class Surprise:
-    """-log p in nats, float32 [n, discrete fields] each: given the event type, and given the type and who acts."""
+    """-log p in nats, float32 [n, discrete fields] each: given the event type, and given the type and who acts; kind:
+    int64 [n], the code of the event type."""
 
     by_type: Tensor
     by_actor: Tensor
+    kind: Tensor
 
 
 class ContextRarity:
     """Counts of (context, field, value) over training events.
 
-    keys: int64 [m], sorted; counts: float32 [m]. Numbers are not counted: their bins are no values.
+    keys: int64 [m], sorted; counts: float32 [m]; groups: int64 [event types, discrete fields], which fields say one
+    thing in several ways. Numbers are not counted: their bins are no values.
     """
 
-    def __init__(self, schema: Schema, keys: Tensor, counts: Tensor) -> None:
-        self.keys, self.counts = keys, counts
+    def __init__(self, schema: Schema, keys: Tensor, counts: Tensor, groups: Tensor) -> None:
+        self.keys, self.counts, self.groups = keys, counts, groups
         self.columns = [i for i, field in enumerate(schema.fields) if field.kind != "number"]
         self.names = [schema.fields[i].name for i in self.columns]
-        groups = [schema.fields[i].group for i in self.columns]
-        self.groups = sorted(set(groups))
-        self._group_of = torch.tensor([self.groups.index(group) for group in groups])
         self._identity = torch.tensor([schema.fields[i].kind == "identity" for i in self.columns])
         # The hash of a row is a sum over its columns, so the part of (field, value) is worked out here, once. The first
         # place stands for a context alone.
@@ -56,14 +61,14 @@ class ContextRarity:
         self._parts = row_hash(rows) - row_hash(np.zeros((1, 6), np.int32))
 
     def to(self, device: torch.device) -> ContextRarity:
-        for name in ("keys", "counts", "_group_of", "_identity"):
+        for name in ("keys", "counts", "groups", "_identity"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
     @classmethod
     def fit(cls, schema: Schema, features: FeatureBatch, weights: NDArray[np.float64]) -> ContextRarity:
         """features: distinct rows; weights: float64 [n], how many training events each stands for."""
-        rarity = cls(schema, torch.empty(0, dtype=torch.int64), torch.empty(0))
+        rarity = cls(schema, torch.empty(0, dtype=torch.int64), torch.empty(0), _groups(schema, features))
         keys = []
         counts = []
         for context in _contexts(features):
@@ -104,18 +109,41 @@ class ContextRarity:
             counts = self._count(self._keys(features, context, range(-1, len(self.columns))))
             surprise = -torch.log((counts[:, 1:] + _HIT) / (counts[:, :1] + _SEEN))
             found.append(torch.where(new_name, surprise.clamp(max=NEW_NAME_SURPRISE), surprise))
-        return Surprise(*found)
+        return Surprise(found[0], found[1], codes[:, 0].long())
 
-    def by_group(self, surprise: Tensor) -> Tensor:
-        """float32 [n, fields] to [n, groups]: the largest of each group, which says one thing in several ways."""
-        out = surprise.new_zeros(len(surprise), len(self.groups))
-        index = self._group_of.expand(len(surprise), -1)
-        return out.scatter_reduce(1, index, surprise, "amax", include_self=False)
+    def by_group(self, surprise: Tensor, kind: Tensor) -> Tensor:
+        """float32 [n, fields] to [n, groups]: the largest of each group, in its first place; kind: int64
+        [n], the code of the event type."""
+        out = surprise.new_zeros(surprise.shape)
+        return out.scatter_reduce(1, self.groups[kind], surprise, "amax", include_self=False)
 
     def summary(self, surprise: Surprise) -> tuple[Tensor, Tensor]:
         """float32 [n] each: the oddest value of the event for its type, and all of it given who acts (an actor that
         never did this makes every value of the event a little odd)."""
-        return self.by_group(surprise.by_type).amax(1), self.by_group(surprise.by_actor).sum(1)
+        by_type, by_actor = (self.by_group(s, surprise.kind) for s in (surprise.by_type, surprise.by_actor))
+        return by_type.amax(1), by_actor.sum(1)
+
+
+def _groups(schema: Schema, features: FeatureBatch) -> Tensor:
+    """int64 [event types, discrete fields]: the first field of each field's group. Of each type, twins are one group
+    though the schema has them in several."""
+    columns = [i for i, field in enumerate(schema.fields) if field.kind != "number"]
+    names = [schema.fields[i].group for i in columns]
+    groups = np.tile([names.index(name) for name in names], (schema.fields[0].size, 1))
+    for kind in np.unique(features.codes[:, 0]).tolist():
+        codes = features.codes[features.codes[:, 0] == kind][:_TWIN_ROWS][:, columns]
+        distinct = [len(np.unique(column)) for column in codes.T]
+        varied = [c for c, n in enumerate(distinct) if 1 < n <= len(codes) / 2]
+        for place, b in enumerate(varied):
+            for a in varied[:place]:
+                most = max(distinct[a], distinct[b])
+                if min(distinct[a], distinct[b]) < TWINS * most:
+                    continue
+                together = codes[:, a].astype(np.int64) << 32 | codes[:, b]
+                if TWINS * len(np.unique(together)) <= most:
+                    groups[kind, b] = groups[kind, a]
+                    break
+    return torch.from_numpy(groups)
 
 
 def _contexts(features: FeatureBatch) -> list[NDArray[np.int32]]:

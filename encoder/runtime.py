@@ -79,7 +79,7 @@ class Encoder:
         weights = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
         try:
             net.load_state_dict(weights)
-            rarity = ContextRarity(schema, state["rarity.keys"], state["rarity.counts"])
+            rarity = ContextRarity(schema, *(state[f"rarity.{name}"] for name in ("keys", "counts", "groups")))
         except (RuntimeError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise EncoderError(f"the weights do not fit the feature schema ({reason}); fit the bundle again") from error
@@ -88,7 +88,7 @@ class Encoder:
     def state(self) -> dict[str, Tensor]:
         """Tensors that, with the schema, make the encoder again."""
         tensors = {f"net.{name}": value.cpu().contiguous() for name, value in self.net.state_dict().items()}
-        return tensors | {"rarity.keys": self.rarity.keys.cpu(), "rarity.counts": self.rarity.counts.cpu()}
+        return tensors | {f"rarity.{name}": getattr(self.rarity, name).cpu() for name in ("keys", "counts", "groups")}
 
     def encode(self, features: FeatureBatch) -> Encoded:
         """Vectors and surprises of n events. Meant for distinct rows: see `FeatureBatch.distinct`."""

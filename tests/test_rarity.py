@@ -108,15 +108,35 @@ def test_surprise_does_not_depend_on_the_batch() -> None:
     assert torch.equal(together.by_actor, torch.cat([a.by_actor for a in apart]))
 
 
-def test_a_group_says_one_thing_once() -> None:
-    by_field = torch.arange(2 * len(RARITY.columns), dtype=torch.float32).reshape(2, -1)
-    by_group = RARITY.by_group(by_field)
-    for i, group in enumerate(RARITY.groups):
-        members = [k for k, c in enumerate(RARITY.columns) if SCHEMA.fields[c].group == group]
-        assert torch.equal(by_group[:, i], by_field[:, members].amax(1))
+def test_one_thing_said_in_other_words_is_one_thing_where_training_says_so() -> None:
+    def logon(host: int, source: int, activity: int) -> dict[str, Any]:
+        return {
+            "activity_id": activity,
+            "type_uid": None,
+            "device": {"hostname": "host-" + "abcdefgh"[host], "ip": f"10.0.0.{host}"},
+            "dst_endpoint": {"ip": f"10.0.0.{host if activity == 1 else source}"},
+            "src_endpoint": {"ip": f"10.9.9.{source}"},
+        }
+
+    training = [logon(host, source, activity) for host in range(8) for source in range(9) for activity in (1, 2)]
+    _, vectorizer, rarity = fitted(training)
+    rows = vectorizer(decoded([logon(3, 4, 1), logon(3, 4, 2)]))
+    one, other = (
+        dict(zip(rarity.names, groups, strict=True)) for groups in rarity.groups[rows.codes[:, 0].tolist()].tolist()
+    )
+    server = {"device.hostname", "device.ip", "dst_endpoint.ip"}
+    assert len({one[name] for name in server}) == 1
+    assert len({other[name] for name in server - {"dst_endpoint.ip"}}) == 1
+    assert one["src_endpoint.ip"] not in {one[name] for name in server}
+    assert other["dst_endpoint.ip"] != other["device.ip"]
+    seen = rarity(rows)
+    for row, groups in enumerate((one, other)):
+        by_actor = dict(zip(rarity.names, seen.by_actor[row].tolist(), strict=True))
+        once = [max(by_actor[name] for name in groups if groups[name] == group) for group in set(groups.values())]
+        assert float(rarity.summary(seen)[1][row]) == pytest.approx(sum(max(nats, 0.0) for nats in once), rel=1e-5)
 
 
 def test_it_is_the_same_after_a_journey_through_arrays() -> None:
-    again = ContextRarity(SCHEMA, torch.from_numpy(RARITY.keys.numpy()), torch.from_numpy(RARITY.counts.numpy()))
+    again = ContextRarity(SCHEMA, *(torch.from_numpy(a.numpy()) for a in (RARITY.keys, RARITY.counts, RARITY.groups)))
     rows = features(event("read"), event("never"))
     assert torch.equal(again(rows).by_type, RARITY(rows).by_type)
