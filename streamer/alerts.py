@@ -216,6 +216,8 @@ class _Finding:
         if len(self.window) == 1:
             return f": {worst}" if worst else ""
         length = wording.duration(self.window[-1][0] - self.window[0][0])
+        if self.cause == "sequence:silence":
+            return f": {len(self.window)} events in {length}, then nothing after {wording.shorten(self.window[-1][2])}"
         return f": {len(self.window)} events in {length}{f', least expected {worst}' if worst else ''}"
 
     def description(self) -> str:

@@ -136,7 +136,7 @@ def score(
     if findings is not None:
         with progress_bars() as progress:
             told = write_alerts(
-                [file], opened, lines, findings, lambda done: progress("alerts", done, 0, f"{done:,} events")
+                [file], opened, scored, lines, findings, lambda done: progress("alerts", done, 0, f"{done:,} events")
             )
         typer.echo(f"told as {told:,} stories in {findings}")
     if scored.rejects:

@@ -392,13 +392,16 @@ class Detector:
         told = {e.field: max(e.surprise, counted.get(e.field, 0.0)) for e in expectations}
         actor = _value(events, encoder.schema.actors, features.codes[0], fields)
         findings: list[FieldFinding] = []
+        columns, twins = encoder.rarity.columns, encoder.rarity.groups[int(features.codes[0, 0])].tolist()
+        group_of = {i: fields[columns[twin]].group for i, twin in zip(columns, twins, strict=True)}
         groups: set[str] = set()
         first = {e for e in told if f"record:{fields[e].path}" == cause and told[e] >= WORTH_TELLING}
         for e in sorted(expectations, key=lambda e: (e.field not in first, -told[e.field])):
             field_, code = fields[e.field], int(features.codes[0, e.field])
-            if field_.group in groups or field_.name.startswith("#") or (findings and told[e.field] < WORTH_TELLING):
+            group = group_of.get(e.field, field_.group)
+            if group in groups or field_.name.startswith("#") or (findings and told[e.field] < WORTH_TELLING):
                 continue
-            groups.add(field_.group)
+            groups.add(group)
             column = events.columns.get(field_.path)
             observed = _shown(column.values[0]) if column is not None else ""
             by_whom = by_actor.get(e.field, 0.0) > max(by_type.get(e.field, 0.0) + 1, e.surprise)

@@ -83,13 +83,14 @@ def _coordinates(scored: ScoredBatch) -> Iterator[tuple[tuple[str, int], int, in
 def write_alerts(
     paths: Sequence[Path],
     bundle: Bundle,
+    scores: ScoredFile,
     lines: NDArray[np.float64],
     out: Path,
     progress: Callable[[int], None] = lambda _: None,
 ) -> int:
     """Write what the service would publish of these files, a finding a line; returns how many alerts (Creates). It
-    scores them again, because what comes before an event must be at hand to explain it; and at the end all episodes
-    are over. lines: of each event, float64 [n]; `progress` hears how many events are done."""
+    reads them again, because what comes before an event must be at hand to explain it; and at the end all episodes
+    are over. scores: of these files; lines: of each event, float64 [n]; `progress` hears how many events are done."""
     windows = MemoryWindows(dim=bundle.dim)
     detector = Detector(bundle, windows, timers=False)
     findings = Findings(detector, MemoryEpisodes(), bundle_version=bundle.version)
@@ -97,9 +98,9 @@ def write_alerts(
     ends: dict[str, int] = {}
     with out.open("wb") as file:
         for batch in batches(paths):
-            scored = detector.score(batch)
-            line = lines[done : done + len(scored)]
-            alerts = findings.alerts(replace(scored, line=line), np.flatnonzero(scored.p_value <= line))
+            seen = detector.score(batch)
+            scored = _as_scored(seen, scores, slice(done, done + len(seen)), lines)
+            alerts = findings.alerts(scored, np.flatnonzero(scored.p_value <= lines[done : done + len(seen)]))
             file.writelines(alert.value + b"\n" for alert in alerts)
             creates += sum(alert.activity == CREATE for alert in alerts)
             ends[batch[0].topic] = batch[-1].offset + 1
@@ -109,6 +110,20 @@ def write_alerts(
         for topic, end in ends.items():
             file.writelines(alert.value + b"\n" for alert in findings.finish((topic, 0), end, float(lines[-1])))
     return creates
+
+
+def _as_scored(batch: ScoredBatch, scores: ScoredFile, here: slice, lines: NDArray[np.float64]) -> ScoredBatch:
+    """The batch with the scores of its file: an entity's silence is known only at its end."""
+    level = np.where(scores.cause[here] == batch.cause, 0 if batch.level is None else batch.level, 0).astype(np.uint8)
+    return replace(
+        batch,
+        p_value=scores.p_value[here],
+        severity=scores.severity[here],
+        entity=scores.entity[here],
+        cause=scores.cause[here],
+        line=lines[here],
+        level=level,
+    )
 
 
 def line_of_a_day(alerts_per_day: float, events: int) -> float:

@@ -21,7 +21,7 @@ from streamer import fitting
 from streamer.bundle import Bundle, BundleError
 from streamer.detector import Detector, ScoredBatch
 from streamer.fitting import FitError, fit
-from streamer.offline import line_of_a_day, score_files, write_scores
+from streamer.offline import line_of_a_day, score_files, write_alerts, write_scores
 from streamer.simulate import MONDAY, schedule, simulate, write
 
 EVENTS_PER_DAY = 2600
@@ -136,6 +136,24 @@ def test_silence_is_told_once_and_only_when_it_is_due(fitted: tuple[Bundle, Path
     assert len({s.entity for s in silent}) == len(silent) > 0
     assert all(0 < s.p_value <= 1 for s in silent)
     assert detector.advance(math.inf) == []
+
+
+def test_the_silence_of_a_file_is_told_where_its_entity_was_last(
+    fitted: tuple[Bundle, Path], days: tuple[Path, Path], tmp_path: Path
+) -> None:
+    scores = score_files([days[1]], fitted[0])
+    entities = [str(entity) for entity in scores.entity]
+    quiet = next(name for name in entities if name.startswith("user:") and entities.count(name) > 3)
+    last = len(entities) - 1 - entities[::-1].index(quiet)
+    scores.p_value[last], scores.cause[last] = 1e-12, "sequence:silence"
+    lines = np.where(np.arange(len(scores)) == last, 1e-6, 0.0)
+    assert write_alerts([days[1]], fitted[0], scores, lines, tmp_path / "alerts.ndjson") == 1
+    finding = orjson.loads((tmp_path / "alerts.ndjson").read_bytes().splitlines()[0])
+    assert finding["unmapped"]["cause"] == "sequence:silence"
+    assert finding["unmapped"]["entity"] == quiet
+    assert finding["unmapped"]["source"]["offset"] == last
+    title = finding["finding_info"]["title"]
+    assert title.startswith("Unusual silence of user ") and ", then nothing after " in title
 
 
 @pytest.mark.parametrize(

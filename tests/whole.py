@@ -63,10 +63,16 @@ class Service:
 
     def run_until(self, n: int, *, kill: bool = False, seconds: float = 90) -> None:
         """Start, wait until n messages are committed, and end with SIGTERM, or with SIGKILL wherever it stands."""
+        with self.running(kill=kill) as process:
+            until(lambda: process.poll() is not None or self.done() >= n, seconds)
+            assert process.poll() is None, f"it ended with {process.returncode}"
+
+    @contextmanager
+    def running(self, *, kill: bool = False) -> Iterator[subprocess.Popen[bytes]]:
+        """Its process, ended with SIGTERM or SIGKILL."""
         with subprocess.Popen(self.command) as process:
             try:
-                until(lambda: process.poll() is not None or self.done() >= n, seconds)
-                assert process.poll() is None, f"it ended with {process.returncode}"
+                yield process
             finally:
                 process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
             code = process.wait(30)
