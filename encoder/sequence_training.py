@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from encoder.descent import descend
 from encoder.entities import KINDS
 from encoder.events import EncoderError
 from encoder.outcomes import ORDER, Codebook, RunCounts
@@ -24,7 +25,6 @@ from encoder.sequence import AGE_MS, WIDTH, SequenceModel, SequenceNet, gap_feat
 
 STEPS = 800
 BATCH = 96
-LEARNING_RATE = 2e-3
 MIN_ENDINGS = 50
 """Endings of a kind of entity from which to learn how its routines end."""
 MIN_SILENCE_MS = 1000
@@ -138,23 +138,11 @@ def fit_sequences(
     net = SequenceNet(dim=vectors.shape[1], outcomes=end + 1, kinds=len(KINDS)).to(device)
     scale = 1.0 / max(float(np.sqrt(np.square(codebook.centres.numpy()).mean())), 1e-6)
     task = _Task(net, history, vectors, scale, codes, learned, follows, held, seed, device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.1)
     losses: list[float] = []
-    running = 0.0
-    for step in range(1, STEPS + 1):
-        loss = task.loss()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        running += float(loss.detach())
-        if step % 100 == 0:
-            losses.append(running / 100)
-            running = 0.0
-            if progress is not None:
-                progress(step, STEPS, losses[-1])
+    for step, mean in descend(net, task.loss, steps=STEPS, weight_decay=1e-2):
+        losses.append(mean)
+        if progress is not None:
+            progress(step, STEPS, mean)
     runs = _runs(history, codes)
     known = (follows >= 0) & ~held
     begins = learned & (history.first == np.arange(len(history)))

@@ -17,6 +17,7 @@ from scipy import sparse
 from sklearn.decomposition import TruncatedSVD
 from torch import Tensor
 
+from encoder.descent import descend
 from encoder.resnet import TabularResNet
 from encoder.schema import FIRST, UNKNOWN, Schema
 from encoder.vectorize import FeatureBatch
@@ -28,7 +29,6 @@ HEAD_VALUES = 128
 """Values of a field that the network tells apart; the rarer ones share a code (rarity counts them one by one)."""
 BATCH = 512
 STEPS = 1500
-LEARNING_RATE = 2e-3
 NEW_NAMES = 0.15
 """Share of events in training whose names are hidden as if never seen: an unseen host alone must not alarm."""
 RESIDUAL_PENALTY = 1.0
@@ -126,40 +126,34 @@ def train(
     quantiles = torch.from_numpy(features.quantiles).to(device)
     draw = torch.from_numpy(np.sqrt(weights))
     masks = _Masks(schema, net, generator)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.1)
     held = validation.take(np.linspace(0, len(validation) - 1, min(2048, len(validation))).astype(np.intp))
     held_codes = torch.from_numpy(network_codes(held.codes, sizes)).to(device)
     held_quantiles = torch.from_numpy(held.quantiles).to(device)
     losses: list[float] = []
     validations: list[float] = []
     best = (float("inf"), copy.deepcopy(net.state_dict()))
-    running = 0.0
-    for step in range(1, STEPS + 1):
+    made = STEPS
+
+    def loss() -> Tensor:
         rows = torch.multinomial(draw, BATCH, replacement=True, generator=generator).to(device)
-        loss = masks.loss(net, codes[rows], quantiles[rows])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        running += float(loss.detach())
-        if step % 100 == 0:
-            losses.append(running / 100)
-            running = 0.0
-            if len(held):
-                fixed = _Masks(schema, net, torch.Generator().manual_seed(seed + 1))
-                with torch.no_grad():
-                    validations.append(float(fixed.loss(net, held_codes, held_quantiles)))
-                if validations[-1] < best[0]:
-                    best = (validations[-1], copy.deepcopy(net.state_dict()))
-            if progress is not None:
-                progress(step, STEPS, losses[-1])
-            if len(validations) > 6 and min(validations[-6:]) > best[0]:
-                break
+        return masks.loss(net, codes[rows], quantiles[rows])
+
+    for step, mean in descend(net, loss, steps=STEPS, weight_decay=1e-4):
+        losses.append(mean)
+        if len(held):
+            fixed = _Masks(schema, net, torch.Generator().manual_seed(seed + 1))
+            with torch.no_grad():
+                validations.append(float(fixed.loss(net, held_codes, held_quantiles)))
+            if validations[-1] < best[0]:
+                best = (validations[-1], copy.deepcopy(net.state_dict()))
+        if progress is not None:
+            progress(step, STEPS, mean)
+        if len(validations) > 6 and min(validations[-6:]) > best[0]:
+            made = step
+            break
     if validations:
         net.load_state_dict(best[1])
-    return net.eval().requires_grad_(False), TrainingReport(step, losses, validations)
+    return net.eval().requires_grad_(False), TrainingReport(made, losses, validations)
 
 
 class _Masks:
