@@ -38,6 +38,8 @@ def _words(field: Field) -> str:
     shown = ", ".join(_short(value) for value in field.values[:_SHOWN_VALUES])
     more = len(field.values) - _SHOWN_VALUES
     parts = [shown] + ([f"{more:,} more"] if more > 0 else [])
+    if len(field.values) == 1 and field.name != "type_uid":
+        parts.append("never another in training: a surprise where it changes")
     if field.left_out:
         parts.append(f"the {field.left_out:,} rarest count as unknown")
     return "; ".join(parts)

@@ -307,3 +307,4 @@ def test_the_table_names_every_field_and_why_a_path_is_set_aside() -> None:
     for path, reason in schema.set_aside.items():
         assert path in text and reason in text
     assert "the 7 rarest count as unknown" in text and schema.hash[:12] in text
+    assert "a; never another in training" in text
