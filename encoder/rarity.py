@@ -48,7 +48,7 @@ class ContextRarity:
 
     def __init__(self, schema: Schema, keys: Tensor, counts: Tensor, groups: Tensor) -> None:
         self.keys, self.counts, self.groups = keys, counts, groups
-        self.columns = [i for i, field in enumerate(schema.fields) if field.kind != "number"]
+        self.columns = _discrete(schema)
         self.names = [schema.fields[i].name for i in self.columns]
         self._identity = torch.tensor([schema.fields[i].kind == "identity" for i in self.columns])
         # The hash of a row is a sum over its columns, so the part of (field, value) is worked out here, once. The first
@@ -124,10 +124,14 @@ class ContextRarity:
         return by_type.amax(1), by_actor.sum(1)
 
 
+def _discrete(schema: Schema) -> list[int]:
+    return [i for i, field in enumerate(schema.fields) if field.kind != "number"]
+
+
 def _groups(schema: Schema, features: FeatureBatch) -> Tensor:
     """int64 [event types, discrete fields]: the first field of each field's group. Of each type, twins are one group
     though the schema has them in several."""
-    columns = [i for i, field in enumerate(schema.fields) if field.kind != "number"]
+    columns = _discrete(schema)
     names = [schema.fields[i].group for i in columns]
     groups = np.tile([names.index(name) for name in names], (schema.fields[0].size, 1))
     for kind in np.unique(features.codes[:, 0]).tolist():

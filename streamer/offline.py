@@ -99,8 +99,9 @@ def write_alerts(
     with out.open("wb") as file:
         for batch in batches(paths):
             seen = detector.score(batch)
-            scored = _as_scored(seen, scores, slice(done, done + len(seen)), lines)
-            alerts = findings.alerts(scored, np.flatnonzero(scored.p_value <= lines[done : done + len(seen)]))
+            here = slice(done, done + len(seen))
+            scored = _as_scored(seen, scores, here, lines)
+            alerts = findings.alerts(scored, np.flatnonzero(scores.p_value[here] <= lines[here]))
             file.writelines(alert.value + b"\n" for alert in alerts)
             creates += sum(alert.activity == CREATE for alert in alerts)
             ends[batch[0].topic] = batch[-1].offset + 1

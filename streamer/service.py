@@ -486,7 +486,7 @@ class Service:
         return self._waiting_for
 
 
-def _output(topic: str, alert: Told, now_ms: int) -> Output:
+def _output(topic: str, alert: Written, now_ms: int) -> Output:
     return Output(topic, alert.key, alert.value, [*alert.headers], now_ms, alert.uid)
 
 
