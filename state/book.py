@@ -27,7 +27,7 @@ from typing import Any
 
 import orjson
 
-from state.episodes import CLOSE, CREATE, UPDATE, Anomaly, Decision, End, Episode, Position, tick
+from state.episodes import CLOSE, CREATE, UPDATE, Anomaly, Decision, End, Episode, Place, Position, tick
 from state.errors import Source
 
 MINUTE_MS = 60_000
@@ -49,7 +49,8 @@ MAX_ENTITIES = 1024
 class _Open:
     """An open episode and what is needed to go on with it. owner: source of the last event; sharing: other entities
     that its events name; type_uid, what: of its first event; members: hashes of the entities that it happened to;
-    turn: higher for what changed later; told_*: as it was last told; crowd: whether all such anomalies belong to it."""
+    turn: higher for what changed later; told_*: as it was last told; crowd: whether all such anomalies belong to it;
+    name: what it is kept under, its first event, and of a silence also whose: an event may be the last of several."""
 
     episode: Episode
     owner: Source
@@ -62,6 +63,10 @@ class _Open:
     told_count: int = 1
     told_entities: int = 1
     crowd: bool = False
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        self.name = self.name or self.episode.first
 
     def keys(self) -> Iterator[_Key]:
         """What it is found by."""
@@ -91,6 +96,11 @@ class _Applied:
     offset: int
     index: int
     committed: int
+    number: int = 0
+
+    @property
+    def place(self) -> Place:
+        return self.offset, self.index, self.number
 
 
 class Book:
@@ -117,22 +127,22 @@ class Book:
         for anomaly in anomalies:
             tick(self._clocks, anomaly.source, max(anomaly.clock, anomaly.time))
             done = self._applied.get(anomaly.source, _NOTHING)
-            at = anomaly.offset, anomaly.index
+            at = anomaly.place
             # Before the commit nothing comes again, unless somebody wants it read again: then it is decided again.
-            if done.committed <= anomaly.offset and at <= (done.offset, done.index):
+            if done.committed <= at[0] and at <= done.place:
                 continue
-            self._set_applied(anomaly.source, max(at, (done.offset, done.index)), position)
+            self._set_applied(anomaly.source, max(at, done.place), position)
             found = self._find(anomaly)
             activity = CREATE if found is None else self._join(found, anomaly)
             found = found or self._begin(anomaly)
             if activity:
-                self._record(Decision(activity, *(anomaly.source, anomaly.offset, anomaly.index), found.episode))
+                self._record(Decision(activity, anomaly.source, at[0], at[1], found.episode, at[2]))
         if ends:
             self._close(ends)
         return [
             decision
             for source, end in ends.items()
-            for decision in sorted(self._decisions.get(source, ()), key=lambda d: (d.offset, d.index))
+            for decision in sorted(self._decisions.get(source, ()), key=lambda d: d.place)
             if end.first <= decision.offset <= end.last
         ]
 
@@ -198,6 +208,7 @@ class Book:
             {_hash(anomaly.entity)},
             0,
             anomaly.time,
+            name=f"{anomaly.label}|{anomaly.cause}|{anomaly.entity}" if anomaly.told else anomaly.label,
         )
         self._keep(found, moved=True)
         return found
@@ -272,14 +283,14 @@ class Book:
             self._applied[source] = replace(done, committed=committed)
             self.changed.add(f"a|{_name(source)}")
 
-    def _set_applied(self, source: Source, at: tuple[int, int], position: Position) -> None:
-        done = self._applied.get(source, _NOTHING)
-        self._applied[source] = _Applied(*at, max(done.committed, position.committed.get(source, 0)))
+    def _set_applied(self, source: Source, at: Place, position: Position) -> None:
+        done, known = self._applied.get(source, _NOTHING), position.committed.get(source, 0)
+        self._applied[source] = _Applied(at[0], at[1], max(done.committed, known), at[2])
         self.changed.add(f"a|{_name(source)}")
 
     def _keep(self, found: _Open, *, moved: bool) -> None:
         """Note that an episode changed; moved: also what it is found by."""
-        name = found.episode.first
+        name = found.name
         self._turn += 1
         found.turn = self._turn
         self._episodes[name] = found
@@ -288,7 +299,7 @@ class Book:
             self._index.setdefault(key, set()).add(name)
 
     def _drop(self, found: _Open) -> None:
-        name = found.episode.first
+        name = found.name
         del self._episodes[name]
         self.changed.add(f"e|{name}")
         for key in set(found.keys()):

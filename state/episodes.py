@@ -15,6 +15,9 @@ from typing import Protocol
 from state.errors import Source
 
 CREATE, UPDATE, CLOSE = 1, 2, 3
+Place = tuple[int, int, int]
+"""Where something is told within a source: offset, index, and its number among what is told there: 0 for the event
+itself."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,9 @@ class Anomaly:
     """An event at or under the line. source, offset, index: its coordinates; time: event ms; entity and cause: as
     scored; named: all entities of the event; type_uid and what (the value that was odd): what makes the anomalies of
     two entities the same thing; severity 0 to 100 with its level; shown: the entity as people may see it; clock: the
-    latest event time of its source up to it, where that is later than its own."""
+    latest event time of its source up to where it is told, where that is later than its own; told: where that is, as
+    (offset, index, number among those told there): of an entity that fell silent the later event of the same source
+    that made it clear; None: it is told where it stands."""
 
     source: Source
     offset: int
@@ -38,11 +43,17 @@ class Anomaly:
     what: str = ""
     shown: str = ""
     clock: int = 0
+    told: Place | None = None
 
     @property
     def label(self) -> str:
         """Its coordinates as one text."""
         return label(self.source, self.offset, self.index)
+
+    @property
+    def place(self) -> Place:
+        """Where it is told: what a redelivery and a commit go by."""
+        return self.told or (self.offset, self.index, 0)
 
 
 @dataclass(frozen=True)
@@ -70,14 +81,20 @@ class Episode:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to tell, and where it was caused: for a CREATE or an UPDATE by the event at these coordinates, for a CLOSE
-    by the passing of time at them."""
+    """What to tell, and where: a CREATE or an UPDATE at the `Anomaly.place` that it was caused by, a CLOSE by the
+    passing of time at these coordinates."""
 
     activity: int
     source: Source
     offset: int
     index: int
     episode: Episode
+    number: int = 0
+
+    @property
+    def place(self) -> Place:
+        """As `Anomaly.place`."""
+        return self.offset, self.index, self.number
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,23 @@ def test_a_crash_before_the_commit_gives_the_same_decisions_again_and_counts_onc
     assert again.episode.count == 12
 
 
+def test_an_entity_that_fell_silent_is_told_where_that_was_clear_and_again_until_that_is_committed(make: Make) -> None:
+    """Its last event is long committed when it is told; what a redelivery goes by is the event that made it clear."""
+    store = make()
+    decide(store, clock=1, first=4)
+    store.committed({A: 5})
+    bob = anomaly(2, 1, cause="sequence:silence", told=(40, 0, 1))
+    eve = anomaly(2, 1, entity="user:eve", what="", cause="sequence:silence", told=(40, 0, 2))
+    rows = [anomaly(40, 9, entity="user:kim"), bob, eve]
+    found = store.decide(rows, {A: End(30, 50, AT + 9 * MINUTE_MS)})
+    assert [(d.activity, d.place) for d in found] == [(CREATE, (40, 0, n)) for n in range(3)]
+    assert [d.episode.first for d in found] == ["events:0:40:0", "events:0:2:0", "events:0:2:0"]
+    assert make().decide(rows, {A: End(40, 40, AT + 9 * MINUTE_MS)}) == found, "another process, another batch"
+    assert store.open() == 3
+    store.committed({A: 51})
+    assert decide(store, clock=9, first=51) == []
+
+
 def test_what_is_read_again_from_before_the_commit_is_decided_again(make: Make) -> None:
     """An operator has set the group's offsets back: that is no redelivery."""
     store = make()
