@@ -65,12 +65,13 @@ class RedisServer:
         """Close the connections."""
         self._redis.close()
 
-    def command(self, function: str, key: str | bytes, arguments: Sequence[Any]) -> tuple[Any, ...]:
-        """A call of a function on one key, for `execute`."""
-        return ("FCALL", f"{self._library}_{function}", 1, key, *arguments)
+    def command(self, function: str, key: str | bytes | list[str], arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """A call of a function on one key, or on several of one hash tag, for `execute`."""
+        keys = key if isinstance(key, list) else [key]
+        return ("FCALL", f"{self._library}_{function}", len(keys), *keys, *arguments)
 
-    def call(self, function: str, key: str, arguments: Sequence[Any]) -> Any:
-        """Call a function on one key."""
+    def call(self, function: str, key: str | list[str], arguments: Sequence[Any]) -> Any:
+        """Call a function on one key, or on several of one hash tag."""
         return self.execute([self.command(function, key, arguments)])[0]
 
     def execute(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:

@@ -17,10 +17,10 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +87,11 @@ class Windows:
         width = self.times.shape[1]
         used: NDArray[np.bool_] = np.arange(width) >= width - self.length[:, None]
         return used
+
+    def take(self, rows: NDArray[Any]) -> Windows:
+        """Those of some entries."""
+        per_window = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "sources"}
+        return replace(self, **per_window)
 
 
 class WindowStore(Protocol):

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 
 from encoder.events import Message
+from streamer.detector import ScoredBatch
 from streamer.kafka import Offsets
-from streamer.replay import Judged, ReplayDetector, judged
+from streamer.replay import Judged, ReplayDetector, judged, wanted_rows
 
 BEFORE, AFTER = "before", "after"
 
@@ -68,12 +70,19 @@ class Comparing:
         lines = []
         for side, detector in self._sides.items():
             scored, rows = detector.score(batch, positions)
-            for row in rows.tolist():
-                found = {"side": side, "at": scored.coordinates.label(row), "p_value": float(scored.p_value[row])}
-                found |= {"entity": str(scored.entity[row]), "cause": str(scored.cause[row])}
-                lines.append(Candidate(orjson.dumps(found)))
+            lines += [_candidate(side, scored, row) for row in rows.tolist()]
+            silences = scored.silences
+            if silences is not None and silences.told is not None and silences.line is not None:
+                crossing = wanted_rows(scored.coordinates, positions)[silences.told]
+                crossing &= silences.p_value <= silences.line
+                lines += [_candidate(side, silences, row) for row in np.flatnonzero(crossing).tolist()]
             detector.forget(batch)
         return judged(batch, scored, positions, lines)
+
+
+def _candidate(side: str, scored: ScoredBatch, row: int) -> Candidate:
+    found = {"side": side, "at": scored.coordinates.label(row), "p_value": float(scored.p_value[row])}
+    return Candidate(orjson.dumps(found | {"entity": str(scored.entity[row]), "cause": str(scored.cause[row])}))
 
 
 def compare(candidates: Iterable[dict[str, Any]]) -> list[Change]:

@@ -26,11 +26,15 @@ from encoder.runtime import Encoded
 from encoder.schema import UNKNOWN, Field, Schema, folder, normalise
 from encoder.vectorize import FeatureBatch
 from state.tally import LEVELS, count
+from state.timers import Heard, MemoryTimers, Silence, TimerStore
 from state.windows import WindowEntries, Windows, WindowStore
 from streamer import wording
 from streamer.bundle import Bundle, load
 from streamer.drift import Drift
+from streamer.remembering import Remembering
 from streamer.scoring import DENSITY_TRUST, NEIGHBOURS, SEQUENCE_TRUST, Parts, RateScorer, severity, weighed
+from streamer.silences import CAUSE as SILENCE
+from streamer.silences import Watch, coordinates_of, rows_of, unpack
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +53,9 @@ class ScoredBatch:
     read; repairs: how often each kind of repair was made; complete: bool [n], False where the history of an entity is
     known to be missing (None: nothing is); line: float64 [n], the p-value at or under which each event is an alert
     (None: whoever scored did not ask); level: uint8 [n], of a rate the level that the event raised its count to
-    (`state.tally`; None: no cause is a rate).
+    (`state.tally`; None: no cause is a rate); silences: the k last events of entities that fell silent, as event time
+    moved on by these events, judged by that (None: nobody did); of those, told: intp [k], ascending, the rows here at
+    which that was clear.
     """
 
     coordinates: Coordinates
@@ -64,6 +70,8 @@ class ScoredBatch:
     complete: NDArray[np.bool_] | None = None
     line: NDArray[np.float64] | None = None
     level: NDArray[np.uint8] | None = None
+    silences: ScoredBatch | None = None
+    told: NDArray[np.intp] | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -131,50 +139,42 @@ _TEMPLATED = re.compile(r"\{\}|#|\*")
 """What `normalise` puts where ids, hexadecimal numbers and owners of home folders stood."""
 
 
-@dataclass(frozen=True)
-class Silence:
-    """An entity fell silent: where its last event stands, and the p-value of its stopping there."""
-
-    entity: str
-    source: tuple[str, int]
-    offset: int
-    index: int
-    p_value: float
-
-
 _RATES = np.array([f"rate:{name}" for name in LEVELS], object)
 
 
 @dataclass(frozen=True)
 class _History:
     """Of n events: the strongest evidence of a window or count of theirs (float64, nats, weighed), whose it is, which
-    it is, whether no history of theirs is missing, and of a count the level it was raised to (uint8)."""
+    it is, whether no history of theirs is missing, and of a count the level it was raised to (uint8); and who fell
+    silent meanwhile."""
 
     evidence: NDArray[np.float64]
     entity: NDArray[np.object_]
     cause: NDArray[np.object_]
     complete: NDArray[np.bool_]
     level: NDArray[np.uint8]
+    silent: list[Silence] = field(default_factory=list)
 
 
 class Detector:
     """Joins encoder and state: decodes, encodes, appends to windows, scores, explains.
 
-    windows: where entities are remembered between batches; its vectors must be of the bundle's encoder. timers:
-    remember who may fall silent, for `advance`; without a call of it now and then they would pile up.
+    windows: where entities are remembered between batches; its vectors must be of the bundle's encoder. timers: who is
+    waited for, so that silence is evidence; None: it is not.
     """
 
-    def __init__(self, bundle: Bundle, windows: WindowStore, *, tenant: str = "default", timers: bool = True) -> None:
+    def __init__(
+        self, bundle: Bundle, windows: WindowStore, *, tenant: str = "default", timers: TimerStore | None = None
+    ) -> None:
         self.bundle = bundle
         self.windows = windows
         self.tenant = tenant
         fields = bundle.encoder.schema.fields
         self.drift = Drift(bundle.encoder.schema, bundle.profile)
         self._causes = np.array([f"record:{field.path}" for field in fields], object)
-        sequences = bundle.scorer.sequences
-        silence = sequences.model.silence if sequences is not None and timers else {}
-        self._silence = np.array([silence.get(kind, 0) for kind in KINDS], np.int64)
-        self._open: dict[str, tuple[int, int, tuple[str, int], int, int]] = {}
+        sequences, self._watch = bundle.scorer.sequences, None
+        if timers is not None and sequences is not None and sequences.model.silence:
+            self._watch = Watch(bundle.scorer, sequences, timers)
 
     def score(self, messages: Sequence[Message]) -> ScoredBatch:
         """Score a batch of messages, whole messages in stream order within each partition."""
@@ -206,17 +206,22 @@ class Detector:
             events.repairs,
             history.complete,
             level=np.where(by_history, history.level, 0).astype(np.uint8),
+            silences=self._silences(history.silent, events) if history.silent else None,
         )
 
     def remember(self, messages: Sequence[Message]) -> None:
-        """Append a batch to the windows without scoring it: to fill windows that were lost."""
+        """Append a batch to the windows and timers without scoring it: to fill what was lost."""
         events, _ = decode(messages)
         features = self.bundle.encoder.vectorize(events)
         first, like = features.distinct()
         vectors = self.bundle.encoder.behaviours(features.take(first))[like]
         entities = find_entities(events)
-        if len(entities.row):
-            self.windows.append(window_entries(events, entities, vectors))
+        windows = self.windows.append(window_entries(events, entities, vectors)) if len(entities) else None
+        if self._watch is not None and (sequences := self.bundle.scorer.sequences) is not None:
+            ending = self._watch.ending(entities)
+            windows = windows.take(ending) if windows is not None and len(ending) else None
+            raw = sequences.raw(windows, entities.kind[ending]) if windows is not None else {}
+            self._watch.advance(events, entities, ending, windows, raw)
 
     def _judge_windows(self, events: EventBatch, entities: Entities, vectors: NDArray[np.float16]) -> _History:
         """Append the events to the windows of their entities, and judge each by the histories that it is part of."""
@@ -224,13 +229,16 @@ class Detector:
         nothing = np.full(n, "", object)
         found = _History(np.zeros(n), nothing, nothing.copy(), np.ones(n, bool), np.zeros(n, np.uint8))
         if not len(row):
+            if self._watch is not None:
+                found.silent.extend(self._watch.advance(events, entities, self._watch.ending(entities), None, {}))
             return found
         windows = self.windows.append(window_entries(events, entities, vectors))
         np.logical_and.at(found.complete, row, windows.complete)
         sequences, rates = self.bundle.scorer.sequences, self.bundle.scorer.rates
         if sequences is None or rates is None:
             return found
-        order = sequences.evidence("order", sequences.raw(windows, kind), kind)
+        raw = sequences.raw(windows, kind)
+        order = sequences.evidence("order", raw, kind)
         rate, column = self._judge_rates(rates, entities, windows)
         evidence = weighed(order, rate)
         weakest_first = np.argsort(evidence, kind="stable")
@@ -240,7 +248,10 @@ class Detector:
         found.cause[row[weakest_first]] = cause[weakest_first]
         level = windows.levels[np.arange(len(row)), column]
         found.level[row[weakest_first]] = level[weakest_first]
-        self._watch(events, entities)
+        if self._watch is not None:
+            ending = self._watch.ending(entities)
+            of_ending = {name: score[ending] for name, score in raw.items()}
+            found.silent.extend(self._watch.advance(events, entities, ending, windows.take(ending), of_ending))
         return found
 
     @staticmethod
@@ -256,47 +267,32 @@ class Detector:
             evidence[raised], column[raised] = rates.evidence(excess, kinds)
         return evidence, column
 
-    def _watch(self, events: EventBatch, entities: Entities) -> None:
-        """Remember the last event of each entity that may fall silent."""
-        quiet = self._silence[entities.kind]
-        rows = np.flatnonzero(quiet > 0)
-        if not len(rows):
-            return
-        row, at = entities.row[rows], events.coordinates
-        last = zip(
-            (events.time[row] + quiet[rows]).tolist(),
-            entities.kind[rows].tolist(),
-            at.source[row].tolist(),
-            at.offset[row].tolist(),
-            at.index[row].tolist(),
-            strict=True,
-        )
-        sources = at.sources
-        self._open.update(
-            (entities.entity[pair], (due, kind, sources[source], offset, index))
-            for pair, (due, kind, source, offset, index) in zip(rows.tolist(), last, strict=True)
-        )
+    def finish(self) -> ScoredBatch | None:
+        """The stream is over: the entities that were waited for still, by their last events (None: there are none)."""
+        timers = self._watch.timers if self._watch is not None else None
+        left = timers.finish() if isinstance(timers, MemoryTimers) else []
+        return self._last_events(left) if left else None
 
-    def advance(self, watermark: float) -> list[Silence]:
-        """What no event triggers: the entities that have been silent for longer than their kind's habit at this event
-        time (ms; infinity: the stream is over), each judged by how odd it is that its routine stopped there.
+    def _silences(self, silent: list[Silence], events: EventBatch) -> ScoredBatch:
+        row = rows_of(silent, events.coordinates)
+        order = np.argsort(row, kind="stable")
+        return replace(self._last_events([silent[i].last for i in order.tolist()]), told=row[order])
 
-        Timers live in this process: they do not survive a restart yet, so the service does not call this.
-        """
-        due = sorted((name, timer) for name, timer in self._open.items() if timer[0] <= watermark)
-        sequences = self.bundle.scorer.sequences
-        if not due or sequences is None:
-            return []
-        for name, _ in due:
-            del self._open[name]
-        kinds = np.array([timer[1] for _, timer in due], np.int8)
-        windows = self.windows.latest([name for name, _ in due])
-        evidence = sequences.evidence("ending", sequences.raw(windows, kinds), kinds)
-        p_value = self.bundle.scorer.p_value(np.zeros(len(due)), SEQUENCE_TRUST * evidence)
-        return [
-            Silence(name, timer[2], timer[3], timer[4], float(p))
-            for (name, timer), p in zip(due, p_value.tolist(), strict=True)
-        ]
+    @staticmethod
+    def _last_events(last: list[Heard]) -> ScoredBatch:
+        """What is known of the last events of entities that are silent, as events that were judged by that."""
+        p_value = np.array([heard.p_value for heard in last], np.float64)
+        return ScoredBatch(
+            coordinates_of(last),
+            np.array([heard.time for heard in last], np.int64),
+            p_value,
+            severity(p_value),
+            np.array([heard.entity for heard in last], object),
+            np.full(len(last), SILENCE, object),
+            [unpack(heard.event) for heard in last],
+            [],
+            complete=np.array([heard.complete for heard in last], np.bool_),
+        )
 
     def explain(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Explanation]:
         """Why these events scored as they did. Costs milliseconds an event: for alerts."""
@@ -495,18 +491,18 @@ def device_of(settings: Settings) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def open_detector(settings: Settings, path: Path) -> tuple[Detector, RedisWindows]:
-    """The detector of the service: the bundle at `path`, and windows in the settings' Redis."""
+def open_detector(settings: Settings, path: Path) -> tuple[Detector, RedisWindows | Remembering]:
+    """The detector of the service: the bundle at `path`, and windows in the settings' Redis; with them timers, where
+    some kind of entity comes to an end."""
+    from state.redis_timers import RedisTimers
     from state.redis_windows import RedisWindows
 
     bundle = load(path, device_of(settings))
-    windows = RedisWindows(
-        settings.redis.url,
-        encoder=bundle.encoder_hash,
-        dim=bundle.dim,
-        tenant=settings.tenant,
-        timeout_s=settings.redis.timeout_s,
-        retries=settings.redis.retries,
-        **settings.redis.client_arguments(),
-    )
-    return Detector(bundle, windows, tenant=settings.tenant, timers=False), windows
+    place: dict[str, Any] = {"tenant": settings.tenant, "timeout_s": settings.redis.timeout_s}
+    place |= {"retries": settings.redis.retries, **settings.redis.client_arguments()}
+    windows = RedisWindows(settings.redis.url, encoder=bundle.encoder_hash, dim=bundle.dim, **place)
+    sequences = bundle.scorer.sequences
+    if sequences is None or not sequences.model.silence:
+        return Detector(bundle, windows, tenant=settings.tenant), windows
+    timers = RedisTimers(settings.redis.url, space=bundle.encoder_hash, **place)
+    return Detector(bundle, windows, tenant=settings.tenant, timers=timers), Remembering(windows, timers)

@@ -33,7 +33,7 @@ except PackageNotFoundError:  # run from a copy of the sources that nobody insta
 class Alert:
     """One message for the alert topic. uid: `metadata.uid`; key: the entity (or the finding's uid where there is none),
     so that all about one entity stays in order; value: the finding as JSON; row: the event of the batch that it is
-    about, -1 for a Close, which is about none."""
+    about, of a silence the one at which it was clear; -1 for a Close, which is about none."""
 
     uid: str
     key: bytes

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -83,7 +84,8 @@ class Findings:
         self._clock = clock
 
     def alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Alert]:
-        """What to publish with a batch whose `line` is known. rows: those at or under it, ascending.
+        """What to publish with a batch whose `line` is known, also that of its silences. rows: those at or under it,
+        ascending.
 
         Raises:
             StateError: from the store of episodes or windows; call again with the same.
@@ -92,27 +94,45 @@ class Findings:
         if not decisions:
             return []
         assert scored.line is not None, "whoever chose the rows knows the line"
-        told = [(decision, row) for decision in decisions if (row := _row(scored, decision)) is not None]
+        made: dict[int, Alert] = {}
+        own = [(i, row) for i, decision in enumerate(decisions) if (row := _row(scored, decision)) is not None]
+        made |= self._made(scored, own, decisions)
+        if (silences := scored.silences) is not None:
+            silent = [
+                (i, row) for i, d in enumerate(decisions) if (row := _silent_row(scored, silences, d)) is not None
+            ]
+            assert silences.told is not None
+            for i, alert in self._made(silences, silent, decisions).items():
+                made[i] = replace(alert, row=int(silences.told[alert.row]))
+        closed = [decision.episode for decision in decisions if decision.activity == CLOSE]
+        return [*(made[i] for i in sorted(made)), *(self._close(episode, float(scored.line[-1])) for episode in closed)]
+
+    def _made(
+        self, scored: ScoredBatch, told: Sequence[tuple[int, int]], decisions: Sequence[Decision]
+    ) -> dict[int, Alert]:
+        """Alerts by the place of their decision; told: (that place, row)."""
+        if not told:
+            return {}
         at = np.array([row for _, row in told], np.intp)
+        assert scored.line is not None, "whoever chose the rows knows the line"
         alerts = build_alerts(
             scored,
             at,
-            self._explainer.explain(scored, at) if told else [],
+            self._explainer.explain(scored, at),
             line=scored.line[at],
             bundle_version=self._bundle,
             tenant=self._tenant,
             now_ms=self._now_ms(),
             redactor=self._redactor,
-            decisions=[decision for decision, _ in told],
+            decisions=[decisions[i] for i, _ in told],
         )
-        closed = [decision.episode for decision in decisions if decision.activity == CLOSE]
-        return [*alerts, *(self._close(episode, float(scored.line[-1])) for episode in closed)]
+        return {i: alert for (i, _), alert in zip(told, alerts, strict=True)}
 
     def note(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Decision]:
         """Decide what is one story, and tell nothing: as `alerts` does before it makes them."""
         if not len(scored):
             return []
-        anomalies, silenced = self.anomalies(scored, rows), Counter[str]()
+        anomalies, silenced = self._all(scored, rows), Counter[str]()
         if self._suppressing is not None:
             covering = [self._suppressing.covering(anomaly) for anomaly in anomalies]
             silenced.update(found.uid for found in covering if found is not None)
@@ -166,6 +186,20 @@ class Findings:
                 )
             )
         return found
+
+    def _all(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Anomaly]:
+        """Those of the rows and of the silences that cross their line, in stream order."""
+        found = [(int(row), 0, anomaly) for row, anomaly in zip(rows, self.anomalies(scored, rows), strict=True)]
+        silences = scored.silences
+        if silences is None or silences.told is None or silences.line is None:
+            return [anomaly for _, _, anomaly in found]
+        crossing = np.flatnonzero(silences.p_value <= silences.line)
+        clocks, at, numbers = _clocks(scored), scored.coordinates, _numbers(silences)
+        for silent, anomaly in zip(crossing.tolist(), self.anomalies(silences, crossing), strict=True):
+            row, number = int(silences.told[silent]), int(numbers[silent])
+            told = int(at.offset[row]), int(at.index[row]), number
+            found.append((row, number, replace(anomaly, told=told, clock=int(clocks[row]))))
+        return [anomaly for _, _, anomaly in sorted(found, key=lambda entry: entry[:2])]
 
     def _close(self, episode: Episode, line: float) -> Alert:
         return close_alert(episode, line=line, bundle_version=self._bundle, tenant=self._tenant, now_ms=self._now_ms())
@@ -238,11 +272,43 @@ def _ends(scored: ScoredBatch) -> dict[Source, End]:
 def _row(scored: ScoredBatch, decision: Decision) -> int | None:
     """Which row an event stands in that a decision was caused by; none for a CLOSE."""
     at = scored.coordinates
-    if decision.activity == CLOSE or decision.source not in at.sources:
+    if decision.activity == CLOSE or decision.number or decision.source not in at.sources:
         return None
     here = (at.source == at.sources.index(decision.source)) & (at.offset == decision.offset)
     rows = np.flatnonzero(here & (at.index == decision.index))
     return int(rows[0]) if len(rows) else None
+
+
+def _numbers(silences: ScoredBatch) -> NDArray[np.intp]:
+    """The number of each silence among those told at its row, from 1 on, intp [k]."""
+    assert silences.told is not None
+    first = np.searchsorted(silences.told, silences.told)
+    return 1 + np.arange(len(silences)) - first
+
+
+def _silent_row(scored: ScoredBatch, silences: ScoredBatch, decision: Decision) -> int | None:
+    """Which of the silences a decision was caused by."""
+    at = scored.coordinates
+    if decision.activity == CLOSE or not decision.number or silences.told is None:
+        return None
+    if decision.source not in at.sources:
+        return None
+    here = at.offset[silences.told] == decision.offset
+    here &= (at.index[silences.told] == decision.index) & (_numbers(silences) == decision.number)
+    here &= at.source[silences.told] == at.sources.index(decision.source)
+    rows = np.flatnonzero(here)
+    return int(rows[0]) if len(rows) else None
+
+
+def lined(
+    scored: ScoredBatch, judge: Callable[[ScoredBatch], NDArray[np.float64]]
+) -> tuple[ScoredBatch, NDArray[np.intp]]:
+    """The batch and its silences with the line that each event is held against; and the rows that cross it."""
+    line = judge(scored)
+    silences = scored.silences
+    if silences is not None:
+        silences = replace(silences, line=judge(silences))
+    return replace(scored, line=line, silences=silences), np.flatnonzero(scored.p_value <= line)
 
 
 def open_episodes(settings: Settings) -> EpisodeStore:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from encoder.vectorize import FeatureBatch, Vectorizer
 from state.baseline import Baseline, Density
 from state.calibration import FEW, Calibration
 from state.habits import Habits
-from state.windows import MemoryWindows, WindowEntries, Windows
+from state.windows import MemoryWindows, WindowEntries
 from streamer.bundle import Bundle, save
 from streamer.detector import compact
 from streamer.drift import profile
@@ -332,15 +332,8 @@ def _replayed(
         levels.append(seen.levels)
         here = judged[slice(*np.searchsorted(judged, (start, start + step)))] - start
         if len(here):
-            found.append(scorer.raw(_taken(seen, here), kinds[here]))
+            found.append(scorer.raw(seen.take(here), kinds[here]))
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}, np.concatenate(levels)
-
-
-def _taken(windows: Windows, rows: NDArray[np.intp]) -> Windows:
-    per_window = {
-        field.name: getattr(windows, field.name)[rows] for field in fields(windows) if field.name != "sources"
-    }
-    return replace(windows, **per_window)
 
 
 def _steps(sequences: SequenceScorer | None, loaded: _Loaded, vectors: NDArray[np.float16]) -> list[bytes]:

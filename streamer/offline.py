@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,8 @@ from numpy.typing import NDArray
 from encoder.events import Reject
 from state.book import MemoryEpisodes
 from state.episodes import CREATE
+from state.errors import Source
+from state.timers import MemoryTimers
 from state.windows import MemoryWindows
 from streamer.budget import Budget
 from streamer.bundle import Bundle
@@ -45,10 +46,12 @@ class ScoredFile:
 
 
 def score_files(paths: Sequence[Path], bundle: Bundle, progress: Callable[[int], None] = lambda _: None) -> ScoredFile:
-    """Score the events of files. At the end all timers fire, and an entity's silence stands in the place of its last
-    event where it is the odder of the two. `progress` hears how many are done."""
+    """Score the events of files. At the end all who are waited for count as silent, and an entity's silence stands in
+    the place of its last event where it is the odder of the two. `progress` hears how many are done."""
     windows = MemoryWindows(dim=bundle.dim)
-    detector = Detector(bundle, windows)
+    timers = MemoryTimers(keeps_events=False)
+    detector = Detector(bundle, windows, timers=timers)
+    silences: list[ScoredBatch] = []
     uids: list[str] = []
     parts: list[ScoredBatch] = []
     rejects: list[tuple[int, Reject]] = []
@@ -57,7 +60,10 @@ def score_files(paths: Sequence[Path], bundle: Bundle, progress: Callable[[int],
         offsets = scored.coordinates.offset.tolist()
         uids.extend(event_uid(record, line + 1) for record, line in zip(scored.records, offsets, strict=True))
         rejects.extend((batch[reject.message].offset + 1, reject) for reject in scored.rejects)
-        windows.committed({(batch[0].topic, 0): batch[-1].offset + 1})
+        for store in (windows, timers):
+            store.committed({(batch[0].topic, 0): batch[-1].offset + 1})
+        if scored.silences is not None:
+            silences.append(scored.silences)
         scored.records.clear()
         parts.append(scored)
         progress(len(uids))
@@ -66,11 +72,18 @@ def score_files(paths: Sequence[Path], bundle: Bundle, progress: Callable[[int],
     p_value = np.concatenate([np.empty(0), *(part.p_value for part in parts)])
     entity = np.concatenate([empty, *(part.entity for part in parts)])
     cause = np.concatenate([empty, *(part.cause for part in parts)])
-    places = {coordinates: place for place, coordinates in enumerate(at for part in parts for at in _coordinates(part))}
-    for silence in detector.advance(math.inf):
-        place = places[(silence.source, silence.offset, silence.index)]
-        if silence.p_value < p_value[place]:
-            p_value[place], entity[place], cause[place] = silence.p_value, silence.entity, "sequence:silence"
+    if (left := detector.finish()) is not None:
+        silences.append(left)
+    places: dict[tuple[Source, int, int], int] = {}
+    if silences:
+        places = {
+            coordinates: place for place, coordinates in enumerate(at for part in parts for at in _coordinates(part))
+        }
+    for silent in silences:
+        for row, coordinates in enumerate(_coordinates(silent)):
+            place = places[coordinates]
+            if silent.p_value[row] < p_value[place]:
+                p_value[place], entity[place], cause[place] = silent.p_value[row], silent.entity[row], silent.cause[row]
     return ScoredFile(uids, time, p_value, severity(p_value), entity, cause, rejects)
 
 
@@ -92,7 +105,7 @@ def write_alerts(
     reads them again, because what comes before an event must be at hand to explain it; and at the end all episodes
     are over. scores: of these files; lines: of each event, float64 [n]; `progress` hears how many events are done."""
     windows = MemoryWindows(dim=bundle.dim)
-    detector = Detector(bundle, windows, timers=False)
+    detector = Detector(bundle, windows)
     findings = Findings(detector, MemoryEpisodes(), bundle_version=bundle.version)
     creates = done = 0
     ends: dict[str, int] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 
 from encoder.events import Coordinates, Message
 from state.book import MemoryEpisodes
+from state.timers import MemoryTimers
 from state.windows import MemoryWindows
 from streamer.bundle import Bundle, load
 from streamer.detector import Detector, ScoredBatch, device_of
 from streamer.errors import StreamError
-from streamer.findings import Findings, Suppressing
+from streamer.findings import Findings, Suppressing, lined
 from streamer.kafka import Offsets, SourcePartition, reason_of
 from streamer.ledger import Lines as RecordedLines
 from streamer.publishing import Written
@@ -155,7 +156,8 @@ class ReplayDetector:
     ) -> None:
         self.version = bundle.version
         self._windows = MemoryWindows(dim=bundle.dim, max_entities=MAX_ENTITIES)
-        self._detector = Detector(bundle, self._windows, tenant=tenant, timers=False)
+        self._timers = MemoryTimers()
+        self._detector = Detector(bundle, self._windows, tenant=tenant, timers=self._timers)
         redactor = Redactor(redact)
         self._findings = Findings(
             self._detector,
@@ -194,11 +196,11 @@ class ReplayDetector:
 
     def _lined(self, scored: ScoredBatch) -> tuple[ScoredBatch, NDArray[np.intp]]:
         """With the line that each event is held against; and the rows that cross it."""
-        line = self._lines(scored.time)
-        return replace(scored, line=line), np.flatnonzero(scored.p_value <= line)
+        return lined(scored, lambda batch: self._lines(batch.time))
 
     def score(self, batch: Sequence[Message], positions: Offsets) -> tuple[ScoredBatch, NDArray[np.intp]]:
-        """Score a batch; also the rows from the positions on that cross the line. `forget` it when it is done."""
+        """Score a batch, with lines; also the rows from the positions on that cross them. `forget` it when it is
+        done."""
         scored, rows = self._lined(self._detector.score(batch))
         return scored, rows[wanted_rows(scored.coordinates, positions)[rows]]
 
@@ -215,6 +217,7 @@ class ReplayDetector:
         """What only another delivery of a batch would need: nothing is delivered twice here."""
         done = {_source(message): message.offset + 1 for message in batch}
         self._windows.committed(done)
+        self._timers.committed(done)
         self._findings.committed(done)
 
 

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -27,6 +27,7 @@ from state.errors import StateLostError, StoreFullError, StoreUnavailableError
 from streamer.dead_letters import dead_letter
 from streamer.detector import ScoredBatch
 from streamer.errors import StreamError
+from streamer.findings import lined
 from streamer.kafka import Offsets, TransactionAbortedError, claim_instance
 from streamer.ledger import Ledger
 from streamer.metrics import Metrics, serve
@@ -198,11 +199,10 @@ class Service:
         self._check_windows()  # After it was taken: no message comes before the check of its partition.
         if batch is not None:
             scored = self._score(batch)
-            line = self._line_for(scored)
-            rows, scored = np.flatnonzero(scored.p_value <= line), replace(scored, line=line)
+            scored, rows = lined(scored, self._line_for)
             alerts = self._alerts(scored, rows)
-            if self._shadow is not None:
-                self._shadow.compare(batch.messages, scored, line)
+            if self._shadow is not None and scored.line is not None:
+                self._shadow.compare(batch.messages, scored, scored.line)
             self._add(batch, scored, alerts)
         if self._due():
             self._commit()
@@ -281,6 +281,8 @@ class Service:
         resumed = self._source.take_resumed()
         if resumed is not None:
             self._waiting("check_epoch", lambda: windows.check_epoch(resumed))
+            if self._rebuild is None:  # Also of partitions without a commit: what is read of others waits for them.
+                self._waiting("prepare", lambda: windows.prepare(self._source.owned()))
         elif not self._source.assigned.is_set() or time.monotonic() - self._watched_at < WATCH_S:
             return
         else:
@@ -330,7 +332,9 @@ class Service:
     def _alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> Sequence[Told]:
         with self.metrics.time("explain"):
             alerts = self._waiting("alerts", lambda: self._alerting.alerts(scored, rows))
-        self._group.anomalies += len(rows)
+        silences = scored.silences
+        silent = 0 if silences is None or silences.line is None else int((silences.p_value <= silences.line).sum())
+        self._group.anomalies += len(rows) + silent
         self._group.suppressed.update(self._alerting.take_suppressed())
         return alerts
 

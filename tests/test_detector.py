@@ -3,7 +3,6 @@ not what it was is refused."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import encoder.sequence_training
 import encoder.training
 from encoder.events import Message
+from state.timers import MemoryTimers
 from state.windows import MemoryWindows
 from streamer import bundle as bundles
 from streamer import fitting
@@ -127,15 +127,60 @@ def test_explanations_name_what_is_odd(fitted: tuple[Bundle, Path], days: tuple[
     assert scored.p_value[0] < np.median(score(fitted[0], [launches])[0].p_value)
 
 
-def test_silence_is_told_once_and_only_when_it_is_due(fitted: tuple[Bundle, Path], days: tuple[Path, Path]) -> None:
-    detector = Detector(fitted[0], MemoryWindows(dim=fitted[0].dim))
-    detector._silence[:] = 60_000  # whatever the short training found: every kind ends after a minute
+Told = list[tuple[int, str, int, str, float]]
+"""(offset at which a silence was clear, entity, offset of its last event, type of that, p-value)"""
+
+
+@pytest.fixture
+def restless(fitted: tuple[Bundle, Path]) -> Iterator[Bundle]:
+    """The bundle, whatever the short training found, with kinds of entity that end after half a minute."""
+    sequences = fitted[0].scorer.sequences
+    assert sequences is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sequences.model, "silence", {"user": 30_000, "correlation": 30_000})
+        patch.setattr(sequences.model, "_quiet", np.array([30_000, 0, 30_000, 0, 0, 0, 0], np.int64))
+        yield fitted[0]
+
+
+def silences(bundle: Bundle, batches: Sequence[Sequence[Message]], timers: MemoryTimers) -> Told:
+    detector = Detector(bundle, MemoryWindows(dim=bundle.dim), timers=timers)
+    told: Told = []
+    for batch in batches:
+        scored = detector.score(batch)
+        found = scored.silences
+        if found is not None and found.told is not None:
+            at, of = scored.coordinates.offset[found.told].tolist(), found.coordinates.offset.tolist()
+            types = [str(record["type_uid"]) for record in found.records]
+            told += zip(at, found.entity.tolist(), of, types, found.p_value.tolist(), strict=True)
+    return told
+
+
+@pytest.mark.parametrize("size", [1, 7, 256])
+def test_who_fell_silent_and_where_does_not_depend_on_how_the_stream_was_cut(
+    restless: Bundle, days: tuple[Path, Path], size: int
+) -> None:
+    stream = [message._replace(partition=0) for message in messages(days[1], 400)]
+    whole = silences(restless, [stream], MemoryTimers())
+    cut = silences(restless, [stream[i : i + size] for i in range(0, len(stream), size)], MemoryTimers())
+    assert [row[:4] for row in cut] == [row[:4] for row in whole]
+    np.testing.assert_allclose([row[4] for row in cut], [row[4] for row in whole], rtol=1e-4)
+    times = [orjson.loads(message.value or b"")["time"] for message in stream]
+    assert len({row[2] for row in whole}) > 20
+    for clear, _, last, type_uid, p_value in whole:
+        assert times[clear] - times[last] > 29_000 and clear > last
+        assert type_uid == str(orjson.loads(stream[last].value or b"")["type_uid"])
+        assert 0 < p_value <= 1
+
+
+def test_at_the_end_of_a_stream_all_who_are_waited_for_are_silent_once(
+    restless: Bundle, days: tuple[Path, Path]
+) -> None:
+    detector = Detector(restless, MemoryWindows(dim=restless.dim), timers=MemoryTimers())
     scored = detector.score(messages(days[1], 200))
-    assert detector.advance(float(scored.time.min())) == []
-    silent = detector.advance(math.inf)
-    assert len({s.entity for s in silent}) == len(silent) > 0
-    assert all(0 < s.p_value <= 1 for s in silent)
-    assert detector.advance(math.inf) == []
+    left = detector.finish()
+    assert left is not None and len(set(left.entity)) == len(left)
+    assert set(left.cause) == {"sequence:silence"} and left.time.max() > scored.time.max() - 30_000
+    assert detector.finish() is None
 
 
 def test_the_silence_of_a_file_is_told_where_its_entity_was_last(
