@@ -11,11 +11,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import orjson
 import pytest
 import redis
-from stream import Topics, create
+import whole
+from alerting import VALIDATOR
+from numpy.typing import NDArray
+from stream import EachRow, Topics, create, running, until
 from test_replay import alerts_in, replay
-from whole import Service, alerts_of, lines, undisturbed_run
+from whole import alerts_of, lines
+
+from streamer.detector import ScoredBatch, open_detector
+from streamer.finding import Alert
+from streamer.findings import open_episodes, open_findings
+from streamer.service import Service
 
 LINE = 0.4
 """The short training of these tests tells little: at this line some silences are alerts."""
@@ -52,7 +62,10 @@ def events(folder: Path) -> list[bytes]:
 def straight(kafka: str, folder: Path, redis_url: str, events: list[bytes]) -> Topics:
     """An undisturbed run."""
     topics = create(kafka, "silence-straight", partitions=1)
-    undisturbed_run(topics, folder / "bundle", redis_url, events, line=LINE)
+    topics.produce(events, 0)
+    with running(service_for(topics, folder, redis_url, batch_size=2048)) as raised:
+        topics.wait_until_read(len(events))
+    assert raised == []
     return topics
 
 
@@ -63,19 +76,19 @@ def topics(straight: Topics, unique: Callable[[str], str]) -> Topics:
 
 
 def test_a_silence_is_an_alert_on_the_last_event_told_at_a_later_one(straight: Topics, events: list[bytes]) -> None:
-    alerts = alerts_of(straight)
-    assert len(silent(alerts)) >= 3
-    messages = {message.headers()[0][1]: message for message in straight.read("alerts")}
-    assert messages
-    for uid in silent(alerts):
-        key, body = alerts[uid]
-        assert key.startswith(b"correlation:")
-        if body["activity_name"] == "Close":
-            continue
-        source = body["unmapped"]["source"]
-        assert key.removeprefix(b"correlation:") in events[source["offset"]]
-        later = [event for event in events[source["offset"] + 1 :] if key.removeprefix(b"correlation:") in event]
-        assert not later, "nothing followed"
+    found = {}
+    for message in straight.read("alerts"):
+        body = orjson.loads(message.value())
+        if body["unmapped"]["cause"] == "sequence:silence" and body["activity_name"] != "Close":
+            assert not list(VALIDATOR.iter_errors(body))
+            found[message.key()] = body
+    assert len(found) >= 3
+    for key, body in found.items():
+        run = key.removeprefix(b"correlation:")
+        last = max(n for n, event in enumerate(events) if run in event)
+        assert body["unmapped"]["source"]["offset"] == last
+        assert orjson.loads(body["raw_data"])["metadata"]["uid"] == orjson.loads(events[last])["metadata"]["uid"]
+        assert body["finding_info"]["title"].startswith("Unusual silence of ")
 
 
 def test_a_replay_finds_the_same_silences(straight: Topics, folder: Path, tmp_path: Path) -> None:
@@ -87,43 +100,110 @@ def test_a_replay_finds_the_same_silences(straight: Topics, folder: Path, tmp_pa
     assert part < silent(live)
 
 
+def service_for(topics: Topics, folder: Path, redis_url: str, alerting: Any = None, **more: Any) -> Service:
+    """`ripcurrent run`, in this process."""
+    flags = {"redis.url": redis_url.removesuffix("/0") + "/2", "tenant": topics.name, "scores": "", "batch_size": 50}
+    settings = topics.settings(**(flags | more))
+    detector, remembering = open_detector(settings, folder / "bundle")
+    findings = alerting or open_findings(settings, detector, open_episodes(settings))
+    return Service(settings, detector, findings, line=LINE, windows=remembering)
+
+
 def test_a_restart_while_somebody_is_waited_for_changes_nothing_also_as_another_worker(
     straight: Topics, topics: Topics, folder: Path, redis_url: str
 ) -> None:
-    Service(topics, folder / "bundle", redis_url, 2, line=LINE, batch_size=100, tenant="restart").run_until(500)
-    later = Service(
-        topics, folder / "bundle", redis_url, 2, line=LINE, batch_size=64, tenant="restart", kafka_instance_id="two"
-    )
-    later.run_until(1500)
+    with running(service_for(topics, folder, redis_url)) as raised:
+        topics.wait_until_read(500)
+    with running(service_for(topics, folder, redis_url, batch_size=64, **{"kafka.instance_id": "two"})) as later:
+        topics.wait_until_read(1500)
+    assert raised == later == []
     assert_same(topics, straight)
+
+
+@pytest.mark.parametrize("what", [b":timers:", b":"], ids=["timers", "timers and windows"])
+def test_timers_that_redis_lost_come_back_with_the_windows(
+    straight: Topics, topics: Topics, folder: Path, redis_url: str, what: bytes
+) -> None:
+    """While it runs, and between two starts."""
+
+    def lose() -> None:
+        with redis.Redis.from_url(redis_url.removesuffix("/0") + "/2") as server:
+            keys = [key for key in server.scan_iter(f"{{{topics.name}*") if b":episodes:" not in key and what in key]
+            assert any(b":timers:" in key for key in keys)
+            server.delete(*keys)
+
+    first = service_for(topics, folder, redis_url)
+    with running(first) as raised:
+        topics.wait_until_read(300)
+        lose()
+        until(lambda: first.metrics.losses._value.get() >= 1)
+        topics.wait_until_read(600)
+    lose()
+    second = service_for(topics, folder, redis_url)
+    with running(second) as later:
+        topics.wait_until_read(1500)
+    assert raised == later == []
+    assert second.metrics.losses._value.get() >= 1
+    assert_same(topics, straight)
+
+
+class EachSilence(EachRow):
+    """An alert for each silence, and for nothing else."""
+
+    def alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Alert]:
+        silences = scored.silences
+        if silences is None or silences.told is None:
+            return []
+        uids = [f"{entity}|{silences.coordinates.label(row)}" for row, entity in enumerate(silences.entity)]
+        return [
+            Alert(uid, uid.encode(), orjson.dumps({"uid": uid}), [], row=row)
+            for uid, row in zip(uids, silences.told.tolist(), strict=True)
+        ]
+
+
+def test_workers_that_come_and_go_tell_each_silence_once_and_none_that_another_partition_refutes(
+    kafka: str, unique: Callable[[str], str], folder: Path, redis_url: str, events: list[bytes]
+) -> None:
+    """What an entity does lies in both partitions, as input without keys does."""
+    topics = create(kafka, unique("silence"), partitions=2)
+    ends, seen = dict[str, int](), [orjson.loads(event) for event in events]
+    times = {event["metadata"]["uid"]: event["time"] for event in seen}
+    for number, event in enumerate(seen):
+        if run := event["metadata"].get("correlation_uid"):
+            ends[f"correlation:{run}"] = number
+    topics.produce(events)
+    first, second = (
+        service_for(topics, folder, redis_url, EachSilence(), **{"kafka.instance_id": name}) for name in ("a", "b")
+    )
+    with running(first) as raised:
+        topics.wait_until_read(400)
+        with running(second) as later:
+            until(lambda: len(second._source.owned()) == 1)
+            topics.wait_until_read(900)
+        topics.wait_until_read(1500)
+        for hours in (1, 2):  # Both clocks beyond everything, then an event in each to tell it at.
+            last = {**seen[0], "time": max(times.values()) + 3_600_000 * hours}
+            last["metadata"] = {key: value for key, value in last["metadata"].items() if key != "correlation_uid"}
+            for partition in (0, 1):
+                topics.produce([orjson.dumps(last)], partition)
+            topics.wait_until_read(1500 + 2 * hours)
+    assert raised == later == []
+    expected = {f"{entity}|{topics.events}:{n % 2}:{n // 2}:0" for entity, n in ends.items()}
+    assert sorted(topics.alerts()) == sorted(expected)
 
 
 def test_sigkill_between_a_silence_and_its_commit_loses_and_doubles_nothing(
     straight: Topics, topics: Topics, folder: Path, redis_url: str
 ) -> None:
-    service = Service(topics, folder / "bundle", redis_url, 3, line=LINE, batch_size=100, tenant="killed")
-    arguments = service.command[service.command.index("run") :]
+    flags = {"batch_size": 100, "tenant": topics.name}
+    command = whole.Service(topics, folder / "bundle", redis_url, 2, line=LINE, scores="", **flags).command
     for n in (1, 3):
-        done = subprocess.run([sys.executable, "-c", DIES, str(n), *arguments], timeout=90, check=False)
+        killed = [sys.executable, "-c", DIES, str(n), *command[command.index("run") :]]
+        done = subprocess.run(killed, timeout=90, check=False)
         assert done.returncode == -signal.SIGKILL
-    assert service.done() < 1500
-    Service(topics, folder / "bundle", redis_url, 3, line=LINE, batch_size=77, tenant="killed").run_until(1500)
-    assert_same(topics, straight)
-
-
-@pytest.mark.parametrize("what", ["timers", "everything but the episodes"])
-def test_timers_that_redis_lost_come_back_with_the_windows(
-    straight: Topics, topics: Topics, folder: Path, redis_url: str, what: str
-) -> None:
-    service = Service(topics, folder / "bundle", redis_url, 4, line=LINE, batch_size=50, tenant=topics.name)
-    service.run_until(300, kill=True)
-    assert service.done() < 1500
-    with redis.Redis.from_url(redis_url.removesuffix("/0") + "/4") as server:
-        keys = [key for key in server.scan_iter() if b":episodes:" not in key]
-        keys = [key for key in keys if what != "timers" or b":timers:" in key]
-        assert any(b":timers:" in key for key in keys)
-        server.delete(*keys)
-    service.run_until(1500)
+    with running(service_for(topics, folder, redis_url, batch_size=77)) as raised:
+        topics.wait_until_read(1500)
+    assert raised == []
     assert_same(topics, straight)
 
 
