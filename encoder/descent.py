@@ -1,36 +1,180 @@
-"""Gradient descent as both networks are trained: AdamW, one cycle of the learning rate, gradients clipped.
+"""Gradient descent as both networks are trained: AdamW, one cycle of the learning rate, gradients clipped, the weights
+that did best on what is held out.
 
-Promises the same steps for the same losses. Knows neither what is learned nor when it is enough.
+Promises the same weights for the same losses, also where the run was killed and goes on from its checkpoint: each step
+draws from a generator of its own, so that no state but weights and moments is carried from one to the next. Knows
+neither what is learned nor from what.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import orjson
 import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 LEARNING_RATE = 2e-3
 WARM_UP = 0.1
 """Share of the steps in which the learning rate rises; then it falls as a cosine (Smith and Topin 2018)."""
 REPORT_EVERY = 100
+PATIENCE = 6
+"""Reports without a smaller loss on what is held out, after which it is enough."""
+
+Progress = Callable[[int, int, float], None]
+"""Called with (step, steps, mean loss)."""
+
+
+@dataclass
+class Descent:
+    """How it went: steps made; mean loss since the last report, and the loss on what is held out, at each report."""
+
+    steps: int = 0
+    losses: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+
+    @property
+    def best(self) -> bool:
+        """Whether the last report is the best."""
+        return bool(self.validation) and self.validation[-1] <= min(self.validation)
+
+    @property
+    def enough(self) -> bool:
+        return len(self.validation) > PATIENCE and min(self.validation[-PATIENCE:]) > min(self.validation)
+
+
+class Checkpoint:
+    """A run that is not done, as a file: tensors and the report so far, replaced as a whole.
+
+    key: names what is trained on what, with which seed; the file of another run is not gone on with.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self._path, self._key = path, key
+
+    @classmethod
+    def of(cls, path: Path | None, arrays: Sequence[NDArray[Any]], *what: object) -> Checkpoint | None:
+        """For a run on these arrays; None where there is no path."""
+        if path is None:
+            return None
+        digest = hashlib.sha256(orjson.dumps([*map(str, what), torch.__version__]))
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array).data)
+        return cls(path, digest.hexdigest())
+
+    def save(self, tensors: dict[str, Tensor], report: Descent) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_suffix(".new")
+        said = {"key": self._key, "report": orjson.dumps(asdict(report)).decode()}
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, said)
+        os.replace(temporary, self._path)
+
+    def load(self) -> tuple[dict[str, Tensor], Descent] | None:
+        """What was saved last of this run, None where nothing was or it cannot be read."""
+        try:
+            with safe_open(self._path, "pt") as file:
+                said = file.metadata() or {}
+                if said.get("key") != self._key:
+                    return None
+                return {name: file.get_tensor(name) for name in file.keys()}, Descent(**orjson.loads(said["report"]))  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, TypeError, orjson.JSONDecodeError):
+            return None
 
 
 def descend(
-    net: nn.Module, loss: Callable[[], Tensor], *, steps: int, weight_decay: float
-) -> Iterator[tuple[int, float]]:
-    """Make the steps, each for a new loss; yields, every hundred, how many are made and their mean loss since."""
+    net: nn.Module,
+    loss: Callable[[int], Tensor],
+    *,
+    steps: int,
+    weight_decay: float,
+    validate: Callable[[], float] | None = None,
+    checkpoint: Checkpoint | None = None,
+    progress: Progress | None = None,
+) -> Descent:
+    """Train `net`, or go on where the checkpoint stands; it is left with the weights that `validate` found best.
+
+    loss: of the step with this number, from 0; computed in bf16 where a GPU can (`torch.autocast`).
+    """
     optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=WARM_UP)
+    device = next(net.parameters()).device.type
+    best = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    report = Descent()
+    saved = checkpoint.load() if checkpoint is not None else None
+    if saved is not None:
+        report = saved[1]
+        best = _resume(net, optimizer, schedule, saved[0], report.steps)
     running = 0.0
-    for step in range(1, steps + 1):
-        found = loss()
+    while report.steps < steps and not report.enough:
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            found = loss(report.steps)
         optimizer.zero_grad(set_to_none=True)
         found.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         running += float(found.detach())
-        if step % REPORT_EVERY == 0:
-            yield step, running / REPORT_EVERY
+        report.steps += 1
+        if report.steps % REPORT_EVERY == 0:
+            report.losses.append(running / REPORT_EVERY)
             running = 0.0
+            if validate is not None:
+                with torch.no_grad():
+                    report.validation.append(validate())
+                if report.best:
+                    best = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+            if checkpoint is not None:
+                checkpoint.save(_state(net, optimizer, best), report)
+            if progress is not None:
+                progress(report.steps, steps, report.losses[-1])
+    if report.validation:
+        net.load_state_dict(best)
+    return report
+
+
+def _state(net: nn.Module, optimizer: torch.optim.Optimizer, best: dict[str, Tensor]) -> dict[str, Tensor]:
+    moments = {
+        f"moments.{i}.{name}": tensor
+        for i, of in optimizer.state_dict()["state"].items()
+        for name, tensor in of.items()
+    }
+    now = {f"now.{name}": tensor for name, tensor in net.state_dict().items()}
+    group = optimizer.param_groups[0]
+    cycle = {"cycle.": torch.tensor([group["lr"], group["betas"][0]], dtype=torch.float64)}
+    return now | cycle | {f"best.{name}": tensor for name, tensor in best.items()} | moments
+
+
+def _resume(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.OneCycleLR,
+    tensors: dict[str, Tensor],
+    steps: int,
+) -> dict[str, Tensor]:
+    """Put weights, moments and learning rate where they were; returns the best weights."""
+    parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "moments": {}, "cycle": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor
+    net.load_state_dict(parts["now"])
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in parts["moments"].items():
+        place, _, what = name.partition(".")
+        moments.setdefault(int(place), {})[what] = tensor
+    # The schedule is a function of the step, and what it makes of it lies in the optimizer: the rate and the betas.
+    rate, beta = (float(x) for x in parts["cycle"][""])
+    groups = [
+        group | {"lr": rate, "betas": (beta, group["betas"][1])} for group in optimizer.state_dict()["param_groups"]
+    ]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    schedule.last_epoch = steps
+    return {name: tensor.to(next(net.parameters()).device) for name, tensor in parts["best"].items()}

@@ -263,7 +263,8 @@ def _number_to_ms(value: float) -> tuple[int | None, str]:
     return (int(value // 1000), "time_microseconds") if value < 1e17 else (int(value // 1_000_000), "time_nanoseconds")
 
 
-def _read_time(value: Any) -> tuple[int | None, str]:
+def read_time(value: Any) -> tuple[int | None, str]:
+    """A timestamp as senders write it in epoch ms, None where it cannot be read, and the name of the repair."""
     if type(value) is int or type(value) is float:
         return _number_to_ms(value)
     if type(value) is str:
@@ -298,7 +299,7 @@ def _event_time(record: dict[str, Any], timestamp: int, repairs: Counter[str]) -
     elif type(value) is int and 100_000_000_000 <= value < 100_000_000_000_000:
         time = value
     else:
-        time, repair = _read_time(value)
+        time, repair = read_time(value)
         if repair:
             repairs[repair] += 1
     if time is None:

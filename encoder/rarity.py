@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from encoder.schema import UNKNOWN, Schema
+from encoder.values import NETWORK
 from encoder.vectorize import FeatureBatch, row_hash
 
 TWINS = 0.98
@@ -125,7 +126,8 @@ class ContextRarity:
 
 
 def _discrete(schema: Schema) -> list[int]:
-    return [i for i, field in enumerate(schema.fields) if field.kind != "number"]
+    """Not the network of an address: that it was seen with others must not make an address odder that nobody had."""
+    return [i for i, field in enumerate(schema.fields) if field.kind != "number" and field.derives != NETWORK]
 
 
 def _groups(schema: Schema, features: FeatureBatch) -> Tensor:

@@ -1,7 +1,7 @@
 """The encoder at work: features in, vectors and surprises out, on one device.
 
-Promises: an event's vector does not depend on the batch it came in. Rows go through the network in padded chunks of one
-fixed size, so that the same row meets the same matrix shapes, and vectors are rounded to fp16 before any use.
+Promises: an event's vector does not depend on the batch it came in (`encoder.passes`), and is rounded to fp16 before
+any use.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from encoder.events import EncoderError
+from encoder.passes import Passes, device_memory
 from encoder.rarity import ContextRarity
 from encoder.resnet import TabularResNet
 from encoder.schema import FIRST, MISSING, UNKNOWN, Field, Schema
@@ -25,7 +25,7 @@ from encoder.vectorize import FeatureBatch, Vectorizer
 BEHAVIOUR_STEPS = 8
 """Into how many equal parts of training's values a quantity falls where only what was done counts."""
 CHUNK = 256
-"""Rows a pass through the network. One event or a thousand, the matrices have this many rows."""
+"""Rows of a pass through the network."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,10 @@ class Encoder:
         self.schema = schema
         self.device = device
         self.vectorize = Vectorizer(schema)
-        self.net = net.to(device).eval().requires_grad_(False)
-        self.rarity = rarity.to(device)
+        with device_memory(device):
+            self.net = net.to(device).eval().requires_grad_(False)
+            self.rarity = rarity.to(device)
+        self._passes = Passes(lambda codes, quantiles: self.net(codes, quantiles).half(), device, size=CHUNK)
         numbers = [i for i, field in enumerate(schema.fields) if field.kind == "number"]
         self._numbers = np.array(numbers, np.int32)
         bins = [len(schema.fields[i].edges) + 1 for i in numbers]
@@ -95,7 +97,7 @@ class Encoder:
         surprise = self.rarity(features)
         odd_value, odd_for_actor = (score.cpu().numpy() for score in self.rarity.summary(surprise))
         odd_field = self._discrete[surprise.by_type.argmax(1).cpu().numpy()]
-        return Encoded(self._vectors(features), odd_value, odd_for_actor, odd_field, self._far_number(features))
+        return Encoded(self.vectors(features), odd_value, odd_for_actor, odd_field, self._far_number(features))
 
     def behaviours(self, features: FeatureBatch) -> NDArray[np.float16]:
         """float16 [n, 64]: what was done, without by whom and where: of identities only that they are there, of
@@ -109,7 +111,7 @@ class Encoder:
         coarse = np.round(features.quantiles * BEHAVIOUR_STEPS) / np.float32(BEHAVIOUR_STEPS)
         hidden = FeatureBatch(codes, coarse, features.actor)
         first, like = hidden.distinct()
-        return self._vectors(hidden.take(first))[like]
+        return self.vectors(hidden.take(first))[like]
 
     def _far_number(self, features: FeatureBatch) -> NDArray[np.int32]:
         if not len(self._numbers):
@@ -118,18 +120,9 @@ class Encoder:
         out = np.where(present, np.abs(features.quantiles - 0.5), -1.0)
         return np.where(present.any(1), self._numbers[out.argmax(1)], -1).astype(np.int32)
 
-    def _vectors(self, features: FeatureBatch) -> NDArray[np.float16]:
-        codes, quantiles = self._tensors(features)
-        found = torch.empty(len(features), EMBEDDING, dtype=torch.float16, device=self.device)
-        with torch.inference_mode():
-            for start in range(0, len(features), CHUNK):
-                rows = slice(start, start + CHUNK)
-                short = CHUNK - len(codes[rows])
-                vectors = self.net(
-                    functional.pad(codes[rows], (0, 0, 0, short)), functional.pad(quantiles[rows], (0, 0, 0, short))
-                )
-                found[rows] = vectors[: CHUNK - short].half()
-        return found.cpu().numpy()
+    def vectors(self, features: FeatureBatch) -> NDArray[np.float16]:
+        """float16 [n, 64]: the record embeddings alone."""
+        return self._passes(network_codes(features.codes, self.net.sizes), features.quantiles).numpy()
 
     def _tensors(self, features: FeatureBatch) -> tuple[Tensor, Tensor]:
         codes = torch.from_numpy(network_codes(features.codes, self.net.sizes)).to(self.device)

@@ -22,14 +22,25 @@ import orjson
 from numpy.typing import NDArray
 
 from encoder.events import EncoderError, EventBatch
+from encoder.values import (
+    AGE,
+    DERIVED,
+    FOLDER,
+    NETWORK,
+    WORD,
+    ages,
+    derived,
+    folder,
+    is_address,
+    normalise,
+    number,
+)
 
 Kind = Literal["category", "identity", "number", "presence"]
 MISSING, UNKNOWN, FIRST = 0, 1, 2
 """Codes: the attribute is absent; its value was not seen in training; the first value of the vocabulary."""
 UNSEEN_PATHS = "#unseen_paths"
 """The derived field that says how many attribute paths an event has that training had not."""
-FOLDER = "#folder"
-"""Suffix of the field derived from a path-like attribute: the folder, without the name."""
 
 MIN_PRESENT = 5
 MAX_VOCABULARY = 4096
@@ -55,73 +66,21 @@ _IDENTITY = re.compile(
     r"|ip|intermediate_ips|mac|session\.(uid|issuer)|owner\.name|hostname)$"
 )
 """Attributes that name who or where. A name never seen is a fact about the entity, not an anomaly of the record."""
-
-_GUID = re.compile(r"\{?[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f-]{18,}\}?")
-_HEX = re.compile(r"\b(0x)?(?=[0-9a-f]*\d)[0-9a-f]{8,}\b")
-_DIGITS = re.compile(r"\d+")
-_PROFILE = re.compile(r"(\\users\\|/home/|/users/|documents and settings\\)[^\\/]+")
-_EXACT = re.compile(r"(^|[._])(code|id|ip|ips|mac|port|version|cidr)$")
-"""Attributes whose digits are the value: codes and addresses, not text that counts or dates something."""
-_SEPARATOR = re.compile(r"[\\/]+")
-EPHEMERAL_PORTS = 32768
-"""From here on systems take the port of an outgoing connection (Linux; RFC 6335 says 49152)."""
-USER_PORTS = 1024
-"""From here on a client's port says nothing: address translation gives it any."""
-_MAX_TEXT = 200
-
-
-def normalise(value: Any, path: str) -> str:
-    """The form in which a value enters a vocabulary: text lower-cased with ids, hex and numbers templated away (codes
-    and addresses as they are) and home folders without their owner; integers as they are, but ephemeral ports as
-    one value; lists as sets."""
-    kind = type(value)
-    if kind is str:
-        text = _PROFILE.sub(r"\1*", value[: 4 * _MAX_TEXT].lower())
-        if _EXACT.search(path):
-            return text[:_MAX_TEXT]
-        return _DIGITS.sub("0", _HEX.sub("#", _GUID.sub("{}", text)))[:_MAX_TEXT]
-    if kind is bool:
-        return "true" if value else "false"
-    if kind is int or kind is float:
-        if kind is float and value.is_integer() and abs(value) < 2**53:
-            value = int(value)
-        if path.endswith("port") and value >= (USER_PORTS if path == "src_endpoint.port" else EPHEMERAL_PORTS):
-            return "ephemeral"
-        return str(value)
-    if kind is list:
-        return "[" + ",".join(sorted({normalise(item, path) for item in value}))[: _MAX_TEXT - 2] + "]"
-    return _DIGITS.sub("0", str(value).lower())[:_MAX_TEXT]
-
-
-def folder(text: str) -> str:
-    """All of a normalised path but its last part."""
-    parts = _SEPARATOR.split(text)
-    return "/".join(parts[:-1]) if len(parts) > 1 else ""
-
-
-def number(value: Any) -> float | None:
-    """A quantity on a signed log scale, log1p(|x|) with the sign of x; None where the value is not a finite number."""
-    if type(value) is str:
-        try:
-            value = float(value)
-        except ValueError:
-            return None
-    elif type(value) is not int and type(value) is not float:
-        return None
-    if not -1e300 < value < 1e300:
-        return None
-    return float(np.sign(value) * np.log1p(abs(float(value))))
+_ADDRESS = re.compile(r"(^|[._])ips?$")
+_TEXT = re.compile(r"(^|[._])(cmd_line|message|url_string|user_agent|subject|desc|comment|script_content)$")
+"""Attributes that are made of words, also where training had but one or two of each."""
 
 
 @dataclass(frozen=True)
 class Field:
     """One column of the features.
 
-    name: the attribute path, or path + `#folder`; group: the object that it describes (fields of one group say one
-    thing: a process by name and by path); present: events of training that had it; values: the vocabulary, most common
-    first, code of values[i] is i + 2; grid: of a number, up to 1024 sorted training values on the signed log scale (its
-    mid-rank in the grid is the encoding); edges: of a number, the borders of its bins; left_out: how many distinct
-    values of training (to 3 % where there were many) have no code of their own and count as unknown.
+    name: the attribute path, with the suffix of what is derived from it (`encoder.values`); group: the object that it
+    describes (fields of one group say one thing: a process by name and by path); present: events of training that had
+    it; values: the vocabulary, most common first, code of values[i] is i + 2; grid: of a number, up to 1024 sorted
+    training values on the signed log scale (its mid-rank in the grid is the encoding); edges: of a number, the borders
+    of its bins; left_out: how many distinct values of training (to 3 % where there were many) have no code of their own
+    and count as unknown.
     """
 
     name: str
@@ -133,6 +92,11 @@ class Field:
     grid: tuple[float, ...] = ()
     edges: tuple[float, ...] = ()
     left_out: int = 0
+
+    @property
+    def derives(self) -> str:
+        """The suffix of what is derived from the attribute, or nothing."""
+        return self.name[len(self.path) :]
 
     @property
     def size(self) -> int:
@@ -304,6 +268,7 @@ class SchemaLearner:
 
     def __init__(self) -> None:
         self._paths: dict[str, _PathStatistics] = {}
+        self._ages: dict[str, _PathStatistics] = {}
         self._types: Counter[int] = Counter()
         self._events = 0
         self._more_paths = False
@@ -316,7 +281,11 @@ class SchemaLearner:
                 self._more_paths = True
                 continue
             statistics = self._paths.setdefault(path, _PathStatistics())
-            statistics.add(path, column.values, min(MAX_TRACKED, MAX_TRACKED_IN_ALL // len(self._paths)))
+            limit = min(MAX_TRACKED, MAX_TRACKED_IN_ALL // len(self._paths))
+            statistics.add(path, column.values, limit)
+            if _is_moment(path):
+                read = [age for age in ages(column, events.time) if age is not None]
+                self._ages.setdefault(path, _PathStatistics()).add(path + AGE, read, limit)
 
     def finish(self) -> Schema:
         if not self._events:
@@ -324,7 +293,8 @@ class SchemaLearner:
         set_aside: dict[str, str] = {}
         if self._more_paths:
             set_aside[MORE_PATHS] = f"paths that came after the first {MAX_PATHS:,} were not read"
-        fields = [Field("type_uid", "type_uid", "category", "type_uid", self._events, _vocabulary_of(self._types))]
+        types = _vocabulary(Counter({str(uid): count for uid, count in self._types.items()}))
+        fields = [Field("type_uid", "type_uid", "category", "type_uid", self._events, types)]
         ordered = sorted(self._paths.items(), key=lambda item: (-item[1].present, item[0]))
         seen: dict[str, str] = {}
         for path, statistics in ordered:
@@ -335,7 +305,9 @@ class SchemaLearner:
                 reason = f"more than {MAX_FIELDS} fields: this is one of the rarest"
             if reason is None and (twin := seen.setdefault(_fingerprint(statistics), path)) != path:
                 reason = f"duplicate of {twin}" if _last(twin) == _last(path) or _is_caption(path, twin) else None
-            if reason is not None:
+            if path in self._ages and _is_number(path + AGE, self._ages[path]):
+                fields.append(_number_field(path + AGE, path, self._ages[path]))
+            elif reason is not None:
                 set_aside[path] = reason
             else:
                 fields.extend(_fields_of(path, statistics))
@@ -344,10 +316,6 @@ class SchemaLearner:
         )
         actors = tuple(path for path in ACTORS if any(field.path == path for field in fields))
         return Schema(tuple(fields), dict(sorted(set_aside.items())), actors, self._events)
-
-
-def _vocabulary_of(types: Counter[int]) -> tuple[str, ...]:
-    return tuple(str(uid) for uid, _ in sorted(types.items(), key=lambda item: (-item[1], item[0]))[:MAX_VOCABULARY])
 
 
 def _last(path: str) -> str:
@@ -366,7 +334,7 @@ def _fingerprint(statistics: _PathStatistics) -> str:
 
 
 def _reason_to_set_aside(path: str, statistics: _PathStatistics) -> str | None:
-    if path.startswith("#") or path.endswith(FOLDER):
+    if path.startswith("#") or path.endswith(DERIVED):
         return "named as derived fields are"
     if path in _IN_TYPE:
         return "said by type_uid"
@@ -377,6 +345,11 @@ def _reason_to_set_aside(path: str, statistics: _PathStatistics) -> str | None:
     if statistics.present < MIN_PRESENT:
         return f"seen fewer than {MIN_PRESENT} times"
     return None
+
+
+def _is_moment(path: str) -> bool:
+    """Whether how long ago it was says something about the event, and not about the pipeline."""
+    return _TIMESTAMP.search(path) is not None and not path.startswith(("time", "metadata."))
 
 
 def _is_number(path: str, statistics: _PathStatistics) -> bool:
@@ -397,30 +370,59 @@ def _group(path: str) -> str:
     return parent
 
 
+def _number_field(name: str, path: str, statistics: _PathStatistics) -> Field:
+    ordered = sorted(statistics.numbers.items())
+    values, counts = np.array([x for x, _ in ordered]), np.array([count for _, count in ordered])
+    places = np.linspace(0, counts.sum() - 1, min(int(counts.sum()), NUMBER_GRID)).round()
+    grid, edges = _order_statistics(values, counts, places).tolist(), _number_edges(values, counts)
+    return Field(name, path, "number", _group(path), statistics.present, grid=tuple(grid), edges=edges)
+
+
 def _fields_of(path: str, statistics: _PathStatistics) -> Iterable[Field]:
     group = _group(path)
     if _is_number(path, statistics):
-        ordered = sorted(statistics.numbers.items())
-        values, counts = np.array([x for x, _ in ordered]), np.array([count for _, count in ordered])
-        places = np.linspace(0, counts.sum() - 1, min(int(counts.sum()), NUMBER_GRID)).round()
-        grid, edges = _order_statistics(values, counts, places).tolist(), _number_edges(values, counts)
-        yield Field(path, path, "number", group, statistics.present, grid=tuple(grid), edges=edges)
+        yield _number_field(path, path, statistics)
         return
     distinct = statistics.distinct
+    kind: Kind = "identity" if _IDENTITY.search(path) else "category"
+    suffixes = _derivable(path, statistics)
     if distinct > 200 and distinct > 0.5 * statistics.present:
         yield Field(path, path, "presence", group, statistics.present, left_out=distinct)
-        return
-    common = sorted(statistics.values.items(), key=lambda item: (-item[1], item[0]))[:MAX_VOCABULARY]
-    values_ = tuple(value for value, _ in common)
-    kind: Kind = "identity" if _IDENTITY.search(path) else "category"
-    yield Field(path, path, kind, group, statistics.present, values_, left_out=distinct - len(values_))
-    slashed = sum(count for value, count in statistics.values.items() if _SEPARATOR.search(value))
-    if kind == "category" and slashed > 0.3 * statistics.present and statistics.numeric == 0:
-        folders: Counter[str] = Counter()
+        suffixes = tuple(suffix for suffix in suffixes if suffix != FOLDER)
+    else:
+        values = _vocabulary(statistics.values)
+        yield Field(path, path, kind, group, statistics.present, values, left_out=distinct - len(values))
+    for suffix in suffixes:
+        parts: Counter[str] = Counter()
         for value, count in statistics.values.items():
-            folders[folder(value)] += count
-        kept = sorted(folders.items(), key=lambda item: (-item[1], item[0]))[:MAX_VOCABULARY]
-        yield Field(path + FOLDER, path, "category", group, statistics.present, tuple(value for value, _ in kept))
+            parts.update(dict.fromkeys(derived(value, suffix), count))
+        seen = len(parts)
+        if suffix == WORD:  # So training has unknown words, too, as often as new text will have some.
+            parts = Counter({word: count for word, count in parts.items() if count > 1})
+        values = _vocabulary(parts)
+        as_: Kind = "identity" if suffix == NETWORK else "category"
+        yield Field(path + suffix, path, as_, group, statistics.present, values, left_out=seen - len(values))
+
+
+def _vocabulary(counts: Counter[str]) -> tuple[str, ...]:
+    return tuple(value for value, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MAX_VOCABULARY])
+
+
+def _derivable(path: str, statistics: _PathStatistics) -> tuple[str, ...]:
+    """What else the values of an attribute say, by its name and by what they look like."""
+    if statistics.numeric:
+        return ()
+    total = statistics.values.total()
+    if _ADDRESS.search(path):
+        addresses = sum(count for value, count in statistics.values.items() if is_address(value))
+        return (NETWORK,) if addresses > 0.5 * total else ()
+    if _IDENTITY.search(path):
+        return ()
+    spaced = sum(count for value, count in statistics.values.items() if len(value.split()) > 2)
+    if _TEXT.search(path) or spaced > 0.3 * total:
+        return (WORD,)
+    slashed = sum(count for value, count in statistics.values.items() if folder(value))
+    return (FOLDER,) if slashed > 0.3 * total else ()
 
 
 def _order_statistics(

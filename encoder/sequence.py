@@ -21,10 +21,13 @@ from torch.nn import functional
 from encoder.entities import KINDS
 from encoder.events import EncoderError
 from encoder.outcomes import ORDER, Codebook, RunCounts
+from encoder.passes import Passes
 
 WIDTH = 32
 """Members of a window: what the network can see, and a power of two."""
 FEATURES = 32
+CHUNK = 512
+"""Windows of a pass through the network."""
 AGE_MS = 7 * 86_400_000
 
 _LEAST = 1e-12
@@ -141,12 +144,18 @@ class SequenceModel:
         self.net = net.eval().requires_grad_(False)
         self.codebook, self.counts = codebook, counts
         self.scale, self.novelty, self.silence = scale, dict(novelty), dict(silence)
+        self._passes = Passes(self._probabilities, codebook.centres.device, size=CHUNK)
         self._novelty = np.array([self.novelty.get(kind, 1.0) for kind in KINDS])
         self._quiet = np.array([self.silence.get(kind, 0) for kind in KINDS], np.int64)
 
     @property
     def device(self) -> torch.device:
         return self.codebook.centres.device
+
+    def _probabilities(self, x: Tensor, gaps: Tensor, used: Tensor, kind: Tensor) -> Tensor:
+        """float32 [m, 2, outcomes + 1]: of what came last, and of what follows it."""
+        p: Tensor = self.net.next(self.net.last_slots(x, gaps, used, kind)).softmax(dim=-1)
+        return p
 
     def __call__(
         self,
@@ -166,19 +175,11 @@ class SequenceModel:
             recent, self.codebook(vectors[:, -ORDER - 1 :].reshape(m * (ORDER + 1), -1)).reshape(m, -1), -1
         )
         gaps = gap_features(times, used)
-        p_next, p_end = np.empty(m), np.empty(m)
         end = self.codebook.other + 1
-        for start in range(0, m, 1024):
-            part = slice(start, start + 1024)
-            x = torch.from_numpy(vectors[part].astype(np.float32) * self.scale).to(self.device)
-            arrays = (
-                torch.from_numpy(a).to(self.device) for a in (gaps[part], used[part], kind[part].astype(np.int64))
-            )
-            with torch.no_grad():
-                known = self.net.last_slots(x, *arrays)
-                p = self.net.next(known).softmax(dim=-1).cpu().numpy()
-            p_next[part] = np.take_along_axis(p[:, 0], codes[part, -1:], axis=1)[:, 0]
-            p_end[part] = p[:, 1, end]
+        x = vectors.astype(np.float32) * np.float32(self.scale)
+        p = self._passes(x, gaps, used, kind.astype(np.int64)).numpy()
+        p_next = np.take_along_axis(p[:, 0], codes[:, -1:], axis=1)[:, 0].astype(np.float64)
+        p_end = p[:, 1, end].astype(np.float64)
         kinds = kind.astype(np.int64)
         latest = codes[:, ::-1]
         by_count = self.counts.probability(kinds, latest[:, 1:], codes[:, -1])

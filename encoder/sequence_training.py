@@ -7,8 +7,9 @@ are withheld.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from encoder.descent import descend
+from encoder.descent import Checkpoint, Progress, descend
 from encoder.entities import KINDS
 from encoder.events import EncoderError
 from encoder.outcomes import ORDER, Codebook, RunCounts
@@ -28,8 +29,6 @@ BATCH = 96
 MIN_ENDINGS = 50
 """Endings of a kind of entity from which to learn how its routines end."""
 MIN_SILENCE_MS = 1000
-
-Progress = Callable[[int, int, float], None]
 
 
 class Pairs(Protocol):
@@ -97,7 +96,6 @@ class SequenceReport:
     """What is worth keeping of a fit: mean nats a record on the last tenth, which the network did not train on, of the
     network and of the counts, and the share of records there that are like nothing before, by kind of entity."""
 
-    steps: int
     losses: list[float]
     network: float
     counts: float
@@ -112,13 +110,15 @@ def fit_sequences(
     withheld: NDArray[np.bool_],
     seed: int,
     device: torch.device,
+    checkpoint: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[SequenceModel, SequenceReport]:
     """Fit to the history of n events.
 
     vectors: float16 [n, d], record embeddings; times: int64 [n], event ms; pairs: whom the events are about; withheld:
     bool [n], events that are somebody's past and that nothing is learned from, to calibrate on. The network does not
-    train on the last tenth of the time either, where it is compared with the counts. Raises `EncoderError` where no
+    train on the last tenth of the time either, where it is compared with the counts. checkpoint: a file in which the
+    network's training is kept, to be gone on with after a kill. Raises `EncoderError` where no
     other event names an entity.
     """
     torch.manual_seed(seed)
@@ -138,11 +138,8 @@ def fit_sequences(
     net = SequenceNet(dim=vectors.shape[1], outcomes=end + 1, kinds=len(KINDS)).to(device)
     scale = 1.0 / max(float(np.sqrt(np.square(codebook.centres.numpy()).mean())), 1e-6)
     task = _Task(net, history, vectors, scale, codes, learned, follows, held, seed, device)
-    losses: list[float] = []
-    for step, mean in descend(net, task.loss, steps=STEPS, weight_decay=1e-2):
-        losses.append(mean)
-        if progress is not None:
-            progress(step, STEPS, mean)
+    kept = Checkpoint.of(checkpoint, [vectors, history.row, history.time, follows], STEPS, seed)
+    descent = descend(net, task.loss, steps=STEPS, weight_decay=1e-2, checkpoint=kept, progress=progress)
     runs = _runs(history, codes)
     known = (follows >= 0) & ~held
     begins = learned & (history.first == np.arange(len(history)))
@@ -161,7 +158,7 @@ def fit_sequences(
         novelty=novelty,
         silence={KINDS[kind]: ms for kind, ms in silence.items()},
     )
-    return model, SequenceReport(STEPS, losses, _nats(p_net), _nats(p_count), novelty)
+    return model, SequenceReport(descent.losses, _nats(p_net), _nats(p_count), novelty)
 
 
 def _nats(p: NDArray[np.float64]) -> float:
@@ -233,7 +230,7 @@ class _Task:
         self.held = held
         self.vectors = torch.from_numpy(vectors).to(device)
         self.scale, self.device = scale, device
-        self.rng = np.random.default_rng(seed)
+        self.seed = seed
         trained = np.flatnonzero(~held)
         counts = np.bincount(history.kind[trained], minlength=len(KINDS))
         weight = 1.0 / np.sqrt(np.maximum(counts, 1))[history.kind[trained]]
@@ -245,8 +242,9 @@ class _Task:
         x = self.vectors[rows].float() * self.scale
         return [x, torch.from_numpy(gaps).to(self.device), torch.from_numpy(used).to(self.device), kind]
 
-    def loss(self) -> Tensor:
-        drawn = np.searchsorted(self.cumulative, self.rng.random(BATCH) * self.cumulative[-1])
+    def loss(self, step: int) -> Tensor:
+        rng = np.random.default_rng((self.seed, step))
+        drawn = np.searchsorted(self.cumulative, rng.random(BATCH) * self.cumulative[-1])
         places = self.trained[np.minimum(drawn, len(self.trained) - 1)]
         at, used = self.history.slots(places)
         gaps = gap_features(self.history.time[at], used)
@@ -256,7 +254,7 @@ class _Task:
         target[:, :-1][begins] = self.begins[at[:, 1:][begins]]
         wanted = torch.from_numpy(target).to(self.device)
         follow = functional.cross_entropy(self.net.next(known).flatten(0, 1), wanted.flatten(), ignore_index=-1)
-        spoiled, spoiled_gaps, spoiled_used, changed = spoil(at, gaps, used, self.codes, self.history.kind, self.rng)
+        spoiled, spoiled_gaps, spoiled_used, changed = spoil(at, gaps, used, self.codes, self.history.kind, rng)
         broken = self.net.last_slots(*self._tensors(spoiled, spoiled_gaps, spoiled_used))[:, 1][
             torch.from_numpy(changed)
         ]

@@ -6,9 +6,7 @@ never trained; the weights kept are those that predicted the latest slice best.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,9 +15,10 @@ from scipy import sparse
 from sklearn.decomposition import TruncatedSVD
 from torch import Tensor
 
-from encoder.descent import descend
+from encoder.descent import Checkpoint, Descent, Progress, descend
 from encoder.resnet import TabularResNet
 from encoder.schema import FIRST, UNKNOWN, Schema
+from encoder.values import NETWORK
 from encoder.vectorize import FeatureBatch
 
 EMBEDDING = 64
@@ -37,18 +36,6 @@ _NUMBER_SCALE = 2.0
 _FLAG_SCALE = 0.5
 """Of two flags that differ, against 1 for two names: there are many flags, and most of them go together."""
 _COMMON = 5
-
-Progress = Callable[[int, int, float], None]
-"""Called with (step, steps, mean loss in nats a field)."""
-
-
-@dataclass(frozen=True)
-class TrainingReport:
-    """What is worth keeping of a training run: losses are nats a masked field, over steps."""
-
-    steps: int
-    losses: list[float]
-    validation: list[float]
 
 
 def network_sizes(schema: Schema) -> list[int]:
@@ -78,6 +65,8 @@ def fit_identity(net: TabularResNet, schema: Schema, features: FeatureBatch, wei
     for position, field in enumerate(schema.fields):
         if field.kind == "number":
             scale[starts[position] : starts[position] + sizes[position] + 1] = 0.0  # the quantile stands for it
+        elif field.derives == NETWORK:
+            scale[starts[position] : starts[position] + sizes[position] + 1] = 0.0  # the address stands for it
         elif field.kind == "identity":
             scale[starts[position] + UNKNOWN] = 0.0
         elif all(value.lstrip("-").isdecimal() for value in field.values):
@@ -110,14 +99,16 @@ def train(
     *,
     seed: int,
     device: torch.device,
+    checkpoint: Path | None = None,
     progress: Progress | None = None,
-) -> tuple[TabularResNet, TrainingReport]:
-    """Fit the encoder to distinct rows with their multiplicities; validation: rows of a later slice of time.
+) -> tuple[TabularResNet, Descent]:
+    """Fit the encoder to distinct rows with their multiplicities; validation: rows of a later slice of time. Losses are
+    nats a masked field.
 
-    Rows are drawn with the square root of their multiplicity, so that the common does not drown the rare.
+    Rows are drawn with the square root of their multiplicity, so that the common does not drown the rare. checkpoint:
+    a file in which the run is kept, to be gone on with after a kill.
     """
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
     sizes = network_sizes(schema)
     net = TabularResNet(sizes=sizes, numbers=features.quantiles.shape[1], width=WIDTH, depth=DEPTH, embedding=EMBEDDING)
     fit_identity(net, schema, features, weights)
@@ -125,56 +116,50 @@ def train(
     codes = torch.from_numpy(network_codes(features.codes, sizes)).to(device)
     quantiles = torch.from_numpy(features.quantiles).to(device)
     draw = torch.from_numpy(np.sqrt(weights))
-    masks = _Masks(schema, net, generator)
+    masks = _Masks(schema, net)
     held = validation.take(np.linspace(0, len(validation) - 1, min(2048, len(validation))).astype(np.intp))
     held_codes = torch.from_numpy(network_codes(held.codes, sizes)).to(device)
     held_quantiles = torch.from_numpy(held.quantiles).to(device)
-    losses: list[float] = []
-    validations: list[float] = []
-    best = (float("inf"), copy.deepcopy(net.state_dict()))
-    made = STEPS
 
-    def loss() -> Tensor:
+    def loss(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed * STEPS + step)
         rows = torch.multinomial(draw, BATCH, replacement=True, generator=generator).to(device)
-        return masks.loss(net, codes[rows], quantiles[rows])
+        return masks.loss(net, codes[rows], quantiles[rows], generator)
 
-    for step, mean in descend(net, loss, steps=STEPS, weight_decay=1e-4):
-        losses.append(mean)
-        if len(held):
-            fixed = _Masks(schema, net, torch.Generator().manual_seed(seed + 1))
-            with torch.no_grad():
-                validations.append(float(fixed.loss(net, held_codes, held_quantiles)))
-            if validations[-1] < best[0]:
-                best = (validations[-1], copy.deepcopy(net.state_dict()))
-        if progress is not None:
-            progress(step, STEPS, mean)
-        if len(validations) > 6 and min(validations[-6:]) > best[0]:
-            made = step
-            break
-    if validations:
-        net.load_state_dict(best[1])
-    return net.eval().requires_grad_(False), TrainingReport(made, losses, validations)
+    def validate() -> float:
+        return float(masks.loss(net, held_codes, held_quantiles, torch.Generator().manual_seed(seed)))
+
+    report = descend(
+        net,
+        loss,
+        steps=STEPS,
+        weight_decay=1e-4,
+        validate=validate if len(held) else None,
+        checkpoint=Checkpoint.of(checkpoint, [features.codes, features.quantiles, weights], schema.hash, STEPS, seed),
+        progress=progress,
+    )
+    return net.eval().requires_grad_(False), report
 
 
 class _Masks:
     """The training task: hide a random share of the fields and names, ask for them."""
 
-    def __init__(self, schema: Schema, net: TabularResNet, generator: torch.Generator) -> None:
+    def __init__(self, schema: Schema, net: TabularResNet) -> None:
         device = net.offsets.device
         self._tokens = net.mask_tokens
         self._identity = torch.tensor([field.kind == "identity" for field in schema.fields], device=device)
         numbers = [i for i, field in enumerate(schema.fields) if field.kind == "number"]
         self._numbers = torch.tensor(numbers, dtype=torch.int64, device=device)
-        self._generator = generator
 
-    def _random(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self._generator).to(self._tokens.device)
-
-    def loss(self, net: TabularResNet, codes: Tensor, quantiles: Tensor) -> Tensor:
+    def loss(self, net: TabularResNet, codes: Tensor, quantiles: Tensor, generator: torch.Generator) -> Tensor:
         n, fields = codes.shape
-        forget = (self._random(n, 1) < NEW_NAMES) & self._identity & (codes >= FIRST)
+
+        def random(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator).to(codes.device)
+
+        forget = (random(n, 1) < NEW_NAMES) & self._identity & (codes >= FIRST)
         codes = torch.where(forget, UNKNOWN, codes)
-        hidden = self._random(n, fields) < 0.6 * self._random(n, 1)
+        hidden = random(n, fields) < 0.6 * random(n, 1)
         masked_quantiles = torch.where(hidden[:, self._numbers], 0.5, quantiles)
         identity, residual = net.parts(torch.where(hidden, self._tokens, codes), masked_quantiles)
         predicted = net.log_probabilities(identity + residual)

@@ -14,7 +14,8 @@ import orjson
 from numpy.typing import NDArray
 
 from encoder.events import Column, EventBatch
-from encoder.schema import FIRST, MISSING, UNKNOWN, UNSEEN_PATHS, Field, Schema, folder, normalise, number
+from encoder.schema import FIRST, MISSING, UNKNOWN, UNSEEN_PATHS, Field, Schema
+from encoder.values import AGE, ages, derived, normalise, number
 
 _CACHE_LIMIT = 32_768
 _CACHED_LENGTH = 1024
@@ -85,7 +86,11 @@ class _CategoryColumn:
             if field.kind == "presence":
                 codes.append(FIRST)
             else:
-                codes.append(vocabulary.get(folder(text) if field.name != field.path else text, UNKNOWN))
+                parts = derived(text, field.derives) if field.derives else (text,)
+                known = [vocabulary.get(part, UNKNOWN) for part in parts]
+                codes.append(
+                    UNKNOWN if UNKNOWN in known else max(known)
+                )  # the rarest: vocabularies begin with the common
         return tuple(codes)
 
     def _remember(self, key: Any, value: Any) -> tuple[int, ...]:
@@ -113,6 +118,10 @@ class _CategoryColumn:
         codes[column.rows[:, None], [position for position, _, _ in self._fields]] = np.array(found, np.int32)
 
 
+_Number = tuple[int, int, NDArray[np.float64], NDArray[np.float64]]
+"""Place among the fields and among the quantiles, grid, edges."""
+
+
 class Vectorizer:
     """Turns event batches into feature batches by a schema."""
 
@@ -120,11 +129,13 @@ class Vectorizer:
         self.schema = schema
         self._known = schema.known_paths
         by_path: dict[str, list[tuple[int, Field]]] = {}
-        self._numbers: dict[str, tuple[int, int, NDArray[np.float64], NDArray[np.float64]]] = {}
+        self._numbers: dict[str, _Number] = {}
+        self._ages: dict[str, _Number] = {}
         for position, field in enumerate(schema.fields):
             if field.kind == "number":
-                entry = (position, len(self._numbers), np.array(field.grid), np.array(field.edges))
-                self._numbers[field.path] = entry
+                place = len(self._numbers) + len(self._ages)
+                entry = (position, place, np.array(field.grid), np.array(field.edges))
+                (self._ages if field.derives == AGE else self._numbers)[field.path] = entry
             elif field.name not in ("type_uid", UNSEEN_PATHS):
                 by_path.setdefault(field.path, []).append((position, field))
         self._columns = {path: _CategoryColumn(path, fields) for path, fields in by_path.items()}
@@ -139,18 +150,21 @@ class Vectorizer:
     @property
     def numbers(self) -> int:
         """How many fields are numbers."""
-        return len(self._numbers)
+        return len(self._numbers) + len(self._ages)
 
     def __call__(self, events: EventBatch) -> FeatureBatch:
         n = len(events)
         codes = np.full((n, len(self.schema.fields)), MISSING, np.int32)
-        quantiles = np.full((n, len(self._numbers)), 0.5, np.float32)
+        quantiles = np.full((n, self.numbers), 0.5, np.float32)
         unseen = np.zeros(n, np.int64)
         for path, column in events.columns.items():
             if path in self._columns:
                 self._columns[path].put(column, codes)
             elif path in self._numbers:
-                self._put_numbers(path, column, codes, quantiles)
+                self._put_numbers(self._numbers[path], column, codes, quantiles)
+            elif path in self._ages:
+                since = Column(column.rows, ages(column, events.time))
+                self._put_numbers(self._ages[path], since, codes, quantiles)
             elif path not in self._known:
                 unseen[column.rows] += 1
         codes[:, 0] = self._code_types(events.type_uid)
@@ -168,8 +182,11 @@ class Vectorizer:
             actor = np.where(present, (rank + 1) * 2**32 + codes[:, position].astype(np.int64), actor)
         return actor
 
-    def _put_numbers(self, path: str, column: Column, codes: NDArray[np.int32], quantiles: NDArray[np.float32]) -> None:
-        position, place, grid, edges = self._numbers[path]
+    @staticmethod
+    def _put_numbers(
+        number_: _Number, column: Column, codes: NDArray[np.int32], quantiles: NDArray[np.float32]
+    ) -> None:
+        position, place, grid, edges = number_
         if set(map(type, column.values)) <= {int, float}:
             try:
                 raw = np.array(column.values, np.float64)

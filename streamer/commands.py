@@ -65,6 +65,9 @@ def fit(
     out: Annotated[Path, typer.Option(help="Where the bundle goes; a bundle that is there is replaced.")] = BUNDLE,
     seed: Seed = 0,
     device: Device = "cpu",
+    picture: Annotated[
+        Path | None, typer.Option(help="Also draw loss curves and checks of the embedding (PNG).", show_default="none")
+    ] = None,
 ) -> None:
     """Learn what is normal from events without labels, and write a bundle.
 
@@ -85,6 +88,10 @@ def fit(
     _must_exist(files or [])
     with progress_bars() as progress:
         fitted = fitting.fit(source, out, seed=seed, device=device, progress=progress)
+    if picture is not None:
+        from streamer.pictures import plot_training
+
+        plot_training(picture, fitted.bundle.manifest["training"])
     table = Table(show_header=False, box=None)
     for what, value in fitting.summary(fitted):
         table.add_row(f"[bold]{what}[/bold]", str(value))
@@ -199,7 +206,7 @@ def gradients(
     seed: Seed = 0,
 ) -> None:
     """Plot the gradient at each layer of a plain and of a residual stack: why the network is residual."""
-    from streamer.gradients import plot_gradients
+    from streamer.pictures import plot_gradients
 
     plot_gradients(out, seed=seed)
     typer.echo(f"picture in {out}")

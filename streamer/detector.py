@@ -23,7 +23,8 @@ from encoder.entities import KINDS, Entities
 from encoder.entities import entities as find_entities
 from encoder.events import Coordinates, EventBatch, Message, Reject, decode
 from encoder.runtime import Encoded
-from encoder.schema import UNKNOWN, Field, Schema, folder, normalise
+from encoder.schema import UNKNOWN, Field, Schema
+from encoder.values import FOLDER, WORD, derived, normalise
 from encoder.vectorize import FeatureBatch
 from state.tally import LEVELS, count
 from state.timers import Heard, MemoryTimers, Silence, TimerStore
@@ -403,7 +404,9 @@ class Detector:
             by_whom = by_actor.get(e.field, 0.0) > max(by_type.get(e.field, 0.0) + 1, e.surprise)
             given = actor if by_whom and actor != observed else ""
             new = code == UNKNOWN and not field_.left_out
-            expected = tuple((_example(field_, text, near), p) for text, p in e.expected)
+            # What the rarest word usually is explains no text.
+            usual = e.expected if field_.derives != WORD else ()
+            expected = tuple((_example(field_, text, near), p) for text, p in usual)
             findings.append(FieldFinding(field_.path, observed, expected, told[e.field], given, new))
             if len(findings) == EXPLAINED_FIELDS:
                 break
@@ -420,9 +423,9 @@ def _value(events: EventBatch, paths: Sequence[str], codes: NDArray[np.int32], f
 def _example(field: Field, normalised: str, near: list[dict[str, Any]]) -> str:
     """A real value, of a normal event nearby, that looks like this once normalised; else what stands for many values
     becomes "…". Of a folder it is the folder."""
-    if field.kind in ("number", "presence") or not normalised:
+    in_folder = field.derives == FOLDER
+    if field.kind in ("number", "presence") or not normalised or (field.derives and not in_folder):
         return normalised
-    in_folder = field.name != field.path
     for event in near:
         value = event.get(field.path)
         if value is None:
@@ -430,7 +433,7 @@ def _example(field: Field, normalised: str, near: list[dict[str, Any]]) -> str:
         text = normalise(value, field.path)
         if not in_folder and text == normalised:
             return _shown(value)
-        if in_folder and folder(text) == normalised:
+        if in_folder and derived(text, FOLDER) == (normalised,):
             end = max(_shown(value).rfind("/"), _shown(value).rfind("\\"))
             return f"{_shown(value)[: end + 1]}…"
     text = _TEMPLATED.sub("…", normalised)

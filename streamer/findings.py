@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from encoder.entities import entities
 from encoder.events import Message, decode
-from encoder.schema import normalise
+from encoder.values import normalise
 from state.episodes import CLOSE, Anomaly, Decision, End, Episode, EpisodeStore
 from state.errors import Source
 from streamer import wording

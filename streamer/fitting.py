@@ -6,10 +6,11 @@ of weekends are held out, and calibrate: a score judged by the events it was mad
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,16 @@ import torch
 from numpy.typing import NDArray
 
 from encoder.acts import Acts, acts
+from encoder.checks import check_embedding
+from encoder.descent import Descent
 from encoder.entities import KINDS, Entities
 from encoder.entities import entities as find_entities
 from encoder.events import EventBatch, Message, decode
 from encoder.rarity import ContextRarity
 from encoder.runtime import Encoder
 from encoder.schema import Schema, SchemaLearner
-from encoder.sequence_training import fit_sequences
-from encoder.training import TrainingReport, train
+from encoder.sequence_training import SequenceReport, fit_sequences
+from encoder.training import train
 from encoder.vectorize import FeatureBatch, Vectorizer
 from state.baseline import Baseline, Density
 from state.calibration import FEW, Calibration
@@ -68,7 +71,7 @@ class Fitted:
     rejects: int
     repairs: Counter[str]
     seconds: float
-    report: TrainingReport
+    report: Descent
 
 
 @dataclass
@@ -92,10 +95,13 @@ def fit(
     """Fit a bundle to the events of `paths` (NDJSON, .gz, Parquet; or anything that can be read twice) and write it to
     `out`.
 
-    Deterministic for a seed and machine. Raises FitError for fewer than MIN_EVENTS readable events.
+    Deterministic for a seed and machine, also where it was killed and is begun again: the training of the networks is
+    kept beside `out` until the bundle stands, and gone on with. Raises FitError for fewer than MIN_EVENTS readable
+    events.
     """
     started = time.monotonic()
     tell: Progress = progress or (lambda *_: None)
+    kept = out.absolute().with_name(f".{out.name}.training")
     loaded = _load(paths, tell)
     n = len(loaded.features)
     held = _held_out(loaded.time)
@@ -111,13 +117,14 @@ def fit(
         later.take(later.distinct()[0]),
         seed=seed,
         device=where,
+        checkpoint=kept / "encoder.safetensors",
         progress=lambda step, steps, loss: tell("train", step, steps, f"loss {loss:.3f}"),
     )
     encoder = Encoder(loaded.schema, net, rarity, where)
     tell("baseline", 0, 0, "")
     record, by_record = _fit_record(encoder, features, weights, later, seed)
     behaviours = encoder.behaviours(loaded.features)
-    sequences, rates, by_history = _fit_history(encoder, loaded, behaviours, held, seed, tell)
+    sequences, rates, by_history, learned = _fit_history(encoder, loaded, behaviours, held, seed, kept, tell)
     scorer = Scorer(record, sequences, rates, Calibration.fit(joined(by_record, by_history), tail_from=FEW))
     exemplars = [loaded.records[first[place]] for place in record.baseline.members.tolist()]
     span = max(int(np.ptp(loaded.time)), 60_000)
@@ -133,6 +140,8 @@ def fit(
         "steps": report.steps,
         "loss": report.losses,
         "validation_loss": report.validation,
+        "embedding": asdict(check_embedding(encoder, features, seed=seed)),
+        "sequences": learned and {"loss": learned.losses, "network": learned.network, "counts": learned.counts},
         "seed": seed,
     }
     bundle = save(
@@ -144,6 +153,7 @@ def fit(
         profile=profile(loaded.schema, loaded.features.codes),
         training=training,
     )
+    shutil.rmtree(kept, ignore_errors=True)
     seconds = time.monotonic() - started
     return Fitted(bundle, loaded.events, n, loaded.rejects, loaded.repairs, seconds, report)
 
@@ -268,23 +278,30 @@ def _fit_record(
 
 
 def _fit_history(
-    encoder: Encoder, loaded: _Loaded, vectors: NDArray[np.float16], held: NDArray[np.bool_], seed: int, tell: Progress
-) -> tuple[SequenceScorer | None, RateScorer | None, NDArray[np.float64]]:
+    encoder: Encoder,
+    loaded: _Loaded,
+    vectors: NDArray[np.float16],
+    held: NDArray[np.bool_],
+    seed: int,
+    kept: Path,
+    tell: Progress,
+) -> tuple[SequenceScorer | None, RateScorer | None, NDArray[np.float64], SequenceReport | None]:
     """The parts that judge entities by what came before (None where the held-out events, or all others, name no
-    entity), and their evidence against each held-out event. vectors: float16 [n, d], behaviours."""
+    entity), their evidence against each held-out event, and how the fit went. vectors: float16 [n, d], behaviours."""
     pairs = loaded.entities
     evidence = np.zeros(len(held))
     judged = np.flatnonzero(held[pairs.row])
     if len(judged) in (0, len(pairs)):
-        return None, None, evidence[held]
+        return None, None, evidence[held], None
     tell("sequences", 0, 0, "")
-    model, _ = fit_sequences(
+    model, report = fit_sequences(
         vectors,
         loaded.time,
         pairs,
         withheld=held,
         seed=seed,
         device=encoder.device,
+        checkpoint=kept / "sequences.safetensors",
         progress=lambda step, steps, loss: tell("sequences", step, steps, f"loss {loss:.3f}"),
     )
     sequences = SequenceScorer(model)
@@ -302,7 +319,7 @@ def _fit_history(
         rates.fit(excess, pairs.kind, pairs.entity, pairs.row)
     rate, _ = rates.evidence(excess.take(judged), kinds)
     np.maximum.at(evidence, pairs.row[judged], weighed(sequences.evidence("order", raw, kinds), rate))
-    return sequences, rates, evidence[held]
+    return sequences, rates, evidence[held], report
 
 
 def _replayed(

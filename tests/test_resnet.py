@@ -189,7 +189,7 @@ def test_the_stack_is_seeded_and_leaves_the_global_generator_alone() -> None:
 
 def test_both_stacks_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
-    from streamer.gradients import plot_gradients
+    from streamer.pictures import plot_gradients
 
     plain, residual = plot_gradients(tmp_path / "gradients.png")
     assert (tmp_path / "gradients.png").read_bytes().startswith(b"\x89PNG")

@@ -23,7 +23,6 @@ from test_events import events as any_event
 from encoder import schema as schema_module
 from encoder.events import EncoderError, EventBatch, Message, decode
 from encoder.schema import (
-    FOLDER,
     MAX_VOCABULARY,
     MORE_PATHS,
     UNSEEN_PATHS,
@@ -31,10 +30,8 @@ from encoder.schema import (
     SchemaLearner,
     _DistinctCount,
     _order_statistics,
-    folder,
-    normalise,
-    number,
 )
+from encoder.values import AGE, FOLDER, NETWORK, WORD
 from streamer.schema_table import schema_table
 
 EVENT: dict[str, Any] = {"class_uid": 1007, "activity_id": 1, "type_uid": 100701, "time": 1_750_000_000_000}
@@ -94,13 +91,47 @@ def test_kinds_follow_what_ocsf_says_and_the_data_show() -> None:
     assert fields["process.file.path"].group == fields["process.name"].group == "process"
 
 
+def test_text_gives_words_and_an_address_its_network() -> None:
+    fields = by_name(learn(feed()))
+    assert fields["process.cmd_line" + WORD].values[0] == "run"
+    assert "process.cmd_line" + FOLDER not in fields
+    network = fields["device.ip" + NETWORK]
+    assert (network.kind, network.values) == ("identity", ("10.0.0.0/16",))
+
+
+def test_text_that_is_new_each_time_keeps_its_words() -> None:
+    lines = [
+        f"copy {'abcdefghij'[i % 10]}{'klmnopqrst'[i // 10 % 10]}{'uvwxyz'[i // 100 % 6]} home" for i in range(600)
+    ]
+    fields = by_name(learn([{"process": {"cmd_line": line}} for line in lines]))
+    assert fields["process.cmd_line"].kind == "presence"
+    assert fields["process.cmd_line" + WORD].values == ("copy", "home")
+
+
+def test_a_timestamp_is_how_long_ago_it_was() -> None:
+    events = [
+        {"time": EVENT["time"] + 1000 * i, "file": {"created_time": EVENT["time"] - 60_000 * i}} for i in range(99)
+    ]
+    schema = learn(events)
+    age = by_name(schema)["file.created_time" + AGE]
+    assert age.kind == "number" and age.grid[0] == 0.0 and age.grid[-1] == pytest.approx(np.log1p(98 * 61))
+    assert "file.created_time" not in schema.set_aside and schema.set_aside["time"].startswith("timestamp")
+    constant = learn([{"file": {"created_time": EVENT["time"]}}] * 99)
+    assert constant.set_aside["file.created_time"].startswith("timestamp")
+
+
 def test_what_is_set_aside() -> None:
-    schema = learn([{**event, "#odd": 1, "a#folder": 2} for event in feed()])
+    schema = learn([{**event, "#odd": 1, "a#folder": 2, "b#age": 3} for event in feed()])
     assert schema.set_aside["process.pid"] == "identifies the record, not its behaviour"
     assert schema.set_aside["time"] == "timestamp: never used raw"
     assert schema.set_aside["rare"] == "seen fewer than 5 times"
     assert schema.set_aside["class_uid"] == "said by type_uid"
-    assert schema.set_aside["#odd"] == schema.set_aside["a#folder"] == "named as derived fields are"
+    assert (
+        schema.set_aside["#odd"]
+        == schema.set_aside["a#folder"]
+        == schema.set_aside["b#age"]
+        == "named as derived fields are"
+    )
 
 
 def test_a_caption_of_an_id_is_a_duplicate() -> None:
@@ -253,38 +284,6 @@ def _letters(i: int) -> str:
 
 
 # Values
-
-
-@pytest.mark.parametrize(
-    ("value", "path", "text"),
-    [
-        ("C:\\Users\\Ann\\a.EXE", "p", "c:\\users\\*\\a.exe"),
-        ("/home/ann/x1", "p", "/home/*/x0"),
-        ("pid 4711 of {0B5AD3F5-65AF-5F5D-6E00-000000000C00}", "p", "pid 0 of {}"),
-        ("deadbeef1 and 0xdeadbeef1", "p", "# and #"),
-        (443, "dst_endpoint.port", "443"),
-        (49152, "dst_endpoint.port", "ephemeral"),
-        (1.0, "p", "1"),
-        (1.5, "p", "1.5"),
-        (True, "p", "true"),
-        (["b", "a", "b"], "p", "[a,b]"),
-        ([], "p", "[]"),
-    ],
-)
-def test_values_are_templated(value: Any, path: str, text: str) -> None:
-    assert normalise(value, path) == text
-
-
-@given(st.text(max_size=2000))
-def test_templates_are_short_and_their_folder_is_a_part_of_them(text: str) -> None:
-    template = normalise(text, "p")
-    assert len(template) <= 200 and len(folder(template)) <= len(template)
-
-
-@given(st.floats() | st.integers() | st.text(max_size=9) | st.booleans() | st.none())
-def test_a_number_is_finite_or_none(value: Any) -> None:
-    x = number(value)
-    assert x is None or np.isfinite(x)
 
 
 def test_a_column_of_immense_numbers_is_no_number() -> None:

@@ -12,9 +12,10 @@ import torch
 from test_schema import decoded, feed, learn
 
 from encoder import training
+from encoder.descent import Descent
 from encoder.resnet import TabularResNet
 from encoder.schema import FIRST, Schema
-from encoder.training import TrainingReport, fit_identity, network_codes, network_sizes, train
+from encoder.training import fit_identity, network_codes, network_sizes, train
 from encoder.vectorize import FeatureBatch, Vectorizer
 
 
@@ -36,9 +37,7 @@ def rows(events: Sequence[dict[str, Any]]) -> tuple[Schema, FeatureBatch, np.nda
     return schema, features.take(first), np.bincount(like).astype(np.float64)
 
 
-def trained(
-    events: Sequence[dict[str, Any]], seed: int = 0
-) -> tuple[Schema, FeatureBatch, TabularResNet, TrainingReport]:
+def trained(events: Sequence[dict[str, Any]], seed: int = 0) -> tuple[Schema, FeatureBatch, TabularResNet, Descent]:
     schema, features, weights = rows(events)
     held = features.take(np.arange(len(features) // 2, len(features)))
     net, report = train(schema, features, weights, held, seed=seed, device=torch.device("cpu"))

@@ -20,7 +20,8 @@ from test_schema import decoded, feed, learn
 
 from encoder import vectorize as vectorize_module
 from encoder.events import Message, decode
-from encoder.schema import FIRST, FOLDER, MISSING, UNKNOWN, UNSEEN_PATHS, Schema
+from encoder.schema import FIRST, MISSING, UNKNOWN, UNSEEN_PATHS, Schema
+from encoder.values import AGE, FOLDER, NETWORK, WORD
 from encoder.vectorize import FeatureBatch, Vectorizer, row_hash
 
 DATA = os.environ.get("RIPCURRENT_EVAL_DATA")
@@ -145,6 +146,38 @@ def test_a_new_name_in_a_known_folder() -> None:
     event = {"process": {"file": {"path": "c:\\windows\\x\\evil.exe"}}}
     assert code("process.file.path", event) == UNKNOWN
     assert value("process.file.path" + FOLDER, event) == "c:/windows/x"
+
+
+def test_text_counts_as_its_rarest_word() -> None:
+    lines = [*["copy a to b"] * 9, *["copy c to b"] * 5, *["move c to b"] * 2, "wipe c"]
+    schema = learn([{"process": {"cmd_line": line}} for line in lines])
+    word = "process.cmd_line" + WORD
+
+    def rarest(line: str) -> str:
+        return value(word, {"process": {"cmd_line": line}}, schema)
+
+    assert [rarest(line) for line in ("copy b", "b to c", "to move copy")] == ["copy", "c", "move"]
+    assert code(word, {"process": {"cmd_line": "move x"}}, schema) == UNKNOWN
+    assert code(word, {"process": {"cmd_line": "wipe c"}}, schema) == UNKNOWN  # seen but once: as rare as any new one
+
+
+def test_a_new_address_in_a_known_network() -> None:
+    event = {"device": {"ip": "10.0.99.99"}}
+    assert code("device.ip", event) == UNKNOWN
+    assert value("device.ip" + NETWORK, event) == "10.0.0.0/16"
+    assert code("device.ip" + NETWORK, {"device": {"ip": "10.1.0.1"}}) == UNKNOWN
+
+
+def test_ages_have_their_rank_among_those_of_training() -> None:
+    events = [{"time": 1_750_000_000_000, "file": {"created_time": 1_750_000_000_000 - 1000 * i}} for i in range(101)]
+    schema = learn(events)
+    made = features(
+        [{"file": {"created_time": t}} for t in (1_749_999_950_000, "2020-01-01T00:00:00Z", "?")], Vectorizer(schema)
+    )
+    place = [field.name for field in schema.fields if field.kind == "number"].index("file.created_time" + AGE)
+    assert made.quantiles[:, place].tolist() == [0.5, 1.0, 0.5]
+    position = [field.name for field in schema.fields].index("file.created_time" + AGE)
+    assert made.codes[2, position] == UNKNOWN and made.codes[0, position] >= FIRST
 
 
 def test_types_never_seen_are_unknown() -> None:
