@@ -28,6 +28,8 @@ HEAD_VALUES = 128
 """Values of a field that the network tells apart; the rarer ones share a code (rarity counts them one by one)."""
 BATCH = 512
 STEPS = 1500
+IDENTITY_ROWS = 100_000
+"""Distinct rows, spread over all, to which the identity path is fitted: more say nothing new and cost gigabytes."""
 NEW_NAMES = 0.15
 """Share of events in training whose names are hidden as if never seen: an unseen host alone must not alarm."""
 RESIDUAL_PENALTY = 1.0
@@ -43,9 +45,9 @@ def network_sizes(schema: Schema) -> list[int]:
     return [min(field.size, FIRST + HEAD_VALUES + 1) for field in schema.fields]
 
 
-def network_codes(codes: NDArray[np.int32], sizes: list[int]) -> NDArray[np.int64]:
-    """Codes as the network reads them: the rare values of a field share its last code. int32 [n, fields] to int64."""
-    return np.minimum(codes, np.array(sizes, np.int32) - 1).astype(np.int64)
+def network_codes(codes: NDArray[np.int32], sizes: list[int]) -> NDArray[np.int32]:
+    """Codes as the network reads them, int32 [n, fields]: the rare values of a field share its last code."""
+    return np.minimum(codes, np.array(sizes, np.int32) - 1)
 
 
 def fit_identity(net: TabularResNet, schema: Schema, features: FeatureBatch, weights: NDArray[np.float64]) -> None:
@@ -58,8 +60,9 @@ def fit_identity(net: TabularResNet, schema: Schema, features: FeatureBatch, wei
     codes = network_codes(features.codes, sizes)
     starts = net.offsets.cpu().numpy()
     total = len(net.identity_codes)
-    index = codes + starts
-    counts = np.bincount(index.ravel(), weights=np.repeat(weights, codes.shape[1]), minlength=total)
+    counts = np.zeros(total)
+    for position, (start, size) in enumerate(zip(starts.tolist(), sizes, strict=True)):
+        counts[start : start + size] = np.bincount(codes[:, position], weights=weights, minlength=size)
     scale = (counts >= _COMMON).astype(np.float64)
     scale[(counts >= weights.sum())] = 0.0  # a value that all events have tells nothing apart
     for position, field in enumerate(schema.fields):
@@ -71,10 +74,12 @@ def fit_identity(net: TabularResNet, schema: Schema, features: FeatureBatch, wei
             scale[starts[position] + UNKNOWN] = 0.0
         elif all(value.lstrip("-").isdecimal() for value in field.values):
             scale[starts[position] : starts[position] + sizes[position] + 1] *= _FLAG_SCALE
-    n, fields = codes.shape
+    rows = np.linspace(0, len(codes) - 1, min(len(codes), IDENTITY_ROWS)).astype(np.intp)
+    index, quantiles, weights = codes[rows] + starts, features.quantiles[rows], weights[rows]
+    n, fields = index.shape
     one_hot = sparse.csr_matrix((scale[index].ravel(), (np.repeat(np.arange(n), fields), index.ravel())), (n, total))
     used = np.flatnonzero(scale)
-    x = sparse.hstack([one_hot[:, used], sparse.csr_matrix(_NUMBER_SCALE * features.quantiles)]).tocsr()
+    x = sparse.hstack([one_hot[:, used], sparse.csr_matrix(_NUMBER_SCALE * quantiles)]).tocsr()
     width = x.shape[1]
     out = net.identity_codes.shape[1]
     few = width <= out
@@ -124,10 +129,10 @@ def train(
     def loss(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed * STEPS + step)
         rows = torch.multinomial(draw, BATCH, replacement=True, generator=generator).to(device)
-        return masks.loss(net, codes[rows], quantiles[rows], generator)
+        return masks.loss(net, codes[rows].long(), quantiles[rows], generator)
 
     def validate() -> float:
-        return float(masks.loss(net, held_codes, held_quantiles, torch.Generator().manual_seed(seed)))
+        return float(masks.loss(net, held_codes.long(), held_quantiles, torch.Generator().manual_seed(seed)))
 
     report = descend(
         net,

@@ -48,7 +48,9 @@ HELD_OUT = 0.15
 weekends. The latest of a week alone would be its Sunday, and Monday would look like an incident."""
 MIN_EVENTS = 20
 MAX_EVENTS = 2_000_000
-"""Events kept as features (about 400 bytes each); of more, every k-th is used, and the summary says so."""
+"""Events kept as features; of more, every k-th is used, and the summary says so."""
+MAX_CODES = 200_000_000
+"""Events times fields that are kept, 4 bytes each and a few copies on the way: of many fields, fewer events."""
 DAY_MS = 86_400_000
 
 Reread = Callable[[], Iterable[Sequence[Message]]]
@@ -183,7 +185,7 @@ def _load(paths: Sequence[Path] | Reread, tell: Progress) -> _Loaded:
         )
     schema = learner.finish()
     vectorize = Vectorizer(schema)
-    stride = -(-total // MAX_EVENTS)
+    stride = -(-total // min(MAX_EVENTS, MAX_CODES // len(schema.fields)))
     parts: list[FeatureBatch] = []
     times: list[NDArray[np.int64]] = []
     pairs: list[tuple[Entities, Acts]] = []

@@ -39,7 +39,7 @@ def stream(events: int) -> Iterator[list[Message]]:
             "time": START + int(i * step),
             "severity_id": 1,
             "metadata": {"version": "1.5.0", "product": {"name": f"p{kind}"}},
-            "user": {"name": f"user-{i}-{chr(97 + i % 26)}"},
+            "user": {"name": "".join(chr(97 + i // 26**k % 26) for k in range(5))},
             "device": {"hostname": f"host-{chr(97 + i % 23)}"},
             "src_endpoint": {"ip": f"10.{i % 7}.{i % 251}.{i % 13}"},
             "unmapped": {f"k{kind}_{place}": _value(i, place) for place in range(PATHS)},
