@@ -27,6 +27,8 @@ MAX_RAW = 16 * 1024
 """Characters of the event's JSON kept as `raw_data`."""
 MAX_NEIGHBOURS = 3
 MAX_WINDOW = 64
+WORTH_WEIGHT = 0.01
+"""Of a sequence's surprise: a record without which it would lose less is named without a figure."""
 P_FLOOR = 1e-12
 """Below this a p-value is no measurement any more: it is told as this."""
 _IDENTITY = ("time", "uid", "correlation_uid", "offset", "sequence")
@@ -212,13 +214,14 @@ class _Finding:
     def sequence_in_short(self) -> str:
         if not self.window:
             return ""
-        worst = wording.shorten(max(self.window, key=lambda entry: entry[3])[2])
+        # The latest of equals: where no record alone explains it, the newest is the one that was least expected.
+        worst = wording.shorten(max(self.window[::-1], key=lambda entry: entry[3])[2])
         if len(self.window) == 1:
             return f": {worst}" if worst else ""
         length = wording.duration(self.window[-1][0] - self.window[0][0])
         if self.cause == "sequence:silence":
             return f": {len(self.window)} events in {length}, then nothing after {wording.shorten(self.window[-1][2])}"
-        return f": {len(self.window)} events in {length}{f', least expected {worst}' if worst else ''}"
+        return f": {len(self.window)} events in {length}{f', above all {worst}' if worst else ''}"
 
     def description(self) -> str:
         record = self.record
@@ -235,8 +238,8 @@ class _Finding:
             rare = "never seen in training" if f.new else f"expected {wording.one_in(f.surprise)}{whose}"
             lines.append(f"- {name}{path}: {'; '.join(filter(None, (shown, usual, rare)))}.")
         for time, label, summary, share in self.window[-10:]:
-            part = f"{wording.percent(share)} of the surprise"
-            lines.append(f"- {wording.moment(time)}: {wording.shorten(summary)} ({part}; {label}).")
+            part = f"without it {wording.percent(share)} less surprising; " if share >= WORTH_WEIGHT else ""
+            lines.append(f"- {wording.moment(time)}: {wording.shorten(summary)} ({part}{label}).")
         if self.neighbours:
             differs = self.differences(self.neighbours[0])
             lines.append(

@@ -32,6 +32,7 @@ from state.windows import WindowEntries, Windows, WindowStore
 from streamer import wording
 from streamer.bundle import Bundle, load
 from streamer.drift import Drift
+from streamer.left_out import cut, weights
 from streamer.remembering import Remembering
 from streamer.scoring import DENSITY_TRUST, NEIGHBOURS, SEQUENCE_TRUST, Parts, RateScorer, severity, weighed
 from streamer.silences import CAUSE as SILENCE
@@ -116,7 +117,8 @@ class Explanation:
 
     fields: at most five; neighbours: the nearest normal events, each a compact redacted copy (path -> value), nearest
     first; distance and usual_distance: to the nearest normal and that of a normal event; window: for a sequence, (event
-    time ms, coordinates, one-line summary, share of the score) of each of its events, oldest first;
+    time ms, coordinates, one-line summary, share of its surprise that it would lose without this one) of each of its
+    events, oldest first;
     rate: of a rate, how much it was.
     """
 
@@ -298,13 +300,11 @@ class Detector:
     def explain(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Explanation]:
         """Why these events scored as they did. Costs milliseconds an event: for alerts."""
         found = []
+        timelines = self._timelines(scored, rows)
         for row in rows.tolist():
             message = Message("", 0, 0, int(scored.time[row]), orjson.dumps(scored.records[row]))
             events, _ = decode([message])
-            window: Timeline = ()
-            if str(scored.cause[row]).startswith("sequence:"):
-                window = self._timeline(str(scored.entity[row]), int(scored.time[row]))
-            explained = self._explain_one(events, str(scored.cause[row]), window)
+            explained = self._explain_one(events, str(scored.cause[row]), timelines.get(row, ()))
             level = 0 if scored.level is None else int(scored.level[row])
             rate = self._rate(str(scored.entity[row]), str(scored.cause[row]), level)
             found.append(replace(explained, rate=rate))
@@ -321,26 +321,31 @@ class Detector:
         # A level is all counts up to where the next one begins.
         return RateFinding(what, span, float(count(level)), float(count(most + 1)) - 1 if most else 0.0, bool(known[0]))
 
-    def _timeline(self, entity: str, until: int) -> Timeline:
-        """The last records of an entity's window up to a time, each told by the normal event that it is most like, with
-        its share of their surprise."""
+    def _timelines(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> dict[int, Timeline]:
+        """Of those rows that a sequence made alerts, the last records of its window up to the event, each told by the
+        normal event that it is most like, with what the window would lose without it. One pass for all."""
         sequences = self.bundle.scorer.sequences
-        window = self.windows.latest([entity])
-        slots = np.flatnonzero(window.mask[0] & (window.times[0] <= until))[-EXPLAINED_RECORDS:]
+        told = [row for row in rows.tolist() if str(scored.cause[row]).startswith("sequence:")]
+        if sequences is None or not told:
+            return {}
+        entities = [str(scored.entity[row]) for row in told]
+        windows = self.windows.latest(entities)
+        upto = windows.mask & (windows.times <= scored.time[told][:, None])
+        ends = np.where(upto.any(1), upto.shape[1] - 1 - upto[:, ::-1].argmax(1), -1)
+        windows = cut(windows, ends)
+        kinds = np.array([KINDS.index(entity.partition(":")[0]) for entity in entities], np.int8)
+        weight = weights(sequences, windows, kinds, scored.cause[told] == SILENCE)
+        return {row: self._timeline(windows, i, weight[i]) for i, row in enumerate(told)}
+
+    def _timeline(self, windows: Windows, i: int, weight: NDArray[np.float64]) -> Timeline:
+        sequences = self.bundle.scorer.sequences
+        slots = np.flatnonzero(windows.mask[i])[-EXPLAINED_RECORDS:]
         if sequences is None or not len(slots):
             return ()
-        kind = np.full(len(slots), KINDS.index(entity.partition(":")[0]), np.int8)
-        surprise = sequences.raw(_prefixes(window, slots), kind)["order"]
-        share = surprise / max(float(surprise.sum()), 1e-9)
-        codes = sequences.model.codebook(window.vectors[0, slots]).tolist()
+        codes = sequences.model.codebook(windows.vectors[i, slots]).tolist()
         return tuple(
-            (
-                int(window.times[0, slot]),
-                self._coordinates(window, int(slot)),
-                self._told(code),
-                float(part),
-            )
-            for slot, code, part in zip(slots.tolist(), codes, share.tolist(), strict=True)
+            (int(windows.times[i, slot]), self._coordinates(windows, i, slot), self._told(code), float(weight[slot]))
+            for slot, code in zip(slots.tolist(), codes, strict=True)
         )
 
     def _told(self, code: int) -> str:
@@ -349,9 +354,9 @@ class Detector:
         return wording.told(orjson.loads(known[code])) if code < len(known) else "an event like none in training"
 
     @staticmethod
-    def _coordinates(window: Windows, slot: int) -> str:
-        topic, partition = window.sources[window.source[0, slot]]
-        return f"{topic}:{partition}:{window.offset[0, slot]}:{window.index[0, slot]}"
+    def _coordinates(windows: Windows, i: int, slot: int) -> str:
+        topic, partition = windows.sources[windows.source[i, slot]]
+        return f"{topic}:{partition}:{windows.offset[i, slot]}:{windows.index[i, slot]}"
 
     def _explain_one(self, events: EventBatch, cause: str, window: Timeline) -> Explanation:
         encoder, scorer = self.bundle.encoder, self.bundle.scorer
@@ -452,20 +457,6 @@ def window_entries(events: EventBatch, entities: Entities, vectors: NDArray[np.f
         at.offset[rows],
         at.index[rows],
         acts(events, entities),
-    )
-
-
-def _prefixes(window: Windows, slots: NDArray[np.intp]) -> Windows:
-    """The windows that ended at these slots of one window."""
-    width = window.times.shape[1]
-    place = np.arange(width)[None, :] - (width - 1 - slots[:, None])
-    inside = window.mask[0][np.maximum(place, 0)] & (place >= 0)
-    at = np.where(inside, place, 0)
-    return replace(
-        window,
-        vectors=np.where(inside[:, :, None], window.vectors[0][at], np.float16(0)),
-        times=np.where(inside, window.times[0][at], 0),
-        length=inside.sum(1).astype(np.int32),
     )
 
 

@@ -225,7 +225,7 @@ def _timeline(told: Finding) -> str:
         for entry in own(told).get("timeline") or []
         if isinstance(entry, dict)
     ]
-    head = "<tr><th>timeline</th><th></th><th>share of the surprise</th></tr>"
+    head = "<tr><th>timeline</th><th></th><th>less surprising without it</th></tr>"
     return f"<table>{head}{''.join(rows)}</table>" if rows else ""
 
 

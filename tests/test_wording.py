@@ -14,7 +14,7 @@ def test_a_sequence_tells_its_time_and_its_worst_event() -> None:
     start = WORD["time"]
     window = tuple((start - 60_000 * (8 - i), f"events:3:{i}:0", f"logon to HOST-{i}", 0.1 * i) for i in range(5))
     finding = one(told=explanation(window=window), cause="sequence:rate", entity="user:bob")
-    assert finding["finding_info"]["title"].endswith("on host PC-7: 5 events in 4 min, least expected logon to HOST-4")
+    assert finding["finding_info"]["title"].endswith("on host PC-7: 5 events in 4 min, above all logon to HOST-4")
     assert finding["finding_info"]["title"].startswith("Unusual rate of events of process winword.exe of user bob")
     assert finding["start_time"] == start - 8 * 60_000
     assert len(finding["finding_info"]["related_events"]) == 6
