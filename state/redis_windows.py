@@ -8,6 +8,7 @@ noticed before any window is returned. Does not promise durability: that is the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from importlib.resources import files
 from typing import Any
@@ -89,7 +90,8 @@ class RedisWindows:
         rows = np.maximum(table.end[:, None] + np.arange(-self.width, 0), -1)
         picked = np.where(rows >= (table.end - table.live)[:, None], rows, -1)
         own = np.where(table.live > 0, self.width - 1, -1).astype(np.int32)
-        return self._windows(table, picked, own, np.ones(len(entities), np.bool_))
+        found = self._windows(table, picked, own, np.ones(len(entities), np.bool_))
+        return replace(found, raised=table.levels[picked])
 
     def prepare(self, offsets: Mapping[Source, int]) -> None:
         self._server.retried(lambda: self._check(self._server.call("mark", self._marker, self._marks(offsets))))
@@ -249,6 +251,7 @@ class RedisWindows:
             offset=table.offset[picked],
             index=table.index[picked],
             levels=table.levels[np.where(own >= 0, picked[np.arange(len(own)), own], -1)],
+            raised=np.zeros((len(own), 0, table.levels.shape[1]), np.uint8),
         )
 
     def _sources(self, ids: NDArray[np.int64]) -> tuple[Source, ...]:

@@ -64,7 +64,8 @@ class Windows:
     own: int32 [m], the slot of the entry itself (W - 1 unless it came out of order, -1: late, not a member); complete:
     bool [m], False where members are known to be missing. Coordinates of the members: sources, with source: int32
     [m, W] (index into them, -1 unused), offset: int64 [m, W] and index: int32 [m, W]. levels: uint8 [m, 8], what the
-    entry raised (`tally.LEVELS`), all 0 where it is not a member.
+    entry raised (`tally.LEVELS`), all 0 where it is not a member. raised: uint8 [m, W, 8], what each member raised;
+    only from `latest`, else [m, 0, 8].
     """
 
     vectors: NDArray[np.float16]
@@ -77,6 +78,7 @@ class Windows:
     offset: NDArray[np.int64]
     index: NDArray[np.int32]
     levels: NDArray[np.uint8]
+    raised: NDArray[np.uint8]
 
     def __len__(self) -> int:
         return len(self.length)
@@ -322,7 +324,8 @@ class MemoryWindows:
                 length[i], horizon[i] = len(entity.live), entity.horizon
                 picked[i, width - len(entity.live) :] = entity.live
         own = np.where(length > 0, width - 1, -1).astype(np.int32)
-        return self._gather(picked, length, own, np.ones(m, np.bool_), horizon)
+        found = self._gather(picked, length, own, np.ones(m, np.bool_), horizon)
+        return replace(found, raised=np.where(found.mask[:, :, None], self._levels[picked], np.uint8(0)))
 
     def prepare(self, offsets: Mapping[Source, int]) -> None:
         for source, offset in offsets.items():
@@ -466,4 +469,5 @@ class MemoryWindows:
             offset=self._offset[picked],
             index=self._index[picked],
             levels=self._levels[np.where(own >= 0, picked[np.arange(len(own)), own], 0)],
+            raised=np.zeros((len(own), 0, len(LEVELS)), np.uint8),
         )

@@ -20,6 +20,7 @@ from state.episodes import CREATE, Decision, Episode
 from streamer import wording
 from streamer.detector import Explanation, FieldFinding, ScoredBatch
 from streamer.finding import Alert, Frame, confidence, finding_uid
+from streamer.much import RateFinding
 from streamer.observables import DEVICE, evidence, fit, observables
 from streamer.redaction import Redactor, mask_text
 
@@ -106,7 +107,7 @@ class _Finding:
             for n in explanation.neighbours[:MAX_NEIGHBOURS]
         ]
         self.distance, self.usual_distance = float(explanation.distance), float(explanation.usual_distance)
-        self.rate = explanation.rate
+        self.rates = explanation.rates
         self.window = [
             (int(time), str(label), self._told(str(label), str(summary)), _share(float(share)))
             for time, label, summary, share in explanation.window[-MAX_WINDOW:]
@@ -172,7 +173,7 @@ class _Finding:
             who = wording.subject(self.entity, record)
             what = "first event" if len(self.window) == 1 else wording.sequence(cause)
             return f"Unusual {what}{who}{self.sequence_in_short()}"
-        if self.rate is not None:
+        if self.rates:
             who = wording.subject(self.entity, {})  # What it did many times, it did not all do from here.
             return f"Unusually {wording.rate(cause)[0]}{who}: {self.how_much()}"
         field = self.leading()
@@ -197,19 +198,8 @@ class _Finding:
         return f"{what}{told}{who}{f'; {usual}' if usual else ''}"
 
     def how_much(self) -> str:
-        """Of a rate: "about 23 failures within two hours; never more than 3 before"."""
-        if self.rate is None:
-            return ""
-        counted = wording.rate(self.cause.partition(":")[2])[1]
-        return f"about {wording.amount(self.rate.count, self.rate.observed)} {counted}; {self.at_most()}"
-
-    def at_most(self) -> str:
-        if self.rate is None:
-            return ""
-        most = wording.amount(self.rate.count, self.rate.usual)
-        if not round(self.rate.usual):
-            return "none before" if self.rate.own else "others like it seldom have any"
-        return f"never more than {most} before" if self.rate.own else f"others like it seldom more than {most}"
+        """Of a rate: "about 23 failures within two hours; never more than 3 before; also about ..."."""
+        return "; also ".join(_much(rate) for rate in self.rates)
 
     def sequence_in_short(self) -> str:
         if not self.window:
@@ -227,9 +217,8 @@ class _Finding:
         record = self.record
         lines = [f"{wording.moment(self.time)}: {wording.event_kind(record)}{wording.subject(self.entity, record)}."]
         # By itself each event of a sequence may be ordinary: its own attributes would mislead.
-        if self.rate is not None:
-            lines.append(f"- {self.how_much()}.")
-        for f in () if self.window or self.rate else self.fields:
+        lines += [f"- {_much(rate)}." for rate in self.rates]
+        for f in () if self.window or self.rates else self.fields:
             shown = wording.value(f.path, f.observed, record)
             usual = wording.usually(f.path, f.observed, f.expected, record)
             name = wording.attribute(f.path)
@@ -342,12 +331,11 @@ class _Finding:
             for f in self.fields
             if f.expected
         ]
-        if self.rate is not None:
-            name = self.cause.partition(":")[2]
-            much = {"observation_parameter": name, "observation_type": wording.rate(name)[1]}
-            seen, usual = (wording.amount(self.rate.count, x) for x in (self.rate.observed, self.rate.usual))
-            anomalies.insert(0, {**much, "observations": [{"value": seen}], "observed_pattern": self.at_most()})
-            baselines.insert(0, {**much, "observations": [{"value": usual}]})
+        for place, rate in enumerate(self.rates):
+            much = {"observation_parameter": f"{rate.count}.{rate.span}", "observation_type": _counted(rate)}
+            seen, usual = (wording.amount(rate.count, x) for x in (rate.observed, rate.usual))
+            anomalies.insert(place, {**much, "observations": [{"value": seen}], "observed_pattern": _at_most(rate)})
+            baselines.insert(place, {**much, "observations": [{"value": usual}]})
         distance = {
             "observation_parameter": "distance",
             "observation_type": "distance to the nearest normal event",
@@ -401,6 +389,21 @@ def told(episode: Episode) -> dict[str, Any]:
         "causes": list(episode.causes or (episode.cause,)),
     }
     return found | ({"others": list(episode.others)} if episode.others else {})
+
+
+def _counted(rate: RateFinding) -> str:
+    return wording.rate(f"{rate.count}.{rate.span}")[1]
+
+
+def _much(rate: RateFinding) -> str:
+    return f"about {wording.amount(rate.count, rate.observed)} {_counted(rate)}; {_at_most(rate)}"
+
+
+def _at_most(rate: RateFinding) -> str:
+    if not round(rate.usual):
+        return "none before" if rate.own else "others like it seldom have any"
+    most = wording.amount(rate.count, rate.usual)
+    return f"never more than {most} before" if rate.own else f"others like it seldom more than {most}"
 
 
 def _share(x: float) -> float:

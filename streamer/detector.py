@@ -26,13 +26,14 @@ from encoder.runtime import Encoded
 from encoder.schema import UNKNOWN, Field, Schema
 from encoder.values import FOLDER, WORD, derived, normalise
 from encoder.vectorize import FeatureBatch
-from state.tally import LEVELS, count
+from state.tally import LEVELS
 from state.timers import Heard, MemoryTimers, Silence, TimerStore
 from state.windows import WindowEntries, Windows, WindowStore
-from streamer import wording
+from streamer import much, wording
 from streamer.bundle import Bundle, load
 from streamer.drift import Drift
 from streamer.left_out import cut, weights
+from streamer.much import RateFinding
 from streamer.remembering import Remembering
 from streamer.scoring import DENSITY_TRUST, NEIGHBOURS, SEQUENCE_TRUST, Parts, RateScorer, severity, weighed
 from streamer.silences import CAUSE as SILENCE
@@ -100,18 +101,6 @@ class FieldFinding:
 
 
 @dataclass(frozen=True)
-class RateFinding:
-    """How much an entity did: count, span: of `tally.COUNTS` and `tally.SPANS`; observed: at least so many; usual:
-    what it never exceeded in training or, where training had no such entity (own: False), what its kind seldom did."""
-
-    count: str
-    span: str
-    observed: float
-    usual: float
-    own: bool
-
-
-@dataclass(frozen=True)
 class Explanation:
     """Why one event was alerted on, in the order of what mattered most.
 
@@ -119,7 +108,7 @@ class Explanation:
     first; distance and usual_distance: to the nearest normal and that of a normal event; window: for a sequence, (event
     time ms, coordinates, one-line summary, share of its surprise that it would lose without this one) of each of its
     events, oldest first;
-    rate: of a rate, how much it was.
+    rates: of a rate, how much it was, and what else was much; else none.
     """
 
     fields: tuple[FieldFinding, ...]
@@ -127,7 +116,7 @@ class Explanation:
     distance: float
     usual_distance: float
     window: tuple[tuple[int, str, str, float], ...] = ()
-    rate: RateFinding | None = None
+    rates: tuple[RateFinding, ...] = ()
 
 
 EXPLAINED_FIELDS = 5
@@ -300,26 +289,25 @@ class Detector:
     def explain(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Explanation]:
         """Why these events scored as they did. Costs milliseconds an event: for alerts."""
         found = []
-        timelines = self._timelines(scored, rows)
+        timelines, rates = self._timelines(scored, rows), self._rates(scored, rows)
         for row in rows.tolist():
             message = Message("", 0, 0, int(scored.time[row]), orjson.dumps(scored.records[row]))
             events, _ = decode([message])
             explained = self._explain_one(events, str(scored.cause[row]), timelines.get(row, ()))
-            level = 0 if scored.level is None else int(scored.level[row])
-            rate = self._rate(str(scored.entity[row]), str(scored.cause[row]), level)
-            found.append(replace(explained, rate=rate))
+            found.append(replace(explained, rates=rates.get(row, ())))
         return found
 
-    def _rate(self, entity: str, cause: str, level: int) -> RateFinding | None:
-        rates, (kind, _, name) = self.bundle.scorer.rates, cause.partition(":")
-        if rates is None or kind != "rate":
-            return None
-        own, known = rates.habits.own([entity])
-        usual = own[0] if known[0] else rates.habits.usual[KINDS.index(entity.partition(":")[0])]
-        most = int(usual[LEVELS.index(name)])
-        what, _, span = name.partition(".")
-        # A level is all counts up to where the next one begins.
-        return RateFinding(what, span, float(count(level)), float(count(most + 1)) - 1 if most else 0.0, bool(known[0]))
+    def _rates(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> dict[int, tuple[RateFinding, ...]]:
+        """Of those rows that a rate made alerts, the counts that their entity had raised beyond its habits by then."""
+        told = [row for row in rows.tolist() if str(scored.cause[row]).startswith("rate:")]
+        if self.bundle.scorer.rates is None or not told:
+            return {}
+        entities, causes = ([str(column[row]) for row in told] for column in (scored.entity, scored.cause))
+        level = np.zeros(len(told), np.uint8) if scored.level is None else scored.level[told]
+        causal = [LEVELS.index(cause.partition(":")[2]) for cause in causes]
+        levels = much.levels(self.windows.latest(entities), scored.time[told])
+        levels[np.arange(len(told)), causal] = level
+        return dict(zip(told, much.findings(self.bundle.scorer.rates, entities, levels, causal), strict=True))
 
     def _timelines(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> dict[int, Timeline]:
         """Of those rows that a sequence made alerts, the last records of its window up to the event, each told by the

@@ -213,6 +213,11 @@ class RateScorer:
         return found, column
 
     def _strongest(self, excess: Excess, kinds: NDArray[np.int8]) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
+        found = self.by_count(excess, kinds)
+        return found.max(1, initial=0.0), found.argmax(1).astype(np.int8)
+
+    def by_count(self, excess: Excess, kinds: NDArray[np.int8]) -> NDArray[np.float64]:
+        """float64 [m, 8], nats: what each count says by itself, 0 where it was not raised."""
         found = np.zeros(excess.over.shape)
         rows, columns = np.nonzero(np.isfinite(excess.over))
         place = (kinds[rows].astype(np.int64) * len(LEVELS) + columns) * GROUPS + excess.group[rows, columns]
@@ -225,7 +230,7 @@ class RateScorer:
             if calibration is not None:
                 at = place == which
                 found[rows[at], columns[at]] = calibration.evidence(excess.over[rows[at], columns[at]])
-        return found.max(1, initial=0.0), found.argmax(1).astype(np.int8)
+        return found
 
 
 @dataclass

@@ -34,8 +34,12 @@ CAUSES: dict[str, tuple[str, ...]] = {
 
 
 def named(cause: str, why: Explanation) -> list[str]:
-    """What an alert names first, at most three: its sequence or count, else its fields."""
-    return [field.path for field in why.fields[:3]] if cause.startswith("record:") else [cause]
+    """What an alert names first, at most three: its sequence, its counts or its fields."""
+    if cause.startswith("sequence:"):
+        return [cause]
+    if why.rates:
+        return [f"rate:{rate.count}.{rate.span}" for rate in why.rates[:3]]
+    return [field.path for field in why.fields[:3]]
 
 
 def first_alerts(detector: Detector, days: list[Day], offset: int) -> Iterator[tuple[Label, str, Explanation]]:

@@ -228,6 +228,7 @@ def test_events_failures_partners_and_bytes_are_counted_over_an_hour_and_a_day(m
     assert not levels[:60, LEVELS.index("bytes.day")][acts.amount[:60] == 0].any()
     assert levels[:4, 1].tolist() == [6, 9, 12, 13]  # 1, 2, 3, 4 events
     assert not levels[60].any()  # hosts are not counted here
+    np.testing.assert_array_equal(store.latest(["user:a"]).raised[0], levels[28:60])
     assert levels.dtype == np.uint8
 
 

@@ -6,8 +6,9 @@ import pytest
 from alerting import PORT, WORD, Json, alerts, check, explanation, one, scored
 
 from streamer import wording
-from streamer.detector import FieldFinding, RateFinding
+from streamer.detector import FieldFinding
 from streamer.finding import confidence
+from streamer.much import RateFinding
 
 
 def test_a_sequence_tells_its_time_and_its_worst_event() -> None:
@@ -22,8 +23,8 @@ def test_a_sequence_tells_its_time_and_its_worst_event() -> None:
 
 
 def test_a_rate_is_told_with_its_number_and_what_was_usual() -> None:
-    def told(cause: str, entity: str, rate: RateFinding) -> Json:
-        explained = [replace(explanation(PORT), rate=rate)]
+    def told(cause: str, entity: str, *rates: RateFinding) -> Json:
+        explained = [replace(explanation(PORT), rates=rates)]
         return check(alerts(scored([WORD], cause, entity), explained)[0])
 
     failures = told("rate:failures.day", "user:bob", RateFinding("failures", "day", 23.4, 3.0, own=True))
@@ -35,6 +36,16 @@ def test_a_rate_is_told_with_its_number_and_what_was_usual() -> None:
     sent = told("rate:bytes.hour", "host:PC-7", RateFinding("bytes", "hour", 41_200_000.0, 0.0, own=False))
     much = "Unusually much data of host PC-7: about 41.2 MB sent within two hours; others like it seldom have any"
     assert sent["finding_info"]["title"] == much
+    events, failed = (
+        RateFinding("events", "hour", 255.0, 26.5, own=True),
+        RateFinding("failures", "day", 40, 3, own=True),
+    )
+    spray = told("rate:events.hour", "address:192.0.2.1", events, failed)["finding_info"]
+    assert spray["title"].endswith(
+        "about 255 events within two hours; never more than 26 before; "
+        "also about 40 failures within a day; never more than 3 before"
+    )
+    assert "- about 40 failures within a day; never more than 3 before.\n" in spray["desc"]
 
 
 def test_the_nearest_normal_event_and_what_differs() -> None:

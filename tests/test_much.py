@@ -1,0 +1,59 @@
+"""What was much is told of what the entity lately raised, and no older."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from encoder.acts import NOBODY, PARTNERS, Acts
+from encoder.entities import KINDS
+from state.calibration import Calibration
+from state.habits import GROUPS, Habits
+from state.tally import LEVELS, level_of
+from state.windows import MemoryWindows, WindowEntries
+from streamer.much import findings, levels
+from streamer.scoring import RateScorer
+
+MINUTE = 60_000
+HOUR = 60 * MINUTE
+USER = KINDS.index("user")
+
+
+def store(times: list[int], failed: list[bool]) -> MemoryWindows:
+    n = len(times)
+    windows = MemoryWindows(dim=2, width=32)
+    acts = Acts(np.ones(n, bool), np.array(failed), np.zeros(n, np.int64), np.full((n, PARTNERS), NOBODY, np.int16))
+    at, none = np.arange(n, dtype=np.int64), np.zeros(n, np.int32)
+    vectors = np.zeros((n, 2), np.float16)
+    windows.append(WindowEntries(["user:bob"] * n, np.array(times), vectors, (("t", 0),), none, at, none, acts))
+    return windows
+
+
+def reached(windows: MemoryWindows, time: int) -> dict[str, int]:
+    found = levels(windows.latest(["user:bob"]), np.array([time]))
+    return {name: level for name, level in zip(LEVELS, found[0].tolist(), strict=True) if level}
+
+
+def test_a_count_is_what_it_was_last_raised_to_within_its_span() -> None:
+    windows = store([MINUTE * i for i in range(20)] + [5 * HOUR], [True] * 20 + [False])
+    assert reached(windows, 19 * MINUTE) == {
+        f"{of}.{span}": level_of(20) for of in ("events", "failures") for span in ("hour", "day")
+    }
+    later = reached(windows, 5 * HOUR)
+    assert later == {"events.hour": level_of(1), "events.day": level_of(21), "failures.day": level_of(20)}
+    assert reached(windows, 3 * MINUTE)["failures.hour"] == level_of(4), "as it was at the event"
+
+
+def test_the_cause_is_named_first_and_then_what_else_is_beyond_the_habits() -> None:
+    habits, _ = Habits.fit(
+        ["user:bob"] * 2, np.full(2, USER, np.int8), np.full((2, 8), 12, np.uint8), np.array([0, HOUR]), kinds=8
+    )
+    nothing_like_it = Calibration.fit(np.linspace(-10, 0, 200))
+    names = [f"{USER}.{column}.{group}" for column in range(len(LEVELS)) for group in range(GROUPS)]
+    rates = RateScorer(habits, dict.fromkeys(names, nothing_like_it))
+    windows = store([MINUTE * i for i in range(30)], [i % 2 == 0 for i in range(30)])
+    at = levels(windows.latest(["user:bob"]), np.array([30 * MINUTE]))
+    for cause in ("events.hour", "failures.day"):
+        (told,) = findings(rates, ["user:bob"], at, [LEVELS.index(cause)])
+        assert f"{told[0].count}.{told[0].span}" == cause
+        assert {rate.count for rate in told} == {"events", "failures"}, "partners and bytes were not raised"
+        assert all(rate.own and rate.observed > rate.usual for rate in told)
