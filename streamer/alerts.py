@@ -202,8 +202,8 @@ class _Finding:
         return "; also ".join(_much(rate) for rate in self.rates)
 
     def sequence_in_short(self) -> str:
-        if not self.window:
-            return ""
+        if not self.window:  # The entity has gone on so far that its window no longer reaches back to this event.
+            return f": {wording.shorten(wording.told({path: _at(self.record, path) for path in wording.TELLING}))}"
         # The latest of equals: where no record alone explains it, the newest is the one that was least expected.
         worst = wording.shorten(max(self.window[::-1], key=lambda entry: entry[3])[2])
         if len(self.window) == 1:
