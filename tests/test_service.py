@@ -332,7 +332,7 @@ def test_a_twin_with_the_same_transactional_id_fences_the_older_with_a_clear_err
 
 def test_metrics_and_health_are_served(topics: Topics) -> None:
     port = _free_port()
-    topics.produce([*[orjson.dumps(EVENT)] * 199, b"garbage"])
+    topics.produce([*[orjson.dumps(EVENT)] * 999, b"garbage"])
 
     def get(path: str) -> tuple[int, str]:
         try:
@@ -342,7 +342,7 @@ def test_metrics_and_health_are_served(topics: Topics) -> None:
             return error.code, error.read().decode()
 
     with running(service_for(topics, metrics_port=port)) as raised:
-        topics.wait_until_read(200)
+        topics.wait_until_read(1000)
         until(lambda: get("/readyz") == (200, "ok\n"))
         assert get("/healthz") == (200, "ok\n")
         assert get("/nothing")[0] == 404
@@ -352,8 +352,8 @@ def test_metrics_and_health_are_served(topics: Topics) -> None:
             service_for(topics, metrics_port=port, **{"kafka.instance_id": "two"}).run()
     assert raised == []
     figures = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line[0] != "#"}
-    assert figures["ripcurrent_messages_total"] == 200
-    assert figures["ripcurrent_events_total"] == 199
+    assert figures["ripcurrent_messages_total"] == 1000
+    assert figures["ripcurrent_events_total"] == 999
     assert figures['ripcurrent_rejects_total{exception="JSONDecodeError"}'] == 1
     assert figures["ripcurrent_alerts_total"] == figures["ripcurrent_alert_latency_seconds_count"] > 0
     assert figures["ripcurrent_budget_spent_today"] == figures["ripcurrent_alerts_total"]
