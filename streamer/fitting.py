@@ -49,8 +49,10 @@ weekends. The latest of a week alone would be its Sunday, and Monday would look 
 MIN_EVENTS = 20
 MAX_EVENTS = 2_000_000
 """Events kept as features; of more, every k-th is used, and the summary says so."""
-MAX_CODES = 200_000_000
+MAX_CODES = 80_000_000
 """Events times fields that are kept, 4 bytes each and a few copies on the way: of many fields, fewer events."""
+MAX_ENTITIES = 50_000
+"""Entities whose windows are held at once while training is replayed, some 7 kB each; the longest unseen go first."""
 DAY_MS = 86_400_000
 
 Reread = Callable[[], Iterable[Sequence[Message]]]
@@ -330,7 +332,7 @@ def _replayed(
     """All pairs through windows, as live: the raw scores of those to be judged with all the history that they had, and
     of all what they raised."""
     pairs = loaded.entities
-    windows = MemoryWindows(dim=vectors.shape[1])
+    windows = MemoryWindows(dim=vectors.shape[1], max_entities=MAX_ENTITIES)
     found: list[dict[str, NDArray[np.float64]]] = []
     levels: list[NDArray[np.uint8]] = []
     step = 8192
