@@ -35,7 +35,7 @@ from streamer.drift import Drift
 from streamer.left_out import cut, weights
 from streamer.much import RateFinding
 from streamer.remembering import Remembering
-from streamer.scoring import DENSITY_TRUST, NEIGHBOURS, SEQUENCE_TRUST, Parts, RateScorer, severity, weighed
+from streamer.scoring import DENSITY_TRUST, NEIGHBOURS, Parts, RateScorer, remembered, severity, weighed
 from streamer.silences import CAUSE as SILENCE
 from streamer.silences import Watch, coordinates_of, rows_of, unpack
 
@@ -131,7 +131,20 @@ _TEMPLATED = re.compile(r"\{\}|#|\*")
 """What `normalise` puts where ids, hexadecimal numbers and owners of home folders stood."""
 
 
+ORDER, TOGETHER = "sequence:order", "sequence:together"
+_STATISTICS = {ORDER: "order", TOGETHER: "together", SILENCE: "ending"}
 _RATES = np.array([f"rate:{name}" for name in LEVELS], object)
+
+
+@dataclass(frozen=True)
+class _Records:
+    """Of n events: their features, the evidence against each by itself (float64, nats), the field that says most, and
+    what windows keep of them (`scoring.remembered`)."""
+
+    features: FeatureBatch
+    evidence: NDArray[np.float64]
+    cause: NDArray[np.object_]
+    remembered: NDArray[np.float16]
 
 
 @dataclass(frozen=True)
@@ -171,28 +184,20 @@ class Detector:
     def score(self, messages: Sequence[Message]) -> ScoredBatch:
         """Score a batch of messages, whole messages in stream order within each partition."""
         events, rejects = decode(messages)
-        encoder, scorer = self.bundle.encoder, self.bundle.scorer
-        features = encoder.vectorize(events)
-        first, like = features.distinct()
-        distinct = features.take(first)
-        encoded = encoder.encode(distinct)
-        types = distinct.codes[:, 0].astype(np.int64)
-        parts = scorer.record.parts(scorer.record.raw(encoded, types), types)
-        record = scorer.record.evidence(parts)[like]
-        cause = self._causes[_causal_field(encoded, parts)][like]
+        judged = self._judge_records(events)
         entities = find_entities(events)
         entity = np.array(entities.primary, object)
-        history = self._judge_windows(events, entities, encoder.behaviours(distinct)[like])
-        by_history = history.evidence > record
-        p_value = scorer.p_value(record, history.evidence)
-        self.drift.observe(events.time, features.codes, p_value)
+        history = self._judge_windows(events, entities, judged.remembered)
+        by_history = history.evidence > judged.evidence
+        p_value = self.bundle.scorer.p_value(judged.evidence, history.evidence)
+        self.drift.observe(events.time, judged.features.codes, p_value)
         return ScoredBatch(
             events.coordinates,
             events.time,
             p_value,
             severity(p_value),
             np.where(by_history, history.entity, entity),
-            np.where(by_history, history.cause, cause),
+            np.where(by_history, history.cause, judged.cause),
             events.records,
             rejects,
             events.repairs,
@@ -204,9 +209,7 @@ class Detector:
     def remember(self, messages: Sequence[Message]) -> None:
         """Append a batch to the windows and timers without scoring it: to fill what was lost."""
         events, _ = decode(messages)
-        features = self.bundle.encoder.vectorize(events)
-        first, like = features.distinct()
-        vectors = self.bundle.encoder.behaviours(features.take(first))[like]
+        vectors = self._judge_records(events).remembered
         entities = find_entities(events)
         windows = self.windows.append(window_entries(events, entities, vectors)) if len(entities) else None
         if self._watch is not None and (sequences := self.bundle.scorer.sequences) is not None:
@@ -214,6 +217,19 @@ class Detector:
             windows = windows.take(ending) if windows is not None and len(ending) else None
             raw = sequences.raw(windows, entities.kind[ending]) if windows is not None else {}
             self._watch.advance(events, entities, ending, windows, raw)
+
+    def _judge_records(self, events: EventBatch) -> _Records:
+        """Each event by itself: distinct ones are encoded and judged once."""
+        encoder, scorer = self.bundle.encoder, self.bundle.scorer.record
+        features = encoder.vectorize(events)
+        first, like = features.distinct()
+        distinct = features.take(first)
+        encoded = encoder.encode(distinct)
+        types = distinct.codes[:, 0].astype(np.int64)
+        parts = scorer.parts(scorer.raw(encoded, types), types)
+        evidence = scorer.evidence(parts)
+        kept = remembered(encoder.behaviours(distinct), evidence)
+        return _Records(features, evidence[like], self._causes[_causal_field(encoded, parts)][like], kept[like])
 
     def _judge_windows(self, events: EventBatch, entities: Entities, vectors: NDArray[np.float16]) -> _History:
         """Append the events to the windows of their entities, and judge each by the histories that it is part of."""
@@ -230,11 +246,14 @@ class Detector:
         if sequences is None or rates is None:
             return found
         raw = sequences.raw(windows, kind)
-        order = sequences.evidence("order", raw, kind)
         rate, column = self._judge_rates(rates, entities, windows)
-        evidence = weighed(order, rate)
+        each = [weighed(sequences.evidence(name, raw, kind)) for name in ("order", "together")] + [rate]
+        evidence = np.max(each, axis=0)
         weakest_first = np.argsort(evidence, kind="stable")
-        cause = np.where(evidence > SEQUENCE_TRUST * order, _RATES[column], "sequence:order")
+        causes = np.column_stack(
+            [np.full(len(row), ORDER, object), np.full(len(row), TOGETHER, object), _RATES[column]]
+        )
+        cause = causes[np.arange(len(row)), np.argmax(each, axis=0)]
         found.evidence[row[weakest_first]] = evidence[weakest_first]
         found.entity[row[weakest_first]] = np.array(entities.entity, object)[weakest_first]
         found.cause[row[weakest_first]] = cause[weakest_first]
@@ -322,7 +341,7 @@ class Detector:
         ends = np.where(upto.any(1), upto.shape[1] - 1 - upto[:, ::-1].argmax(1), -1)
         windows = cut(windows, ends)
         kinds = np.array([KINDS.index(entity.partition(":")[0]) for entity in entities], np.int8)
-        weight = weights(sequences, windows, kinds, scored.cause[told] == SILENCE)
+        weight = weights(sequences, windows, kinds, [_STATISTICS[cause] for cause in scored.cause[told]])
         return {row: self._timeline(windows, i, weight[i]) for i, row in enumerate(told)}
 
     def _timeline(self, windows: Windows, i: int, weight: NDArray[np.float64]) -> Timeline:
@@ -330,7 +349,7 @@ class Detector:
         slots = np.flatnonzero(windows.mask[i])[-EXPLAINED_RECORDS:]
         if sequences is None or not len(slots):
             return ()
-        codes = sequences.model.codebook(windows.vectors[i, slots]).tolist()
+        codes = sequences.model.codebook(windows.vectors[i, slots, :-1]).tolist()
         return tuple(
             (int(windows.times[i, slot]), self._coordinates(windows, i, slot), self._told(code), float(weight[slot]))
             for slot, code in zip(slots.tolist(), codes, strict=True)
@@ -482,7 +501,7 @@ def open_detector(settings: Settings, path: Path) -> tuple[Detector, RedisWindow
     bundle = load(path, device_of(settings))
     place: dict[str, Any] = {"tenant": settings.tenant, "timeout_s": settings.redis.timeout_s}
     place |= {"retries": settings.redis.retries, **settings.redis.client_arguments()}
-    windows = RedisWindows(settings.redis.url, encoder=bundle.encoder_hash, dim=bundle.dim, **place)
+    windows = RedisWindows(settings.redis.url, encoder=bundle.encoder_hash, dim=bundle.window_dim, **place)
     sequences = bundle.scorer.sequences
     if sequences is None or not sequences.model.silence:
         return Detector(bundle, windows, tenant=settings.tenant), windows

@@ -41,7 +41,7 @@ from streamer.drift import profile
 from streamer.errors import RipcurrentError
 from streamer.files import batches
 from streamer.redaction import Redactor
-from streamer.scoring import RateScorer, RecordScorer, Scorer, SequenceScorer, joined, weighed
+from streamer.scoring import RateScorer, RecordScorer, Scorer, SequenceScorer, joined, remembered, weighed
 
 HELD_OUT = 0.15
 """The latest share of the training events, by event time, that calibrates: of those on working days, and of those on
@@ -128,7 +128,9 @@ def fit(
     tell("baseline", 0, 0, "")
     record, by_record = _fit_record(encoder, features, weights, later, seed)
     behaviours = encoder.behaviours(loaded.features)
-    sequences, rates, by_history, learned = _fit_history(encoder, loaded, behaviours, held, seed, kept, tell)
+    by_itself = np.full(n, -1.0)  # of what the record part was fitted to, nobody knows how odd it was
+    by_itself[held] = by_record
+    sequences, rates, by_history, learned = _fit_history(encoder, loaded, behaviours, by_itself, held, seed, kept, tell)
     scorer = Scorer(record, sequences, rates, Calibration.fit(joined(by_record, by_history), tail_from=FEW))
     exemplars = [loaded.records[first[place]] for place in record.baseline.members.tolist()]
     span = max(int(np.ptp(loaded.time)), 60_000)
@@ -272,7 +274,10 @@ def _fit_record(
     present = features.codes > 0
     share = present[:, numbers].sum(1) / present.sum(1)
     quantities = np.array([share[measured & (types == kind)].mean() for kind in density.types])
-    scorer = RecordScorer(Baseline.build(vectors, seed=seed), density, quantities)
+    baseline = Baseline.build(
+        vectors, seed=seed, lonely=lambda places: density.lonely(vectors[places], weights[places], types[places])
+    )
+    scorer = RecordScorer(baseline, density, quantities)
     first, like = later.distinct()
     distinct = later.take(first)
     kinds = distinct.codes[:, 0].astype(np.int64)
@@ -285,13 +290,15 @@ def _fit_history(
     encoder: Encoder,
     loaded: _Loaded,
     vectors: NDArray[np.float16],
+    record: NDArray[np.float64],
     held: NDArray[np.bool_],
     seed: int,
     kept: Path,
     tell: Progress,
 ) -> tuple[SequenceScorer | None, RateScorer | None, NDArray[np.float64], SequenceReport | None]:
     """The parts that judge entities by what came before (None where the held-out events, or all others, name no
-    entity), their evidence against each held-out event, and how the fit went. vectors: float16 [n, d], behaviours."""
+    entity), their evidence against each held-out event, and how the fit went. vectors: float16 [n, d], behaviours;
+    record: float64 [n], as `remembered` takes it."""
     pairs = loaded.entities
     evidence = np.zeros(len(held))
     judged = np.flatnonzero(held[pairs.row])
@@ -309,7 +316,7 @@ def _fit_history(
         progress=lambda step, steps, loss: tell("sequences", step, steps, f"loss {loss:.3f}"),
     )
     sequences = SequenceScorer(model)
-    raw, levels = _replayed(sequences, loaded, vectors, judged)
+    raw, levels = _replayed(sequences, loaded, remembered(vectors, record), judged)
     last = dict(zip(pairs.entity, range(len(pairs.entity)), strict=True))
     is_last = np.zeros(len(pairs.entity), bool)
     is_last[list(last.values())] = True
@@ -322,7 +329,8 @@ def _fit_history(
     if len(held) == loaded.events:  # Of a sample, every count would be too low.
         rates.fit(excess, pairs.kind, pairs.entity, pairs.row)
     rate, _ = rates.evidence(excess.take(judged), kinds)
-    np.maximum.at(evidence, pairs.row[judged], weighed(sequences.evidence("order", raw, kinds), rate))
+    for found in (*(weighed(sequences.evidence(name, raw, kinds)) for name in ("order", "together")), rate):
+        np.maximum.at(evidence, pairs.row[judged], found)
     return sequences, rates, evidence[held], report
 
 
