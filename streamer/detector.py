@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from time import perf_counter
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,7 +60,7 @@ class ScoredBatch:
     (None: whoever scored did not ask); level: uint8 [n], of a rate the level that the event raised its count to
     (`state.tally`; None: no cause is a rate); silences: the k last events of entities that fell silent, as event time
     moved on by these events, judged by that (None: nobody did); of those, told: intp [k], ascending, the rows here at
-    which that was clear.
+    which that was clear; seconds: how long each stage took.
     """
 
     coordinates: Coordinates
@@ -75,6 +77,7 @@ class ScoredBatch:
     level: NDArray[np.uint8] | None = None
     silences: ScoredBatch | None = None
     told: NDArray[np.intp] | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -82,6 +85,35 @@ class ScoredBatch:
     def story(self, row: int) -> str:
         """What an alert on this event would be about: events of one story spend the budget once."""
         return f"{self.cause[row]} {self.entity[row]}" if self.entity[row] else ""
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """n events of which all is known that does not depend on what came before.
+
+    codes: int32 [n, fields]; behaviours: float16 [n, d], what windows remember; record: float64 [n], nats, what each
+    event says by itself; cause: str object [n], of which of its attributes; rejects, seconds: as in `ScoredBatch`.
+    """
+
+    events: EventBatch
+    rejects: list[Reject]
+    codes: NDArray[np.int32]
+    behaviours: NDArray[np.float16]
+    record: NDArray[np.float64]
+    cause: NDArray[np.object_]
+    seconds: Mapping[str, float]
+
+
+class Laps:
+    """Seconds by stage, each from the end of the one before; goes on from those that were taken already."""
+
+    def __init__(self, seconds: Mapping[str, float] = MappingProxyType({})) -> None:
+        self.seconds = dict(seconds)
+        self._began = perf_counter()
+
+    def end(self, stage: str) -> None:
+        now = perf_counter()
+        self.seconds[stage], self._began = now - self._began, now
 
 
 @dataclass(frozen=True)
@@ -170,22 +202,40 @@ class Detector:
 
     def score(self, messages: Sequence[Message]) -> ScoredBatch:
         """Score a batch of messages, whole messages in stream order within each partition."""
+        return self.judge(self.prepare(messages))
+
+    def prepare(self, messages: Sequence[Message]) -> PreparedBatch:
+        """What can be said of events by themselves. Reads and changes nothing that is remembered, so that it may be
+        done ahead, in another thread, and thrown away."""
+        laps = Laps()
         events, rejects = decode(messages)
+        laps.end("decode")
         encoder, scorer = self.bundle.encoder, self.bundle.scorer
         features = encoder.vectorize(events)
         first, like = features.distinct()
         distinct = features.take(first)
+        laps.end("vectorize")
         encoded = encoder.encode(distinct)
+        behaviours = encoder.behaviours(distinct)[like]
+        laps.end("encode")
         types = distinct.codes[:, 0].astype(np.int64)
         parts = scorer.record.parts(scorer.record.raw(encoded, types), types)
         record = scorer.record.evidence(parts)[like]
         cause = self._causes[_causal_field(encoded, parts)][like]
+        laps.end("compare")
+        return PreparedBatch(events, rejects, features.codes, behaviours, record, cause, laps.seconds)
+
+    def judge(self, prepared: PreparedBatch) -> ScoredBatch:
+        """Score what was prepared, by the histories that it is part of from now on."""
+        laps = Laps(prepared.seconds)
+        events, record, cause = prepared.events, prepared.record, prepared.cause
         entities = find_entities(events)
         entity = np.array(entities.primary, object)
-        history = self._judge_windows(events, entities, encoder.behaviours(distinct)[like])
+        history = self._judge_windows(events, entities, prepared.behaviours, laps)
         by_history = history.evidence > record
-        p_value = scorer.p_value(record, history.evidence)
-        self.drift.observe(events.time, features.codes, p_value)
+        p_value = self.bundle.scorer.p_value(record, history.evidence)
+        self.drift.observe(events.time, prepared.codes, p_value)
+        laps.end("sequences")
         return ScoredBatch(
             events.coordinates,
             events.time,
@@ -194,11 +244,12 @@ class Detector:
             np.where(by_history, history.entity, entity),
             np.where(by_history, history.cause, cause),
             events.records,
-            rejects,
+            prepared.rejects,
             events.repairs,
             history.complete,
             level=np.where(by_history, history.level, 0).astype(np.uint8),
             silences=self._silences(history.silent, events) if history.silent else None,
+            seconds=laps.seconds,
         )
 
     def remember(self, messages: Sequence[Message]) -> None:
@@ -215,7 +266,9 @@ class Detector:
             raw = sequences.raw(windows, entities.kind[ending]) if windows is not None else {}
             self._watch.advance(events, entities, ending, windows, raw)
 
-    def _judge_windows(self, events: EventBatch, entities: Entities, vectors: NDArray[np.float16]) -> _History:
+    def _judge_windows(
+        self, events: EventBatch, entities: Entities, vectors: NDArray[np.float16], laps: Laps
+    ) -> _History:
         """Append the events to the windows of their entities, and judge each by the histories that it is part of."""
         n, kind, row = len(events), entities.kind, entities.row
         nothing = np.full(n, "", object)
@@ -225,6 +278,7 @@ class Detector:
                 found.silent.extend(self._watch.advance(events, entities, self._watch.ending(entities), None, {}))
             return found
         windows = self.windows.append(window_entries(events, entities, vectors))
+        laps.end("windows")
         np.logical_and.at(found.complete, row, windows.complete)
         sequences, rates = self.bundle.scorer.sequences, self.bundle.scorer.rates
         if sequences is None or rates is None:

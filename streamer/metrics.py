@@ -65,6 +65,12 @@ class Metrics:
             registry=registry,
             buckets=_LATENCY_S,
         )
+        self.batch_latency = Histogram(
+            "ripcurrent_batch_latency_seconds",
+            "From the Kafka timestamp of the oldest message of a batch to its commit",
+            registry=registry,
+            buckets=_LATENCY_S,
+        )
         self.lag = gauge("lag_messages", "Messages behind the end of the partition", "topic", "partition")
         self.line = gauge("line_p_value", "Events at or under this p-value are alerts")
         self.promised = gauge("budget_promised_per_day", "Alerts a day that normal traffic may cost")

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import structlog
@@ -49,9 +49,11 @@ _log = structlog.get_logger("ripcurrent.service")
 
 
 class Scorer(Protocol):
-    """What the loop needs of a `Detector`."""
+    """What the loop needs of a `Detector`: scoring in two steps, of which the first may be done ahead."""
 
-    def score(self, messages: Sequence[Message]) -> ScoredBatch: ...
+    def prepare(self, messages: Sequence[Message]) -> Any: ...
+
+    def judge(self, prepared: Any) -> ScoredBatch: ...
 
     def remember(self, messages: Sequence[Message]) -> None: ...
 
@@ -99,6 +101,7 @@ class _Group:
     offsets: Offsets = field(default_factory=dict)
     rejects: list[str] = field(default_factory=list)
     alert_times: list[tuple[int, int]] = field(default_factory=list)  # (event time, Kafka timestamp), ms
+    appended: list[int] = field(default_factory=list)  # Kafka timestamp of the oldest message of each batch, ms
 
 
 class _StoppingError(Exception):
@@ -146,7 +149,7 @@ class Service:
         self._aborts = 0
         self._rebuild: Rebuild | None = None
         self._watched_at = 0.0
-        self._source = Source(settings, self._release)
+        self._source = Source(settings, self._release, self._prepare)
         owned = self._source.owned
         self._succession = Succession(settings, bundles, owned, self.metrics) if bundles is not None else None
         shadow = settings.shadow
@@ -176,7 +179,8 @@ class Service:
         """
         with self._opened_edges():
             while not self._stop.is_set():
-                self._source.wait(self._patience())
+                with self.metrics.time("wait"):
+                    self._source.wait(self._patience())
                 with self._source.guard:  # No rebalance goes through while a batch is in hand.
                     try:
                         if self._rebuild is not None:
@@ -318,9 +322,18 @@ class Service:
         else:
             self._check_windows()
 
+    def _prepare(self, messages: Sequence[Message]) -> tuple[Scorer, Any]:
+        """What is done ahead, in a thread of its own, and by whom: another may serve once it is taken."""
+        detector = self._detector
+        return detector, detector.prepare(messages)
+
     def _score(self, batch: Batch) -> ScoredBatch:
-        with self.metrics.time("score"):
-            scored = self._waiting("score", lambda: self._detector.score(batch.messages))
+        detector, prepared = batch.prepared.result()
+        if detector is not self._detector:
+            _, prepared = self._prepare(batch.messages)
+        scored = self._waiting("score", lambda: self._detector.judge(prepared))
+        for stage, seconds in scored.seconds.items():
+            self.metrics.stage.labels(stage).observe(seconds)
         self.metrics.batches.inc()
         return scored
 
@@ -373,6 +386,7 @@ class Service:
         group.events += len(scored)
         group.incomplete += 0 if scored.complete is None else int((~scored.complete).sum())
         group.messages += len(batch.messages)
+        group.appended.append(min(message.timestamp for message in batch.messages))
         self.metrics.repaired(scored.repairs)
 
     def _commit(self) -> None:
@@ -421,9 +435,13 @@ class Service:
         for exception in done.rejects:
             self.metrics.rejects.labels(exception).inc()
         now = self._clock() * 1000
-        for _, appended in done.alert_times:
-            if appended >= 0:
-                self.metrics.latency.observe(max(now - appended, 0) / 1000)
+        for histogram, times in (
+            (self.metrics.latency, [appended for _, appended in done.alert_times]),
+            (self.metrics.batch_latency, done.appended),
+        ):
+            for appended in times:
+                if appended >= 0:
+                    histogram.observe(max(now - appended, 0) / 1000)
         self.metrics.spend([event_time for event_time, _ in done.alert_times])
         self._show_line()
 

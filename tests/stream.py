@@ -56,17 +56,23 @@ class HashDetector:
         self.remembered: list[Message] = []
 
     def score(self, messages: Sequence[Message]) -> ScoredBatch:
-        self.before(messages)
-        self.batches.append(list(messages))
-        batch, rejects = decode(messages)
+        return self.judge(self.prepare(messages))
+
+    def prepare(self, messages: Sequence[Message]) -> Sequence[Message]:
+        return messages
+
+    def judge(self, prepared: Sequence[Message]) -> ScoredBatch:
+        began = time.perf_counter()
+        self.before(prepared)
+        self.batches.append(list(prepared))
+        batch, rejects = decode(prepared)
         n = len(batch)
         p_values = np.array([p_value(batch.coordinates.label(row)) for row in range(n)], np.float64)
         severity = np.full(n, 50, np.float32)
         entity = np.array([f"user:{offset % 5}" for offset in batch.coordinates.offset.tolist()], object)
         cause = np.array([f"record:cause.{offset % 5}" for offset in batch.coordinates.offset.tolist()], object)
-        return ScoredBatch(
-            batch.coordinates, batch.time, p_values, severity, entity, cause, batch.records, rejects, batch.repairs
-        )
+        scored = (batch.coordinates, batch.time, p_values, severity, entity, cause, batch.records, rejects)
+        return ScoredBatch(*scored, batch.repairs, seconds={"judge": time.perf_counter() - began})
 
     def remember(self, messages: Sequence[Message]) -> None:
         self.remembered.extend(messages)
@@ -82,8 +88,8 @@ class WindowDetector(HashDetector):
         super().__init__(before)
         self.windows = windows
 
-    def score(self, messages: Sequence[Message]) -> ScoredBatch:
-        scored = super().score(messages)
+    def judge(self, prepared: Sequence[Message]) -> ScoredBatch:
+        scored = super().judge(prepared)
         windows = self._append(scored.coordinates, scored.time)
         members = [str(windows.offset[row, -windows.length[row] :].tolist()) for row in range(len(scored))]
         labels = [scored.coordinates.label(row) + "|" + members[row] for row in range(len(scored))]

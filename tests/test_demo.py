@@ -37,8 +37,11 @@ STAND_IN = (sys.executable, str(Path(__file__)))
 class ByName:
     """Alerts on what is not signed as it should be: one binary by its name, and a little of what is normal."""
 
-    def score(self, messages: Sequence[Message]) -> ScoredBatch:
-        batch, rejects = decode(messages)
+    def prepare(self, messages: Sequence[Message]) -> Sequence[Message]:
+        return messages
+
+    def judge(self, prepared: Sequence[Message]) -> ScoredBatch:
+        batch, rejects = decode(prepared)
         odd = [record.get("process", {}).get("name") == "svch0st.exe" for record in batch.records]
         chance = [offset % 3001 == 7 for offset in batch.coordinates.offset]
         p_value = np.where(np.array(odd) | np.array(chance), 1e-6, 0.5)

@@ -359,4 +359,5 @@ def test_metrics_and_health_are_served(topics: Topics) -> None:
     assert figures["ripcurrent_budget_spent_today"] == figures["ripcurrent_alerts_total"]
     assert figures["ripcurrent_line_p_value"] == LINE
     assert figures[f'ripcurrent_lag_messages{{partition="0",topic="{topics.events}"}}'] == 0
-    assert figures['ripcurrent_stage_seconds_count{stage="score"}'] == figures["ripcurrent_batches_total"]
+    for count in ('ripcurrent_stage_seconds_count{stage="judge"}', "ripcurrent_batch_latency_seconds_count"):
+        assert figures[count] == figures["ripcurrent_batches_total"]

@@ -31,8 +31,8 @@ class Judge(WindowDetector):
 
     name = "one"
 
-    def score(self, messages: Sequence[Message]) -> ScoredBatch:
-        scored = super().score(messages)
+    def judge(self, prepared: Sequence[Message]) -> ScoredBatch:
+        scored = super().judge(prepared)
         p = scored.p_value.copy()
         for row in range(len(scored)):
             p[row] = p_value(f"{p[row]!r}{self.name}") if self.name != "one" else p[row]
