@@ -40,6 +40,8 @@ from streamer.succession import Bundles, Shadow, Succession
 
 ALIVE_S = 60.0
 """How long the consumer may not poll before /healthz says so: longer than a rebalance waits for a batch."""
+STUCK_S = 300.0
+"""How long the loop may do one thing before /healthz says so: longer than it waits for Kafka in mid-transaction."""
 DRAIN_S = 20.0
 WATCH_S = 5.0
 """How often the windows are looked at when there is nothing to score: what an idle stream loses must not stay lost."""
@@ -146,6 +148,7 @@ class Service:
         self._group = _Group()
         self._waiting_for = ""
         self._opened = False
+        self._moved_at = time.monotonic()
         self._aborts = 0
         self._rebuild: Rebuild | None = None
         self._watched_at = 0.0
@@ -179,9 +182,11 @@ class Service:
         """
         with self._opened_edges():
             while not self._stop.is_set():
+                self._moved_at = time.monotonic()
                 with self.metrics.time("wait"):
                     self._source.wait(self._patience())
                 with self._source.guard:  # No rebalance goes through while a batch is in hand.
+                    self._publisher.serve()
                     try:
                         if self._rebuild is not None:
                             self._fill_windows(self._rebuild)
@@ -194,6 +199,7 @@ class Service:
                     except _StoppingError:
                         break
                 self.metrics.set_lag(self._source.lag)
+                self.metrics.set_round_trips(self._publisher.connections.round_trip_s)
 
     def _work(self) -> None:
         """The next batch, if there is one, from its events to the group that its outputs go into; and the commit of
@@ -479,6 +485,7 @@ class Service:
         deadline = time.monotonic() + self._settings.redis.patience_s
         pause = 0.1
         while True:
+            self._moved_at = time.monotonic()
             try:
                 result = call()
                 self._waiting_for = ""
@@ -496,13 +503,20 @@ class Service:
 
     def not_alive(self) -> str:
         """Why /healthz fails, or an empty string."""
-        silent = time.monotonic() - self._source.polled_at
-        return f"Kafka was not polled for {silent:.0f} s" if self._opened and silent > ALIVE_S else ""
+        if not self._opened:
+            return ""
+        now = time.monotonic()
+        unpolled, unmoved = now - self._source.polled_at, now - self._moved_at
+        if unpolled > ALIVE_S:
+            return f"Kafka was not polled for {unpolled:.0f} s"
+        return f"the loop is at the same thing for {unmoved:.0f} s" if unmoved > STUCK_S else ""
 
     def not_ready(self) -> str:
         """Why /readyz fails, or an empty string."""
         if not self._source.assigned.is_set():
-            return "no partitions are assigned yet"
+            return "no partitions are assigned"
+        if not self._source.connections.connected:
+            return "no broker is connected"
         if self._rebuild is not None:
             return self._waiting_for or f"windows are filled again, {self._rebuild.left} messages are left"
         return self._waiting_for

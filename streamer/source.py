@@ -25,6 +25,7 @@ from streamer.errors import StreamError
 from streamer.kafka import (
     HOPELESS,
     TRANSIENT,
+    Connections,
     Offsets,
     SourcePartition,
     TransactionAbortedError,
@@ -85,6 +86,7 @@ class Source:
         self.lag: Offsets = {}
         self.polled_at = time.monotonic()
         self.assigned = threading.Event()
+        self.connections = Connections()
         self._settings = settings
         self._release = release
         self._prepare = prepare
@@ -101,7 +103,7 @@ class Source:
         self._requests: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._closing = threading.Event()
         self._error: BaseException | None = None
-        self._consumer = build(Consumer, consumer_properties(settings))
+        self._consumer = build(Consumer, self.connections.properties() | consumer_properties(settings))
         self._thread = threading.Thread(target=self._run, name="kafka-consumer", daemon=True)
 
     def open(self) -> None:
@@ -325,6 +327,8 @@ class Source:
         self._give_up({(p.topic, p.partition) for p in partitions}, lost=True)
 
     def _give_up(self, gone: set[SourcePartition], *, lost: bool) -> None:
+        if lost:
+            self.assigned.clear()
         if not gone:
             return
         # Without the guard the batch in hand is doomed, even if its partitions come back before it is done.

@@ -58,14 +58,16 @@ class HashDetector:
     def score(self, messages: Sequence[Message]) -> ScoredBatch:
         return self.judge(self.prepare(messages))
 
-    def prepare(self, messages: Sequence[Message]) -> Sequence[Message]:
-        return messages
+    def prepare(self, messages: Sequence[Message]) -> tuple[HashDetector, Sequence[Message]]:
+        return self, messages
 
-    def judge(self, prepared: Sequence[Message]) -> ScoredBatch:
+    def judge(self, prepared: tuple[HashDetector, Sequence[Message]]) -> ScoredBatch:
+        by, messages = prepared
+        assert by is self, "what another detector prepared"
         began = time.perf_counter()
-        self.before(prepared)
-        self.batches.append(list(prepared))
-        batch, rejects = decode(prepared)
+        self.before(messages)
+        self.batches.append(list(messages))
+        batch, rejects = decode(messages)
         n = len(batch)
         p_values = np.array([p_value(batch.coordinates.label(row)) for row in range(n)], np.float64)
         severity = np.full(n, 50, np.float32)
@@ -88,7 +90,7 @@ class WindowDetector(HashDetector):
         super().__init__(before)
         self.windows = windows
 
-    def judge(self, prepared: Sequence[Message]) -> ScoredBatch:
+    def judge(self, prepared: tuple[HashDetector, Sequence[Message]]) -> ScoredBatch:
         scored = super().judge(prepared)
         windows = self._append(scored.coordinates, scored.time)
         members = [str(windows.offset[row, -windows.length[row] :].tolist()) for row in range(len(scored))]
