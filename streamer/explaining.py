@@ -8,8 +8,7 @@ its entity's window. Knows no words (`streamer.wording`) and no secrets (`stream
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,13 +17,14 @@ from numpy.typing import NDArray
 
 from encoder.entities import KINDS
 from encoder.events import EventBatch, Message, decode
+from encoder.rarity import Surprise
 from encoder.schema import UNKNOWN, Field
 from encoder.values import FOLDER, WORD, derived, normalise
 from encoder.vectorize import FeatureBatch
 from state.tally import LEVELS
 from state.windows import Windows, WindowStore
 from streamer import much
-from streamer.left_out import cut, weights
+from streamer.left_out import LATEST, cut, weights
 from streamer.much import RateFinding
 from streamer.scoring import NEIGHBOURS
 from streamer.silences import CAUSE as SILENCE
@@ -78,9 +78,25 @@ EXAMPLES = 32
 """Near normal events in which real examples of an expected value are looked for: the schema has it normalised."""
 WORTH_TELLING = 1.5
 """Nats: what is expected more often than one time in four or five explains nothing."""
-EXPLAINED_RECORDS = 12
 _TEMPLATED = re.compile(r"\{\}|#|\*")
 """What `normalise` puts where ids, hexadecimal numbers and owners of home folders stood."""
+
+
+@dataclass(frozen=True)
+class _Event:
+    """One of the events that are explained together, and its row among them."""
+
+    events: EventBatch
+    features: FeatureBatch
+    surprise: Surprise
+    row: int
+
+    def value(self, path: str) -> str:
+        """What stands at an attribute path, as text; "" where nothing does."""
+        column = self.events.columns.get(path)
+        at = int(np.searchsorted(column.rows, self.row)) if column is not None else 0
+        there = column is not None and at < len(column.rows) and column.rows[at] == self.row
+        return _shown(column.values[at]) if column is not None and there else ""
 
 
 class Explaining:
@@ -90,14 +106,34 @@ class Explaining:
         self.bundle, self.windows = bundle, windows
 
     def __call__(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Explanation]:
-        """Why these events scored as they did. Costs milliseconds an event: for alerts."""
-        found = []
+        """Why these events scored as they did; all of them go through each model together. Costs milliseconds an event:
+        for alerts."""
+        if not len(rows):
+            return []
+        encoder, record = self.bundle.encoder, self.bundle.scorer.record
+        lines = [orjson.dumps(scored.records[row]) for row in rows.tolist()]
+        times = scored.time[rows].tolist()
+        events, _ = decode(
+            [Message("", 0, i, time, line) for i, (time, line) in enumerate(zip(times, lines, strict=True))]
+        )
+        features = encoder.vectorize(events)
+        surprise = encoder.rarity(features)
+        distances, places = record.baseline.search(encoder.vectors(features), EXAMPLES)
+        usual = float(np.median(record.calibrations["novelty"].scores))
         timelines, rates = self._timelines(scored, rows), self._rates(scored, rows)
-        for row in rows.tolist():
-            message = Message("", 0, 0, int(scored.time[row]), orjson.dumps(scored.records[row]))
-            events, _ = decode([message])
-            explained = self._explain_one(events, str(scored.cause[row]), timelines.get(row, ()))
-            found.append(replace(explained, rates=rates.get(row, ())))
+        found = []
+        for i, row in enumerate(rows.tolist()):
+            near = [orjson.loads(self.bundle.exemplars[place]) for place in places[i].tolist()]
+            found.append(
+                Explanation(
+                    self._fields(_Event(events, features, surprise, i), near, str(scored.cause[row])),
+                    tuple(near[:EXPLAINED_NEIGHBOURS]),
+                    float(distances[i, :NEIGHBOURS].mean()),
+                    usual,
+                    timelines.get(row, ()),
+                    rates.get(row, ()),
+                )
+            )
         return found
 
     def _rates(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> dict[int, tuple[RateFinding, ...]]:
@@ -130,7 +166,7 @@ class Explaining:
 
     def _timeline(self, windows: Windows, i: int, weight: NDArray[np.float64]) -> Timeline:
         sequences = self.bundle.scorer.sequences
-        slots = np.flatnonzero(windows.mask[i])[-EXPLAINED_RECORDS:]
+        slots = np.flatnonzero(windows.mask[i])[-LATEST:]
         if sequences is None or not len(slots):
             return ()
         codes = sequences.model.codebook(windows.vectors[i, slots]).tolist()
@@ -150,54 +186,39 @@ class Explaining:
         topic, partition = windows.sources[windows.source[i, slot]]
         return f"{topic}:{partition}:{windows.offset[i, slot]}:{windows.index[i, slot]}"
 
-    def _explain_one(self, events: EventBatch, cause: str, window: Timeline) -> Explanation:
-        encoder, scorer = self.bundle.encoder, self.bundle.scorer
-        features = encoder.vectorize(events)
-        encoded = encoder.encode(features)
-        distances, places = scorer.record.baseline.search(encoded.vectors, EXAMPLES)
-        near = [orjson.loads(self.bundle.exemplars[place]) for place in places[0].tolist()]
-        usual = scorer.record.calibrations["novelty"].scores
-        return Explanation(
-            self._findings(events, features, near, cause),
-            tuple(near[:EXPLAINED_NEIGHBOURS]),
-            float(distances[0, :NEIGHBOURS].mean()),
-            float(np.median(usual)),
-            window,
-        )
-
-    def _findings(
-        self, events: EventBatch, features: FeatureBatch, near: list[dict[str, Any]], cause: str
-    ) -> tuple[FieldFinding, ...]:
+    def _fields(self, event: _Event, near: list[dict[str, Any]], cause: str) -> tuple[FieldFinding, ...]:
         """The fields that mattered, one of each group: the cause, then by how surprising the counts or the network find
         them."""
         encoder = self.bundle.encoder
         fields = encoder.schema.fields
-        surprise = encoder.rarity(features)
-        by_type = dict(zip(encoder.rarity.columns, surprise.by_type[0].tolist(), strict=True))
-        by_actor = dict(zip(encoder.rarity.columns, surprise.by_actor[0].tolist(), strict=True))
+        codes = event.features.codes[event.row]
+        by_type, by_actor = (
+            dict(zip(encoder.rarity.columns, nats[event.row].tolist(), strict=True))
+            for nats in (event.surprise.by_type, event.surprise.by_actor)
+        )
         # Of an actor that hardly ever does this, every value is a little odd: that is told once, of the type of event.
         hardly_ever = min(by_actor.values())
         by_actor = {i: nats if i == 0 else nats - hardly_ever for i, nats in by_actor.items()}
         counted = {i: max(by_type[i], by_actor[i]) for i in by_type}
-        numbers = [i for i, f in enumerate(fields) if f.kind == "number" and features.codes[0, i]]
+        numbers = [i for i, f in enumerate(fields) if f.kind == "number" and codes[i]]
         likely = sorted(counted, key=lambda i: -counted[i])[: 2 * EXPLAINED_FIELDS]
         named = [i for i in counted if f"record:{fields[i].path}" == cause and i not in likely]
-        expectations = encoder.expectations(features, 0, np.array(likely + named + numbers, np.int32))
+        expectations = encoder.expectations(event.features, event.row, np.array(likely + named + numbers, np.int32))
         told = {e.field: max(e.surprise, counted.get(e.field, 0.0)) for e in expectations}
-        actor = _value(events, encoder.schema.actors, features.codes[0], fields)
+        present = {field.path for field, code in zip(fields, codes.tolist(), strict=True) if code}
+        actor = event.value(next((path for path in encoder.schema.actors if path in present), ""))
         findings: list[FieldFinding] = []
-        columns, twins = encoder.rarity.columns, encoder.rarity.groups[int(features.codes[0, 0])].tolist()
+        columns, twins = encoder.rarity.columns, encoder.rarity.groups[int(codes[0])].tolist()
         group_of = {i: fields[columns[twin]].group for i, twin in zip(columns, twins, strict=True)}
         groups: set[str] = set()
         first = {e for e in told if f"record:{fields[e].path}" == cause and told[e] >= WORTH_TELLING}
         for e in sorted(expectations, key=lambda e: (e.field not in first, -told[e.field])):
-            field_, code = fields[e.field], int(features.codes[0, e.field])
+            field_, code = fields[e.field], int(codes[e.field])
             group = group_of.get(e.field, field_.group)
             if group in groups or field_.name.startswith("#") or (findings and told[e.field] < WORTH_TELLING):
                 continue
             groups.add(group)
-            column = events.columns.get(field_.path)
-            observed = _shown(column.values[0]) if column is not None else ""
+            observed = event.value(field_.path)
             by_whom = by_actor.get(e.field, 0.0) > max(by_type.get(e.field, 0.0) + 1, e.surprise)
             given = actor if by_whom and actor != observed else ""
             new = code == UNKNOWN and not field_.left_out
@@ -208,13 +229,6 @@ class Explaining:
             if len(findings) == EXPLAINED_FIELDS:
                 break
         return tuple(findings)
-
-
-def _value(events: EventBatch, paths: Sequence[str], codes: NDArray[np.int32], fields: Sequence[Field]) -> str:
-    """The first of these attributes that the one event has, as it stands there."""
-    present = {field.path for field, code in zip(fields, codes.tolist(), strict=True) if code}
-    path = next((path for path in paths if path in present), "")
-    return _shown(events.columns[path].values[0]) if path in events.columns else ""
 
 
 def _example(field: Field, normalised: str, near: list[dict[str, Any]]) -> str:
