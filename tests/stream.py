@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from encoder.events import Coordinates, Message, decode
 from state.redis_episodes import RedisEpisodes
 from state.windows import WindowEntries, Windows, WindowStore
-from streamer.detector import Explanation, ScoredBatch
+from streamer.detector import ScoredBatch
+from streamer.explaining import Explanation
 from streamer.finding import Alert
 from streamer.findings import Findings
 from streamer.service import Service

@@ -24,8 +24,9 @@ from rich.console import Console
 from encoder.events import Message, decode
 from streamer.alerts import build_alerts
 from streamer.demo import Scorecard, Seen, demo
-from streamer.detector import Explanation, ScoredBatch
+from streamer.detector import ScoredBatch
 from streamer.errors import ConfigurationError, StreamError
+from streamer.explaining import Explanation
 from streamer.finding import Alert
 from streamer.service import Service
 from streamer.settings import load
