@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 
 from state.episodes import CREATE, Decision, Episode
 from streamer import wording
-from streamer.detector import Explanation, FieldFinding, ScoredBatch
+from streamer.detector import ScoredBatch
+from streamer.explaining import Explanation, FieldFinding
 from streamer.finding import Alert, Frame, confidence, finding_uid
 from streamer.much import RateFinding
 from streamer.observables import DEVICE, evidence, fit, observables
-from streamer.redaction import Redactor, mask_text
+from streamer.redaction import Redactor
 
 MAX_RAW = 16 * 1024
 """Characters of the event's JSON kept as `raw_data`."""
@@ -109,8 +110,8 @@ class _Finding:
         self.distance, self.usual_distance = float(explanation.distance), float(explanation.usual_distance)
         self.rates = explanation.rates
         self.window = [
-            (int(time), str(label), self._told(str(label), str(summary)), _share(float(share)))
-            for time, label, summary, share in explanation.window[-MAX_WINDOW:]
+            (int(time), str(label), self._told(str(label), like, redactor), _share(float(share)))
+            for time, label, like, share in explanation.window[-MAX_WINDOW:]
         ]
         self.activity = decision.activity if decision else CREATE
         alone = Episode(
@@ -121,11 +122,13 @@ class _Finding:
         self.last_seen = max(self.episode.last_seen, self.time)
         self.severity = max(severity, self.episode.severity)
 
-    def _told(self, label: str, summary: str) -> str:
+    def _told(self, label: str, like: Mapping[str, Any], redactor: Redactor) -> str:
         """What is known of an event of the window; of this one, what it says itself."""
-        if label != self.coordinates:
-            return mask_text(summary)
-        return wording.told({path: _at(self.record, path) for path in wording.TELLING})
+        if label == self.coordinates:
+            return wording.told({path: _at(self.record, path) for path in wording.TELLING})
+        if not like:
+            return "an event like none in training"
+        return wording.told({path: redactor.text(path, str(value)) for path, value in like.items()})
 
     def alert(self) -> Alert:
         title = self.title()

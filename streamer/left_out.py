@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from state.windows import Windows
 from streamer.scoring import SequenceScorer
 
+LATEST = 12
+"""Records of a window that are weighed, the latest: as many as an alert tells."""
+
 
 def weights(
     sequences: SequenceScorer, windows: Windows, kinds: NDArray[np.int8], names: Sequence[str]
@@ -23,9 +26,10 @@ def weights(
     """float64 [m, W], 0 to 1: the share of its surprise that each window loses without each of its records.
 
     kinds: int8 [m]; names: m of what `SequenceScorer.raw` names, the statistic that fired.
-    A record without which the rest is as surprising, or more, has 0; so has an unused slot.
+    A record without which the rest is as surprising, or more, has 0; so has an unused slot, and all before the LATEST.
     """
-    which, slots = np.nonzero(windows.mask)
+    latest = np.arange(windows.times.shape[1]) >= windows.times.shape[1] - LATEST
+    which, slots = np.nonzero(windows.mask & latest)
     whole, shorter = np.arange(len(windows)), _without(windows.take(which), slots)
     both = replace(
         windows,
@@ -34,7 +38,7 @@ def weights(
         length=np.concatenate([windows.length, shorter.length]),
     )
     of = np.concatenate([whole, which])
-    raw = sequences.raw(both, kinds[of])
+    raw = sequences.raw(both, kinds[of], few=True)
     fired = np.array(names, object)[of]
     statistic = np.select([fired == name for name in raw], list(raw.values()))
     statistic[both.length == 0] = 0.0

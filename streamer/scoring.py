@@ -46,6 +46,8 @@ BLEND = 0.01
 MIN_ENTITIES = 20
 """From so many on a group of them tells what others may do: the habits of three hosts say nothing of a fourth."""
 NEIGHBOURS = 3
+ORDER, TOGETHER = "sequence:order", "sequence:together"
+"""Causes: that the newest record came after those before, and that they are all a little odd."""
 SEVERITY_PER_DECADE = 12.5
 _SURPRISES = {"odd_value": 1.0, "odd_for_actor": 1.0, "novelty": NOVELTY_TRUST}
 
@@ -137,9 +139,9 @@ class SequenceScorer:
     model: SequenceModel
     calibrations: dict[str, Calibration] = field(default_factory=dict)
 
-    def raw(self, windows: Windows, kinds: NDArray[np.int8]) -> dict[str, NDArray[np.float64]]:
-        """The uncalibrated scores of m windows, float64 [m] by name; kinds: int8 [m]."""
-        scores = self.model(windows.vectors[:, :, :-1], windows.times, windows.length, kinds)
+    def raw(self, windows: Windows, kinds: NDArray[np.int8], *, few: bool = False) -> dict[str, NDArray[np.float64]]:
+        """The uncalibrated scores of m windows, float64 [m] by name; kinds: int8 [m]; few: as for the model."""
+        scores = self.model(windows.vectors[:, :, :-1], windows.times, windows.length, kinds, few=few)
         return {
             "order": scores.surprise.astype(np.float64),
             "ending": scores.ending.astype(np.float64),
