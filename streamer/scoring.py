@@ -28,9 +28,9 @@ best, most of all where training held unlabelled attacks. Measured in docs/detec
 HALF = 0.5
 """The share of an event's attributes that are quantities from which on density is trusted wholly; below, in proportion:
 four numbers among twenty names are not what makes the event."""
-SEQUENCE_DOUBT = 3.0
+SEQUENCE_DOUBT = 5.0
 """Nats of a sequence's evidence that count for nothing: the order of what a machine does varies more than what it does,
-so what one window in twenty shows says nothing, and what one in a million shows says nearly all of it."""
+so what one window in a hundred and fifty shows says nothing."""
 PIECES = ("correlation", "process", "session")
 """Kinds of entity that are one piece of work, in which small oddities add up. Those of a user or host do not: one odd
 program and the mail read meanwhile are two things."""

@@ -40,7 +40,7 @@ def windows(*evidence: list[float]) -> Windows:
 class Ordinary:
     """A network to which no order is odd."""
 
-    def __call__(self, vectors, times, length, kinds):  # type: ignore[no-untyped-def]
+    def __call__(self, vectors, times, length, kinds, few):  # type: ignore[no-untyped-def]
         assert vectors.shape[2] == 2, "what the network sees does not tell how odd the records were"
         return type("Scores", (), {"surprise": np.zeros(len(length)), "ending": np.zeros(len(length))})
 
