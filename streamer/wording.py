@@ -288,7 +288,8 @@ def told(flat: Mapping[str, Any]) -> str:
     names: list[str] = []
     for path in TELLING[2:]:
         name = str(flat.get(path) or "")
-        where = path in _WHERE and (names or class_uid in (1001, 1005, 1007))
+        again = path == "dst_endpoint.ip" and names  # the same place by its address
+        where = again or (path in _WHERE and (names or class_uid in (1001, 1005, 1007)))
         if name not in ("", "-") and not where and not any(name.lower() in other.lower() for other in names):
             names.append(name)
     if not any(words):
