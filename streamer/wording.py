@@ -291,14 +291,13 @@ def told(flat: Mapping[str, Any]) -> str:
         again = path == "dst_endpoint.ip" and names  # the same place by its address
         where = again or (path in _WHERE and (names or class_uid in (1001, 1005, 1007)))
         if name not in ("", "-") and not where and not any(name.lower() in other.lower() for other in names):
-            names.append(name)
+            names.append(f"port {name}" if path == "dst_endpoint.port" else name)
     if not any(words):
         words = ["event"]
     elif names and joined:
         words.append(joined)
-    return " ".join(
-        filter(None, [*words, (" port " if class_uid == 4001 else ", ").join(shorten(name, 50) for name in names[:2])])
-    )
+    whom = ", ".join(shorten(name, 50) for name in names[:2]).replace(", port ", " port ")
+    return " ".join(filter(None, [*words, whom]))
 
 
 def shorten(text: str, limit: int = MAX_SHOWN) -> str:

@@ -146,7 +146,8 @@ def test_the_doctor_tells_what_is_wrong_and_how_the_service_does(
     assert found["service"].told.startswith(f"none answers on port {port}")
 
     metrics = Metrics()
-    metrics.registry.register(DriftCollector(lambda: watched(schema, events(3000, 1, users=2000))))
+    seen = watched(schema, events(3000, 1, users=2000))
+    metrics.registry.register(DriftCollector(lambda: seen))
     server = serve(metrics, port, alive=lambda: "", ready=lambda: "")
     try:
         text = urllib.request.urlopen(f"http://localhost:{port}/metrics", timeout=5).read().decode()
