@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import MutableMapping
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -234,11 +235,22 @@ def configure_logging(settings: Settings) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
+            _masked,
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.log_level.upper())),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+
+
+def _masked(_logger: Any, _method: str, entry: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """What others say of an error may hold a secret, an address with its password."""
+    from streamer.redaction import mask_text
+
+    for name, value in entry.items():
+        if isinstance(value, str):
+            entry[name] = mask_text(value)
+    return entry
 
 
 def main() -> None:

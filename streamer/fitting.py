@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,14 +94,20 @@ class _Loaded:
 
 
 def fit(
-    paths: Sequence[Path] | Reread, out: Path, *, seed: int = 0, device: str = "cpu", progress: Progress | None = None
+    paths: Sequence[Path] | Reread,
+    out: Path,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    redact: Collection[str] = (),
+    progress: Progress | None = None,
 ) -> Fitted:
     """Fit a bundle to the events of `paths` (NDJSON, .gz, Parquet; or anything that can be read twice) and write it to
     `out`.
 
     Deterministic for a seed and machine, also where it was killed and is begun again: the training of the networks is
-    kept beside `out` until the bundle stands, and gone on with. Raises FitError for fewer than MIN_EVENTS readable
-    events.
+    kept beside `out` until the bundle stands, and gone on with. redact: attributes that exemplars hold masked. Raises
+    FitError for fewer than MIN_EVENTS readable events.
     """
     started = time.monotonic()
     tell: Progress = progress or (lambda *_: None)
@@ -132,6 +138,7 @@ def fit(
     by_itself[held] = by_record
     sequences, rates, by_history, learned = _fit_history(encoder, loaded, behaviours, by_itself, held, seed, kept, tell)
     scorer = Scorer(record, sequences, rates, Calibration.fit(joined(by_record, by_history), tail_from=FEW))
+    redactor = Redactor(redact)
     exemplars = [loaded.records[first[place]] for place in record.baseline.members.tolist()]
     span = max(int(np.ptp(loaded.time)), 60_000)
     training = {
@@ -154,8 +161,8 @@ def fit(
         out,
         encoder=encoder,
         scorer=scorer,
-        exemplars=_exemplars(exemplars, loaded.schema),
-        behaviours=_steps(sequences, loaded, behaviours),
+        exemplars=_exemplars(exemplars, loaded.schema, redactor),
+        behaviours=_steps(sequences, loaded, behaviours, redactor),
         profile=profile(loaded.schema, loaded.features.codes),
         training=training,
     )
@@ -365,7 +372,9 @@ def _replayed(
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}, np.concatenate(levels)
 
 
-def _steps(sequences: SequenceScorer | None, loaded: _Loaded, vectors: NDArray[np.float16]) -> list[bytes]:
+def _steps(
+    sequences: SequenceScorer | None, loaded: _Loaded, vectors: NDArray[np.float16], redactor: Redactor
+) -> list[bytes]:
     """For each outcome of the sequences a normal event that is one, without who and where."""
     if sequences is None:
         return []
@@ -373,7 +382,7 @@ def _steps(sequences: SequenceScorer | None, loaded: _Loaded, vectors: NDArray[n
     known = codes < sequences.model.codebook.other
     first = dict(zip(codes[known].tolist(), rows[known].tolist(), strict=True))
     named = {field.path for field in loaded.schema.fields if field.kind == "identity"}
-    events = _exemplars([loaded.records[row] for row in first.values()], loaded.schema)
+    events = _exemplars([loaded.records[row] for row in first.values()], loaded.schema, redactor)
     told = {
         code: orjson.dumps({path: value for path, value in orjson.loads(event).items() if path not in named})
         for code, event in zip(first, events, strict=True)
@@ -381,9 +390,8 @@ def _steps(sequences: SequenceScorer | None, loaded: _Loaded, vectors: NDArray[n
     return [told.get(code, b"{}") for code in range(sequences.model.codebook.other)]
 
 
-def _exemplars(records: list[bytes], schema: Schema) -> list[bytes]:
+def _exemplars(records: list[bytes], schema: Schema, redactor: Redactor) -> list[bytes]:
     """Compact redacted copies of normal events, for explanations."""
-    redactor = Redactor()
     return [orjson.dumps(redactor.record(compact(orjson.loads(record), schema)).record) for record in records]
 
 

@@ -11,9 +11,12 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+import structlog
 from stream import create
 
-from streamer.settings import leaves
+from streamer.cli import configure_logging
+from streamer.settings import Settings, leaves
 
 COMMAND = [sys.executable, "-c", "from streamer.cli import main; main()"]
 
@@ -24,6 +27,17 @@ def ripcurrent(*arguments: str, cwd: Path, **variables: str) -> subprocess.Compl
     return subprocess.run(
         [*COMMAND, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False
     )
+
+
+def test_no_secret_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(Settings())
+    try:
+        structlog.get_logger().warning("waiting", reason="no answer from redis://default:hunter2@redis:6379/0", times=3)
+    finally:
+        structlog.reset_defaults()
+    told = capsys.readouterr().err
+    assert "hunter2" not in told
+    assert "redis://default:[masked]@redis:6379/0" in told
 
 
 def test_help_names_every_setting_and_imports_nothing_heavy(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from streamer.bundle import Bundle, BundleError
 from streamer.detector import Detector, ScoredBatch
 from streamer.fitting import FitError, fit
 from streamer.offline import line_of_a_day, score_files, write_alerts, write_scores
+from streamer.redaction import MASK
 from streamer.simulate import MONDAY, schedule, simulate, write
 
 EVENTS_PER_DAY = 2600
@@ -235,6 +236,13 @@ def test_a_folder_that_is_no_bundle_is_not_replaced(days: tuple[Path, Path], qui
     with pytest.raises(BundleError, match="not a bundle"):
         fit([days[0]], tmp_path / "mine")
     assert (tmp_path / "mine" / "precious").read_text() == "x"
+
+
+def test_exemplars_hold_listed_attributes_masked(days: tuple[Path, Path], quick: None, tmp_path: Path) -> None:
+    bundle = fit([days[0]], tmp_path / "b", redact=["process.cmd_line"]).bundle
+    for told in (bundle.exemplars, bundle.behaviours):
+        lines = {orjson.loads(each).get("process.cmd_line") for each in told}
+        assert lines == {None, MASK}
 
 
 def test_too_few_events_to_fit_are_refused(tmp_path: Path) -> None:
