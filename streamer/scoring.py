@@ -255,9 +255,9 @@ class RateScorer:
         return found.max(1, initial=0.0), found.argmax(1).astype(np.int8)
 
     def by_count(self, excess: Excess, kinds: NDArray[np.int8]) -> NDArray[np.float64]:
-        """float64 [m, 8], nats: what each count says by itself, 0 where it was not raised."""
+        """float64 [m, 8], nats: what each count says by itself, 0 where it was not raised beyond what was known."""
         found = np.zeros(excess.over.shape)
-        rows, columns = np.nonzero(np.isfinite(excess.over))
+        rows, columns = np.nonzero(excess.over > 0)
         place = (kinds[rows].astype(np.int64) * len(LEVELS) + columns) * GROUPS + excess.group[rows, columns]
         for which in np.unique(place).tolist():
             name, group = divmod(which, GROUPS)

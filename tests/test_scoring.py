@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from encoder.entities import KINDS
 from state.windows import MemoryWindows, WindowEntries, Windows
-from streamer.scoring import PART_OF, PIECES, Parts, SequenceScorer, remembered, weighed
+from streamer.scoring import PART_OF, PIECES, SEQUENCE_DOUBT, Parts, SequenceScorer, remembered, weighed
 
 NATS = st.floats(0, 600, allow_nan=False)
 RNG = np.random.default_rng(0)
@@ -22,8 +22,10 @@ def test_density_and_surprise_are_little_more_than_the_stronger(density: float, 
     assert strongest * (1 - 1e-9) - 1e-9 <= joined <= strongest * 1.2600 + 1e-9  # 2 ** (1 / 3)
 
 
-def test_a_sequence_says_nothing_until_it_is_rarer_than_one_in_twenty() -> None:
-    assert weighed(-np.log([1.0, 0.05, 0.01])).tolist() == pytest.approx([0, 0, np.log(100) - 3], abs=5e-3)
+def test_a_sequence_says_nothing_until_it_is_rare() -> None:
+    counted = weighed(-np.log([1.0, 0.05, 0.01, 1e-4]))
+    assert counted[:3].tolist() == [0, 0, 0]
+    assert counted[3] == pytest.approx(4 * np.log(10) - SEQUENCE_DOUBT)
 
 
 def windows(*evidence: list[float]) -> Windows:
