@@ -118,7 +118,7 @@ def serve(settings: Settings, stop: threading.Event) -> None:
     serving = resolve(settings.bundle)
     verify(serving)
     # Only now what takes seconds to import and load.
-    from streamer.collectors import BaselineCollector, DriftCollector
+    from streamer.collectors import BaselineCollector, DeviceCollector, DriftCollector
     from streamer.detector import Detector, open_detector
     from streamer.findings import open_episodes, open_findings
     from streamer.kafka import claim_instance
@@ -154,6 +154,7 @@ def serve(settings: Settings, stop: threading.Event) -> None:
         return cast(Detector, service.detector)
 
     service.metrics.registry.register(DriftCollector(lambda: serves().drift))
+    service.metrics.registry.register(DeviceCollector(lambda: serves().bundle.encoder.device))
     service.metrics.registry.register(BaselineCollector(lambda: serves().bundle.scorer.record.baseline))
 
     def follow() -> None:
