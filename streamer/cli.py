@@ -6,6 +6,7 @@ imported before a command needs it. Does not contain any logic of the service.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -23,6 +24,9 @@ from streamer import alert_commands, bundle_commands, commands, dlq_commands, st
 from streamer.errors import ConfigurationError, RipcurrentError
 from streamer.flags import takes_settings
 from streamer.settings import Settings, leaves, shown, variable
+
+GIVE_BACK_S = 60.0
+"""How often memory that is free goes back to the system. It takes milliseconds."""
 
 app = typer.Typer(
     name="ripcurrent",
@@ -158,7 +162,10 @@ def serve(settings: Settings, stop: threading.Event) -> None:
     service.metrics.registry.register(BaselineCollector(lambda: serves().bundle.scorer.record.baseline))
 
     def follow() -> None:
-        stop.wait()
+        # glibc keeps what was freed: without this a process grew by a fifth in 20 minutes, with nothing held.
+        give_back = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)
+        while not stop.wait(GIVE_BACK_S):
+            give_back(0)
         service.stop()
 
     threading.Thread(target=follow, name="stop", daemon=True).start()
