@@ -71,6 +71,31 @@ def test_config_prints_toml_that_gives_the_same_settings_and_hides_secrets(tmp_p
     assert json.loads(again.stdout) | {"kafka.sasl_password": ""} == json.loads(first.stdout)
 
 
+LOGS = """
+import sys, structlog
+from streamer.cli import configure_logging
+from streamer.settings import load
+configure_logging(load({"log_format": sys.argv[1], "log_level": "warning"}))
+structlog.get_logger("ripcurrent.service").warning("read again", reason="it was\\nlost", times=3)
+structlog.get_logger("ripcurrent.service").info("not told")
+"""
+
+
+def test_logs_are_a_json_object_or_a_line_each() -> None:
+    told = {}
+    for kind in ("json", "console"):
+        done = subprocess.run([sys.executable, "-c", LOGS, kind], capture_output=True, text=True, check=True)
+        assert done.stdout == ""
+        told[kind] = done.stderr.splitlines()
+    (line,) = told["json"]
+    entry = json.loads(line)
+    assert entry.pop("timestamp").endswith("Z")
+    assert entry == {"event": "read again", "level": "warning", "reason": "it was\nlost", "times": 3}
+    (line,) = told["console"]
+    assert "read again" in line
+    assert "times=3" in line
+
+
 def test_wrong_settings_give_one_clear_line_within_seconds(
     tmp_path: Path, kafka: str, redis_url: str, unique: Callable[[str], str]
 ) -> None:
