@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import orjson
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, Producer, TopicPartition
 from stream import Topics, create
 from whole import Service, lines, short_training
 
@@ -72,9 +72,16 @@ def _stream(
                 if message.error() is None:
                     seen[orjson.loads(message.value())["offset"]] = time.monotonic()
 
-    reading = threading.Thread(target=read)
+    producer = Producer({"bootstrap.servers": topics.bootstrap, "linger.ms": 5})
+
+    def send(first: int, n: int) -> None:
+        for i in range(first, first + n):
+            producer.produce(topics.events, events[i % len(events)], partition=0)
+        producer.poll(0)
+
+    reading = threading.Thread(target=read, daemon=True)
     reading.start()
-    topics.produce(list(events[:RATE]), 0)
+    send(0, RATE)
     while len(seen) < RATE:
         time.sleep(0.1)
     sent: list[float] = []
@@ -87,7 +94,8 @@ def _stream(
             threading.Thread(target=store.promote, args=(str(bundle),)).start()
         first = RATE + len(sent)
         sent += [time.monotonic()] * (RATE // 10)
-        topics.produce([events[i % len(events)] for i in range(first, first + RATE // 10)], 0)
+        send(first, RATE // 10)
+    producer.flush()
     while len(seen) < RATE + len(sent):
         time.sleep(0.1)
     done.set()
