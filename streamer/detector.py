@@ -30,12 +30,13 @@ from state.tally import LEVELS
 from state.timers import Heard, MemoryTimers, Silence, TimerStore
 from state.windows import WindowEntries, Windows, WindowStore
 from streamer import much, wording
+from streamer.at_once import CAUSES as AT_ONCE
 from streamer.bundle import Bundle, load
 from streamer.drift import Drift
 from streamer.left_out import cut, weights
 from streamer.much import RateFinding
 from streamer.remembering import Remembering
-from streamer.scoring import DENSITY_TRUST, NEIGHBOURS, SEQUENCE_TRUST, Parts, RateScorer, severity, weighed
+from streamer.scoring import DENSITY_TRUST, NEIGHBOURS, Parts, RateScorer, severity, weighed
 from streamer.silences import CAUSE as SILENCE
 from streamer.silences import Watch, coordinates_of, rows_of, unpack
 
@@ -52,13 +53,13 @@ class ScoredBatch:
 
     coordinates, time: as in `EventBatch`; p_value: float64 [n] in (0, 1], how often normal data scores at least this;
     severity: float32 [n], 0 to 100; entity: str object [n] (`kind:value`, "" where the event names none); cause: str
-    object [n] (`record:ATTRIBUTE PATH` or `sequence:WHAT`); records: the n decoded events; rejects: what could not be
-    read; repairs: how often each kind of repair was made; complete: bool [n], False where the history of an entity is
-    known to be missing (None: nothing is); line: float64 [n], the p-value at or under which each event is an alert
-    (None: whoever scored did not ask); level: uint8 [n], of a rate the level that the event raised its count to
-    (`state.tally`; None: no cause is a rate); silences: the k last events of entities that fell silent, as event time
-    moved on by these events, judged by that (None: nobody did); of those, told: intp [k], ascending, the rows here at
-    which that was clear.
+    object [n] (`record:ATTRIBUTE PATH`, `sequence:WHAT`, `rate:WHAT` or `first:WHAT`); records: the n decoded events;
+    rejects: what could not be read; repairs: how often each kind of repair was made; complete: bool [n], False where
+    the history of an entity is known to be missing (None: nothing is); line: float64 [n], the p-value at or under which
+    each event is an alert (None: whoever scored did not ask); level: uint8 [n], of a rate the level that the event
+    raised its count to (`state.tally`; None: no cause is a rate); silences: the k last events of entities that fell
+    silent, as event time moved on by these events, judged by that (None: nobody did); of those, told: intp [k],
+    ascending, the rows here at which that was clear.
     """
 
     coordinates: Coordinates
@@ -232,9 +233,13 @@ class Detector:
         raw = sequences.raw(windows, kind)
         order = sequences.evidence("order", raw, kind)
         rate, column = self._judge_rates(rates, entities, windows)
-        evidence = weighed(order, rate)
+        overlap, sort = np.zeros(len(row)), np.zeros(len(row), np.int8)
+        if (overlaps := self.bundle.scorer.overlaps) is not None:
+            overlap, sort = overlaps.judge(entities.entity, kind, windows)
+        parts = weighed(order, rate, sequences.evidence("missing", raw, kind), overlap)
+        evidence = parts.max(0)
         weakest_first = np.argsort(evidence, kind="stable")
-        cause = np.where(evidence > SEQUENCE_TRUST * order, _RATES[column], "sequence:order")
+        cause = np.choose(parts.argmax(0), ["sequence:order", _RATES[column], "sequence:missing", AT_ONCE[sort]])
         found.evidence[row[weakest_first]] = evidence[weakest_first]
         found.entity[row[weakest_first]] = np.array(entities.entity, object)[weakest_first]
         found.cause[row[weakest_first]] = cause[weakest_first]

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from encoder.runtime import Encoded
 from encoder.sequence import SequenceModel
 from state.baseline import Baseline, Density
-from state.calibration import Calibration
+from state.calibration import FEW, Calibration
 from state.habits import GROUPS, STRANGER, Excess, Habits
 from state.tally import LEVELS
 from state.windows import Windows
+from streamer.at_once import OverlapScorer
 
 DENSITY_TRUST = 2.0
 """How much more density is trusted than surprise: it speaks only where events carry quantities, and there it is the
@@ -31,6 +32,9 @@ SEQUENCE_TRUST = 0.5
 """Against the record score: the order of what a machine does varies more than what it does."""
 RATE_TRUST = 1.0
 """Against the record score: each knows its own ground, and an event raises a count only now and then."""
+MISSING_TRUST = 0.7
+OVERLAP_TRUST = 0.7
+"""Against the record score: measured in docs/detection.md."""
 BLEND = 0.01
 """How much the weaker part adds to the stronger: an order among events that it puts level."""
 MIN_ENTITIES = 20
@@ -117,8 +121,9 @@ class SequenceScorer:
     """The sequence score: each entity's window, judged at each event, and that nothing follows it.
 
     Calibrated by kind of entity, for a host's days are not a transaction's steps: `order` (the newest record after
-    those before) and `ending` (nothing after it, for kinds of entity whose routines end). `order` is calibrated again
-    by event: one that is part of four windows has four chances to look odd.
+    those before), `missing` (what usually comes shortly before it) and `ending` (nothing after it, for kinds of entity
+    whose routines end). The first two are calibrated again by event: one that is part of four windows has four chances
+    to look odd.
     """
 
     model: SequenceModel
@@ -127,7 +132,8 @@ class SequenceScorer:
     def raw(self, windows: Windows, kinds: NDArray[np.int8]) -> dict[str, NDArray[np.float64]]:
         """The uncalibrated scores of m windows, float64 [m] by name; kinds: int8 [m]."""
         scores = self.model(windows.vectors, windows.times, windows.length, kinds)
-        return {"order": scores.surprise.astype(np.float64), "ending": scores.ending.astype(np.float64)}
+        named = {"order": scores.surprise, "missing": scores.missing, "ending": scores.ending}
+        return {name: score.astype(np.float64) for name, score in named.items()}
 
     def fit(
         self,
@@ -141,13 +147,16 @@ class SequenceScorer:
         for kind in np.unique(kinds).tolist():
             mine = kinds == kind
             self.calibrations[f"order.{kind}"] = Calibration.fit(raw["order"][mine])
+            self.calibrations[f"missing.{kind}"] = Calibration.fit(raw["missing"][mine], tail_from=FEW)
             if (mine & ended).any():
                 self.calibrations[f"ending.{kind}"] = Calibration.fit(raw["ending"][mine & ended])
         self.calibrations["order"] = Calibration.fit(_by_event(self.evidence("order", raw, kinds), rows))
+        missing = _by_event(self.evidence("missing", raw, kinds), rows)
+        self.calibrations["missing"] = Calibration.fit(missing, tail_from=FEW)
 
     def evidence(self, name: str, raw: dict[str, NDArray[np.float64]], kinds: NDArray[np.int8]) -> NDArray[np.float64]:
-        """float64 [m], nats: against each window by `order`, or against its being the last by `ending`. A kind of
-        entity that was not among the held-out events has none."""
+        """float64 [m], nats: against each window by `order` or `missing`, or against its being the last by `ending`. A
+        kind of entity that was not among the held-out events has none."""
         found = np.zeros(len(kinds))
         for kind in np.unique(kinds).tolist():
             if (calibration := self.calibrations.get(f"{name}.{kind}")) is not None:
@@ -237,23 +246,28 @@ class RateScorer:
 class Scorer:
     """Record and history joined: the event is as unusual as the stronger of the two says, calibrated again.
 
-    sequences and rates: None where no event of training named an entity.
+    sequences and rates: None where no event of training named an entity; overlaps: None where none named a user.
     """
 
     record: RecordScorer
     sequences: SequenceScorer | None
     rates: RateScorer | None
     event: Calibration
+    overlaps: OverlapScorer | None
 
     def p_value(self, record: NDArray[np.float64], history: NDArray[np.float64]) -> NDArray[np.float64]:
         """Evidence of both, float64 [n] in nats, to p-values."""
         return self.event.p_value(joined(record, history))
 
 
-def weighed(order: NDArray[np.float64], rate: NDArray[np.float64]) -> NDArray[np.float64]:
-    """float64 [m], nats: the evidence of an entity's history, the stronger of its sequence and its rates."""
-    stronger: NDArray[np.float64] = np.maximum(SEQUENCE_TRUST * order, RATE_TRUST * rate)
-    return stronger
+def weighed(
+    order: NDArray[np.float64],
+    rate: NDArray[np.float64],
+    missing: NDArray[np.float64],
+    overlap: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """float64 [4, m], nats: the evidence of an entity's history, each part by its trust; the strongest counts."""
+    return np.stack([SEQUENCE_TRUST * order, RATE_TRUST * rate, MISSING_TRUST * missing, OVERLAP_TRUST * overlap])
 
 
 def joined(record: NDArray[np.float64], history: NDArray[np.float64]) -> NDArray[np.float64]:
