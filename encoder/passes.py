@@ -8,6 +8,7 @@ them its batch was cut into, and a chunk of these networks costs a GPU microseco
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -45,6 +46,7 @@ class Passes:
     def __init__(self, function: Callable[..., Tensor], device: torch.device, *, size: int) -> None:
         self._function, self._device, self._size = function, device, size
         self._lanes: list[_Lane] = []
+        self._turn = threading.Lock()  # A lane has one place for its input and one for its output.
 
     def __call__(self, *arrays: NDArray[Any]) -> Tensor:
         """arrays: [n, ...] each, always of the same types and shapes but for n. Returns a tensor [n, ...] on the CPU.
@@ -54,7 +56,11 @@ class Passes:
         starts = range(0, max(len(arrays[0]), 1), self._size)
         chunks = [[array[start : start + self._size] for array in arrays] for start in starts]
         with device_memory(self._device), torch.inference_mode():
-            found = self._eager(chunks) if self._device.type == "cpu" else self._captured(chunks)
+            if self._device.type == "cpu":
+                found = self._eager(chunks)
+            else:
+                with self._turn:
+                    found = self._captured(chunks)
         return found[: len(arrays[0])]
 
     def _eager(self, chunks: Sequence[Sequence[NDArray[Any]]]) -> Tensor:
@@ -95,7 +101,8 @@ class _Lane:
                 function(*self._inputs)
         self._stream.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=self._stream):
+        # Other threads may use the device meanwhile.
+        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
             self._output = function(*self._inputs)
         self._result = torch.empty_like(self._output, device="cpu").pin_memory()
 

@@ -29,6 +29,8 @@ WIDTH = 32
 FEATURES = 32
 CHUNK = 512
 """Windows of a pass through the network."""
+FEW = 16
+"""Windows of a pass where only a handful is asked for: of one shape, too, so that they answer for themselves alone."""
 AGE_MS = 7 * 86_400_000
 
 _LEAST = 1e-12
@@ -149,6 +151,7 @@ class SequenceModel:
         self.codebook, self.counts, self.predecessors = codebook, counts, predecessors
         self.scale, self.novelty, self.silence = scale, dict(novelty), dict(silence)
         self._passes = Passes(self._probabilities, codebook.centres.device, size=CHUNK)
+        self._few = Passes(self._probabilities, codebook.centres.device, size=FEW)
         self._novelty = np.array([self.novelty.get(kind, 1.0) for kind in KINDS])
         self._quiet = np.array([self.silence.get(kind, 0) for kind in KINDS], np.int64)
 
@@ -167,9 +170,12 @@ class SequenceModel:
         times: NDArray[np.int64],
         length: NDArray[np.int32],
         kind: NDArray[np.int8],
+        *,
+        few: bool = False,
     ) -> SequenceScores:
         """vectors: float16 [m, W, d], times: int64 [m, W], length: int32 [m], right-aligned as `state.windows.Windows`
-        has them; kind: int8 [m], index into `entities.KINDS`."""
+        has them; kind: int8 [m], index into `entities.KINDS`; few: whether m is small (cheaper; the same
+        to 1e-5)."""
         m = len(length)
         used = used_slots(length, WIDTH)
         if vectors.shape[:2] != (m, WIDTH):
@@ -181,7 +187,7 @@ class SequenceModel:
         gaps = gap_features(times, used)
         end = self.codebook.other + 1
         x = vectors.astype(np.float32) * np.float32(self.scale)
-        p = self._passes(x, gaps, used, kind.astype(np.int64)).numpy()
+        p = (self._few if few else self._passes)(x, gaps, used, kind.astype(np.int64)).numpy()
         p_next = np.take_along_axis(p[:, 0], codes[:, -1:], axis=1)[:, 0].astype(np.float64)
         p_end = p[:, 1, end].astype(np.float64)
         kinds = kind.astype(np.int64)
@@ -246,8 +252,8 @@ class SequenceModel:
             counts = RunCounts(
                 tensors["counts.keys"].cpu().numpy(), tensors["counts.counts"].cpu().numpy(), int(config["outcomes"])
             )
-            usual = [tensors[f"predecessors.{name}"].cpu().numpy() for name in ("keys", "before", "nats")]
-            predecessors = Predecessors(*usual, book.other + 1)
+            keys, before, nats = (tensors[f"predecessors.{name}"].cpu().numpy() for name in ("keys", "before", "nats"))
+            predecessors = Predecessors(keys, before, nats, book.other + 1)
             scale = float(config["scale"])
             novelty = {str(kind): float(share) for kind, share in config["novelty"].items()}
             silence = {str(kind): int(ms) for kind, ms in config["silence"].items()}

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 
 from state.episodes import CREATE, Decision, Episode
 from streamer import wording
-from streamer.detector import Explanation, FieldFinding, ScoredBatch
+from streamer.detector import ScoredBatch
+from streamer.explaining import Explanation, FieldFinding
 from streamer.finding import Alert, Frame, confidence, finding_uid
 from streamer.much import RateFinding
 from streamer.observables import DEVICE, evidence, fit, observables
-from streamer.redaction import Redactor, mask_text
+from streamer.redaction import Redactor
 
 MAX_RAW = 16 * 1024
 """Characters of the event's JSON kept as `raw_data`."""
@@ -32,6 +33,13 @@ WORTH_WEIGHT = 0.01
 """Of a sequence's surprise: a record without which it would lose less is named without a figure."""
 P_FLOOR = 1e-12
 """Below this a p-value is no measurement any more: it is told as this."""
+_PARTNERS = {
+    "address": ("src_endpoint.ip",),
+    "host": ("device.hostname", "device.name", "src_endpoint.hostname"),
+    "service": ("service.name", "actor.app_name", "app_name"),
+    "destination": ("dst_endpoint.ip", "dst_endpoint.hostname"),
+}
+"""Where an event names the partner that a cause `first:WHAT` is about."""
 _IDENTITY = ("time", "uid", "correlation_uid", "offset", "sequence")
 
 
@@ -109,8 +117,8 @@ class _Finding:
         self.distance, self.usual_distance = float(explanation.distance), float(explanation.usual_distance)
         self.rates = explanation.rates
         self.window = [
-            (int(time), str(label), self._told(str(label), str(summary)), _share(float(share)))
-            for time, label, summary, share in explanation.window[-MAX_WINDOW:]
+            (int(time), str(label), self._told(str(label), like, redactor), _share(float(share)))
+            for time, label, like, share in explanation.window[-MAX_WINDOW:]
         ]
         self.activity = decision.activity if decision else CREATE
         alone = Episode(
@@ -121,11 +129,13 @@ class _Finding:
         self.last_seen = max(self.episode.last_seen, self.time)
         self.severity = max(severity, self.episode.severity)
 
-    def _told(self, label: str, summary: str) -> str:
+    def _told(self, label: str, like: Mapping[str, Any], redactor: Redactor) -> str:
         """What is known of an event of the window; of this one, what it says itself."""
-        if label != self.coordinates:
-            return mask_text(summary)
-        return wording.told({path: _at(self.record, path) for path in wording.TELLING})
+        if label == self.coordinates:
+            return wording.told({path: _at(self.record, path) for path in wording.TELLING})
+        if not like:
+            return "an event like none in training"
+        return wording.told({path: redactor.text(path, str(value)) for path, value in like.items()})
 
     def alert(self) -> Alert:
         title = self.title()
@@ -176,8 +186,11 @@ class _Finding:
         if self.rates:
             who = wording.subject(self.entity, {})  # What it did many times, it did not all do from here.
             return f"Unusually {wording.rate(cause)[0]}{who}: {self.how_much()}"
-        field = self.leading()
         where = wording.event_kind(record)
+        if kind == "first":
+            value = next((v for path in _PARTNERS.get(cause, ()) if (v := _at(record, path))), "")
+            return wording.first(cause, where, wording.subject(self.entity, record), wording.shorten(value, 60))
+        field = self.leading()
         if field is None:
             return f"Unusual {where}{wording.subject(self.entity, record)}: like none seen before"
         who = wording.subject(self.entity, record, field.path, {field.given, field.observed})

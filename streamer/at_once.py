@@ -33,7 +33,7 @@ class OverlapScorer:
 
     def fit(self, surprise: NDArray[np.float64], events: int) -> None:
         """Calibrate on the pairs that are judged of so many held-out events. surprise: float64 [m, PARTNERS]."""
-        for sort in np.flatnonzero(surprise.any(0)).tolist():
+        for sort in np.flatnonzero(self.overlaps.events.any(0)).tolist():
             self.calibrations[str(sort)] = Calibration.fit(surprise[:, sort], tail_from=FEW)
         strongest, _ = self.evidence(surprise)
         by_event = np.concatenate([strongest, np.zeros(max(events - len(strongest), 0))])
@@ -52,7 +52,7 @@ class OverlapScorer:
         return evidence, sort
 
     def evidence(self, surprise: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
-        """float64 [m], nats, and int8 [m], as `judge`; a sort that never surprised in training says nothing."""
+        """float64 [m], nats, and int8 [m], as `judge`; a sort that training had not says nothing."""
         found = np.zeros((len(surprise), PARTNERS))
         for sort in range(PARTNERS):
             if (calibration := self.calibrations.get(str(sort))) is not None:

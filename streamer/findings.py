@@ -25,7 +25,8 @@ from state.errors import Source
 from streamer import wording
 from streamer.alerts import build_alerts
 from streamer.closing import close_alert
-from streamer.detector import Explanation, ScoredBatch
+from streamer.detector import ScoredBatch
+from streamer.explaining import Explanation
 from streamer.feedback import Suppression
 from streamer.finding import Alert, level
 from streamer.redaction import Redactor

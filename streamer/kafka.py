@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from typing import Any
 
+import orjson
 import structlog
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
@@ -28,6 +29,9 @@ Offsets = dict[SourcePartition, int]
 
 START_S = 8.0
 """How long an unreachable broker is waited for at start: wrong settings must show within 15 seconds."""
+
+STATISTICS_MS = 2000
+"""How often clients say how they are."""
 
 HOPELESS = {
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
@@ -44,6 +48,28 @@ HOPELESS = {
 TRANSIENT = {KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT, KafkaError._RESOLVE}
 
 _log = structlog.get_logger("ripcurrent.kafka")
+
+
+class Connections:
+    """What a client last said of its brokers, once it is built with `properties` and served.
+
+    connected: whether there is one; round_trip_s: how long each takes to answer, 95 % of requests. A consumer's fetches
+    are answered when there is something to fetch, so this says something of producers only.
+    """
+
+    def __init__(self) -> None:
+        self.connected = True
+        self.round_trip_s: dict[str, float] = {}
+
+    def properties(self) -> dict[str, Any]:
+        """librdkafka's."""
+        return {"statistics.interval.ms": STATISTICS_MS, "stats_cb": self._take}
+
+    def _take(self, statistics: str) -> None:
+        brokers = [broker for broker in orjson.loads(statistics)["brokers"].values() if broker["nodeid"] >= 0]
+        self.connected = any(broker["state"] == "UP" for broker in brokers)
+        answered = [broker for broker in brokers if broker["rtt"]["cnt"]]
+        self.round_trip_s = {broker["nodename"]: broker["rtt"]["p95"] / 1e6 for broker in answered}
 
 
 class TransactionAbortedError(Exception):

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from state.windows import Windows
 from streamer.scoring import SequenceScorer
 
+LATEST = 12
+"""Records of a window that are weighed, the latest: as many as an alert tells."""
+
 
 def weights(
     sequences: SequenceScorer, windows: Windows, kinds: NDArray[np.int8], ending: NDArray[np.bool_]
@@ -22,9 +25,10 @@ def weights(
     """float64 [m, W], 0 to 1: the share of its surprise that each window loses without each of its records.
 
     kinds: int8 [m]; ending: bool [m], whether it was silence after the window that fired, not the newest record in it.
-    A record without which the rest is as surprising, or more, has 0; so has an unused slot.
+    A record without which the rest is as surprising, or more, has 0; so has an unused slot, and all before the LATEST.
     """
-    which, slots = np.nonzero(windows.mask)
+    latest = np.arange(windows.times.shape[1]) >= windows.times.shape[1] - LATEST
+    which, slots = np.nonzero(windows.mask & latest)
     whole, shorter = np.arange(len(windows)), _without(windows.take(which), slots)
     both = replace(
         windows,
@@ -33,7 +37,7 @@ def weights(
         length=np.concatenate([windows.length, shorter.length]),
     )
     of = np.concatenate([whole, which])
-    raw = sequences.raw(both, kinds[of])
+    raw = sequences.raw(both, kinds[of], few=True)
     statistic = np.where(ending[of], raw["ending"], raw["order"])
     statistic[both.length == 0] = 0.0
     before, after = statistic[which], statistic[len(windows) :]
@@ -68,4 +72,5 @@ def _moved(windows: Windows, place: NDArray[np.intp]) -> Windows:
         offset=np.where(inside, windows.offset[rows, at], 0),
         index=np.where(inside, windows.index[rows, at], 0),
         raised=np.where(inside[:, :, None], windows.raised[rows, at], np.uint8(0)),
+        partners=np.where(inside[:, :, None], windows.partners[rows, at], np.int16(-1)),
     )

@@ -65,7 +65,14 @@ class Metrics:
             registry=registry,
             buckets=_LATENCY_S,
         )
+        self.batch_latency = Histogram(
+            "ripcurrent_batch_latency_seconds",
+            "From the Kafka timestamp of the oldest message of a batch to its commit",
+            registry=registry,
+            buckets=_LATENCY_S,
+        )
         self.lag = gauge("lag_messages", "Messages behind the end of the partition", "topic", "partition")
+        self.round_trip = gauge("kafka_round_trip_seconds", "Until a broker answers the producer, 95 %", "broker")
         self.line = gauge("line_p_value", "Events at or under this p-value are alerts")
         self.promised = gauge("budget_promised_per_day", "Alerts a day that normal traffic may cost")
         self.spent = gauge("budget_spent_today", "Alerts (Create) of the latest day of event time")
@@ -81,7 +88,6 @@ class Metrics:
         )
         self.shadow_failures = counter("shadow_failures", "Times that the candidate beside had to begin again")
         self._day = -1
-        self._lagging: set[tuple[str, int]] = set()
 
     @contextmanager
     def time(self, stage: str) -> Iterator[None]:
@@ -108,11 +114,20 @@ class Metrics:
 
     def set_lag(self, lag: Mapping[tuple[str, int], int]) -> None:
         """Show the lag of these partitions and of no others."""
-        for topic, partition in self._lagging - set(lag):
-            self.lag.remove(topic, str(partition))
-        for (topic, partition), behind in lag.items():
-            self.lag.labels(topic, str(partition)).set(behind)
-        self._lagging = set(lag)
+        _show_only(self.lag, {(topic, str(partition)): behind for (topic, partition), behind in lag.items()})
+
+    def set_round_trips(self, seconds: Mapping[str, float]) -> None:
+        """Show how long these brokers take to answer, and no others."""
+        _show_only(self.round_trip, {(broker,): taken for broker, taken in seconds.items()})
+
+
+def _show_only(gauge: Gauge, values: Mapping[tuple[str, ...], float]) -> None:
+    for labels in {
+        tuple(sample.labels.values()) for family in gauge.collect() for sample in family.samples
+    } - values.keys():
+        gauge.remove(*labels)
+    for labels, value in values.items():
+        gauge.labels(*labels).set(value)
 
 
 def serve(metrics: Metrics, port: int, *, alive: Callable[[], str], ready: Callable[[], str]) -> ThreadingHTTPServer:

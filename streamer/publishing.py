@@ -21,6 +21,7 @@ from streamer.errors import StreamError
 from streamer.kafka import (
     HOPELESS,
     TRANSIENT,
+    Connections,
     Offsets,
     SourcePartition,
     TransactionAbortedError,
@@ -92,6 +93,7 @@ class Publisher(Protocol):
 
     refused: set[str]
     """Origins of outputs that were too large for their topic: what is written in their place must be small."""
+    connections: Connections
 
     def open(self) -> None:
         """Be ready to write; raises ConfigurationError."""
@@ -99,6 +101,10 @@ class Publisher(Protocol):
 
     def hurry(self) -> None:
         """The process is asked to end: wait for Kafka no longer than DRAIN_S."""
+        ...
+
+    def serve(self) -> None:
+        """Let the client say what it has to say; called now and then, or errors and statistics would pile up in it."""
         ...
 
     def publish(self, outputs: Sequence[Output], offsets: Offsets) -> None:
@@ -111,15 +117,19 @@ class _Writer:
 
     def __init__(self, settings: Settings, source: Inputs, properties: dict[str, Any]) -> None:
         self.refused: set[str] = set()
+        self.connections = Connections()
         self._settings = settings
         self._source = source
         self._failed: Any = None
         self._patience_s = TRANSACTION_S
-        self._properties = _producer_properties(settings) | properties
+        self._properties = self.connections.properties() | _producer_properties(settings) | properties
         self._producer = build(Producer, self._properties)
 
     def hurry(self) -> None:
         self._patience_s = DRAIN_S
+
+    def serve(self) -> None:
+        self._producer.poll(0)
 
     def _out_of_patience(self, began: float) -> bool:
         return time.monotonic() - began > self._patience_s

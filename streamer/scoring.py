@@ -129,9 +129,9 @@ class SequenceScorer:
     model: SequenceModel
     calibrations: dict[str, Calibration] = field(default_factory=dict)
 
-    def raw(self, windows: Windows, kinds: NDArray[np.int8]) -> dict[str, NDArray[np.float64]]:
-        """The uncalibrated scores of m windows, float64 [m] by name; kinds: int8 [m]."""
-        scores = self.model(windows.vectors, windows.times, windows.length, kinds)
+    def raw(self, windows: Windows, kinds: NDArray[np.int8], *, few: bool = False) -> dict[str, NDArray[np.float64]]:
+        """The uncalibrated scores of m windows, float64 [m] by name; kinds: int8 [m]; few: as for the model."""
+        scores = self.model(windows.vectors, windows.times, windows.length, kinds, few=few)
         named = {"order": scores.surprise, "missing": scores.missing, "ending": scores.ending}
         return {name: score.astype(np.float64) for name, score in named.items()}
 

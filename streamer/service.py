@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import structlog
@@ -40,6 +40,8 @@ from streamer.succession import Bundles, Shadow, Succession
 
 ALIVE_S = 60.0
 """How long the consumer may not poll before /healthz says so: longer than a rebalance waits for a batch."""
+STUCK_S = 300.0
+"""How long the loop may do one thing before /healthz says so: longer than it waits for Kafka in mid-transaction."""
 DRAIN_S = 20.0
 WATCH_S = 5.0
 """How often the windows are looked at when there is nothing to score: what an idle stream loses must not stay lost."""
@@ -49,9 +51,11 @@ _log = structlog.get_logger("ripcurrent.service")
 
 
 class Scorer(Protocol):
-    """What the loop needs of a `Detector`."""
+    """What the loop needs of a `Detector`: scoring in two steps, of which the first may be done ahead."""
 
-    def score(self, messages: Sequence[Message]) -> ScoredBatch: ...
+    def prepare(self, messages: Sequence[Message]) -> Any: ...
+
+    def judge(self, prepared: Any) -> ScoredBatch: ...
 
     def remember(self, messages: Sequence[Message]) -> None: ...
 
@@ -99,6 +103,7 @@ class _Group:
     offsets: Offsets = field(default_factory=dict)
     rejects: list[str] = field(default_factory=list)
     alert_times: list[tuple[int, int]] = field(default_factory=list)  # (event time, Kafka timestamp), ms
+    appended: list[int] = field(default_factory=list)  # Kafka timestamp of the oldest message of each batch, ms
 
 
 class _StoppingError(Exception):
@@ -143,10 +148,11 @@ class Service:
         self._group = _Group()
         self._waiting_for = ""
         self._opened = False
+        self._moved_at = time.monotonic()
         self._aborts = 0
         self._rebuild: Rebuild | None = None
         self._watched_at = 0.0
-        self._source = Source(settings, self._release)
+        self._source = Source(settings, self._release, self._prepare)
         owned = self._source.owned
         self._succession = Succession(settings, bundles, owned, self.metrics) if bundles is not None else None
         shadow = settings.shadow
@@ -176,8 +182,11 @@ class Service:
         """
         with self._opened_edges():
             while not self._stop.is_set():
-                self._source.wait(self._patience())
+                self._moved_at = time.monotonic()
+                with self.metrics.time("wait"):
+                    self._source.wait(self._patience())
                 with self._source.guard:  # No rebalance goes through while a batch is in hand.
+                    self._publisher.serve()
                     try:
                         if self._rebuild is not None:
                             self._fill_windows(self._rebuild)
@@ -190,6 +199,7 @@ class Service:
                     except _StoppingError:
                         break
                 self.metrics.set_lag(self._source.lag)
+                self.metrics.set_round_trips(self._publisher.connections.round_trip_s)
 
     def _work(self) -> None:
         """The next batch, if there is one, from its events to the group that its outputs go into; and the commit of
@@ -318,9 +328,18 @@ class Service:
         else:
             self._check_windows()
 
+    def _prepare(self, messages: Sequence[Message]) -> tuple[Scorer, Any]:
+        """What is done ahead, in a thread of its own, and by whom: another may serve once it is taken."""
+        detector = self._detector
+        return detector, detector.prepare(messages)
+
     def _score(self, batch: Batch) -> ScoredBatch:
-        with self.metrics.time("score"):
-            scored = self._waiting("score", lambda: self._detector.score(batch.messages))
+        detector, prepared = batch.prepared.result()
+        if detector is not self._detector:
+            _, prepared = self._prepare(batch.messages)
+        scored = self._waiting("score", lambda: self._detector.judge(prepared))
+        for stage, seconds in scored.seconds.items():
+            self.metrics.stage.labels(stage).observe(seconds)
         self.metrics.batches.inc()
         return scored
 
@@ -373,6 +392,7 @@ class Service:
         group.events += len(scored)
         group.incomplete += 0 if scored.complete is None else int((~scored.complete).sum())
         group.messages += len(batch.messages)
+        group.appended.append(min(message.timestamp for message in batch.messages))
         self.metrics.repaired(scored.repairs)
 
     def _commit(self) -> None:
@@ -421,9 +441,13 @@ class Service:
         for exception in done.rejects:
             self.metrics.rejects.labels(exception).inc()
         now = self._clock() * 1000
-        for _, appended in done.alert_times:
-            if appended >= 0:
-                self.metrics.latency.observe(max(now - appended, 0) / 1000)
+        for histogram, times in (
+            (self.metrics.latency, [appended for _, appended in done.alert_times]),
+            (self.metrics.batch_latency, done.appended),
+        ):
+            for appended in times:
+                if appended >= 0:
+                    histogram.observe(max(now - appended, 0) / 1000)
         self.metrics.spend([event_time for event_time, _ in done.alert_times])
         self._show_line()
 
@@ -461,6 +485,7 @@ class Service:
         deadline = time.monotonic() + self._settings.redis.patience_s
         pause = 0.1
         while True:
+            self._moved_at = time.monotonic()
             try:
                 result = call()
                 self._waiting_for = ""
@@ -478,13 +503,20 @@ class Service:
 
     def not_alive(self) -> str:
         """Why /healthz fails, or an empty string."""
-        silent = time.monotonic() - self._source.polled_at
-        return f"Kafka was not polled for {silent:.0f} s" if self._opened and silent > ALIVE_S else ""
+        if not self._opened:
+            return ""
+        now = time.monotonic()
+        unpolled, unmoved = now - self._source.polled_at, now - self._moved_at
+        if unpolled > ALIVE_S:
+            return f"Kafka was not polled for {unpolled:.0f} s"
+        return f"the loop is at the same thing for {unmoved:.0f} s" if unmoved > STUCK_S else ""
 
     def not_ready(self) -> str:
         """Why /readyz fails, or an empty string."""
         if not self._source.assigned.is_set():
-            return "no partitions are assigned yet"
+            return "no partitions are assigned"
+        if not self._source.connections.connected:
+            return "no broker is connected"
         if self._rebuild is not None:
             return self._waiting_for or f"windows are filled again, {self._rebuild.left} messages are left"
         return self._waiting_for

@@ -1,8 +1,9 @@
-"""The edge to Kafka where events come from: `Source` reads micro-batches in a thread of its own.
+"""The edge to Kafka where events come from: `Source` reads micro-batches in a thread of its own, and has each prepared
+in another while the one before is worked on.
 
 Promises: the consumer is polled always, also while a batch is scored or the store is down (backpressure is pause); no
-rebalance goes through while a batch is in hand, or else what that batch gave is never committed. Does not know what an
-event is.
+rebalance goes through while a batch is in hand, or else what that batch gave is never committed; at most QUEUED_BATCHES
+wait, prepared or not. Does not know what an event is.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from streamer.errors import StreamError
 from streamer.kafka import (
     HOPELESS,
     TRANSIENT,
+    Connections,
     Offsets,
     SourcePartition,
     TransactionAbortedError,
@@ -51,38 +53,44 @@ _log = structlog.get_logger("ripcurrent.kafka")
 
 @dataclass(frozen=True)
 class Batch:
-    """Messages in the order in which they are scored; `raw` are librdkafka's own, with key, headers and timestamp."""
+    """Messages in the order in which they are scored; `raw` are librdkafka's own, with key, headers and timestamp;
+    prepared: what `prepare` makes of them, sooner or later."""
 
     raw: list[Any]
     messages: list[Message]
+    prepared: Future[Any]
 
     @property
     def offsets(self) -> Offsets:
         """What to commit once the batch is done: last + 1 of each partition."""
         return {(message.topic, message.partition): message.offset + 1 for message in self.messages}
 
-    def without(self, gone: set[SourcePartition]) -> Batch:
-        """The batch without some partitions."""
-        keep = [i for i, m in enumerate(self.messages) if (m.topic, m.partition) not in gone]
-        return Batch([self.raw[i] for i in keep], [self.messages[i] for i in keep])
-
 
 class Source:
     """The consumer in a thread of its own, which polls from `open` to `close` whatever the rest is doing.
 
     `guard` is held by whoever works on a batch or its outputs; a rebalance waits for it. release is called, with the
-    guard held and in the consumer's thread, before partitions are given up (lost: they are gone already). The consumer
-    is called in its own thread only: the client serializes calls, and one from outside waits as long as polls follow
-    each other.
+    guard held and in the consumer's thread, before partitions are given up (lost: they are gone already). prepare makes
+    of the messages of a batch what is taken with it, ahead and in a thread of its own; it may be thrown away. The
+    consumer is called in its own thread only: the client serializes calls, and one from outside waits as long as polls
+    follow each other.
     """
 
-    def __init__(self, settings: Settings, release: Callable[[set[SourcePartition], bool], None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        release: Callable[[set[SourcePartition], bool], None],
+        prepare: Callable[[Sequence[Message]], Any],
+    ) -> None:
         self.guard = threading.RLock()
         self.lag: Offsets = {}
         self.polled_at = time.monotonic()
         self.assigned = threading.Event()
+        self.connections = Connections()
         self._settings = settings
         self._release = release
+        self._prepare = prepare
+        self._ahead = ThreadPoolExecutor(1, "prepare")
         self._changed = threading.Condition()
         self._queue: deque[Batch] = deque()
         self._owned: Offsets = {}  # next offset that is not committed, of the partitions that are ours
@@ -95,7 +103,7 @@ class Source:
         self._requests: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._closing = threading.Event()
         self._error: BaseException | None = None
-        self._consumer = build(Consumer, consumer_properties(settings))
+        self._consumer = build(Consumer, self.connections.properties() | consumer_properties(settings))
         self._thread = threading.Thread(target=self._run, name="kafka-consumer", daemon=True)
 
     def open(self) -> None:
@@ -110,18 +118,19 @@ class Source:
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+        self._ahead.shutdown(cancel_futures=True)
 
     def wait(self, timeout_s: float) -> None:
-        """Until there is a batch, or the time is over. Raises what ended the consumer's thread."""
+        """Until there is a batch, prepared, or the time is over. Raises what ended the consumer's thread."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._error is not None, timeout_s)
+            self._changed.wait_for(lambda: self._is_ready() or self._error is not None, timeout_s)
             if self._error is not None:
                 raise self._error
 
     def take(self) -> Batch | None:
-        """The next batch if there is one; call it with the guard held."""
+        """The next batch if there is one, prepared; call it with the guard held."""
         with self._changed:
-            if not self._queue:
+            if not self._is_ready():
                 return None
             batch = self._queue.popleft()
             self._changed.notify_all()
@@ -161,6 +170,8 @@ class Source:
     def rewind(self) -> None:
         """Go back to what is committed; what was read beyond it is thrown away."""
         with self._changed:
+            for batch in self._queue:
+                batch.prepared.cancel()
             self._queue.clear()
             self._rewinding = True
             self._doomed = False
@@ -257,19 +268,27 @@ class Source:
                     continue
                 raw.append(message)
                 size += len(message)
-        if raw:
-            self._enqueue(Batch(raw, [message_of(m) for m in raw]))
-
-    def _enqueue(self, batch: Batch) -> None:
         with self._changed:
-            if self._rewinding:
-                return
-            # A rebalance inside consume() may have taken partitions that were read just before it.
-            batch = batch.without({p for p in batch.offsets if p not in self._owned})
+            if not self._rewinding:
+                self._enqueue(raw)
+
+    def _enqueue(self, raw: Iterable[Any]) -> None:
+        """Queue what is ours of these messages, and have it prepared; call it with `_changed` held. A rebalance inside
+        consume() may have taken partitions that were read just before it."""
+        ours = [m for m in raw if (m.topic(), m.partition()) in self._owned]
+        if ours:
+            messages = [message_of(m) for m in ours]
+            batch = Batch(ours, messages, self._ahead.submit(self._prepare, messages))
             self._positions.update(batch.offsets)
-            if batch.messages:
-                self._queue.append(batch)
-                self._changed.notify_all()
+            self._queue.append(batch)
+            batch.prepared.add_done_callback(self._wake)
+
+    def _is_ready(self) -> bool:
+        return bool(self._queue) and self._queue[0].prepared.done()
+
+    def _wake(self, _: Future[Any]) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _seek_back(self) -> None:
         """To what is committed. By assigning anew: seek() does nothing for a partition that is not being fetched."""
@@ -308,6 +327,8 @@ class Source:
         self._give_up({(p.topic, p.partition) for p in partitions}, lost=True)
 
     def _give_up(self, gone: set[SourcePartition], *, lost: bool) -> None:
+        if lost:
+            self.assigned.clear()
         if not gone:
             return
         # Without the guard the batch in hand is doomed, even if its partitions come back before it is done.
@@ -323,8 +344,13 @@ class Source:
                     for offsets in (self._owned, self._unrecorded, self._resumed, self._positions, self.lag):
                         if offsets is not None:
                             offsets.pop(partition, None)
-                kept = [batch.without(gone) for batch in self._queue]
-                self._queue = deque(batch for batch in kept if batch.messages)
+                waiting, self._queue = self._queue, deque()
+                for batch in waiting:
+                    if gone.isdisjoint(batch.offsets):
+                        self._queue.append(batch)
+                    else:
+                        batch.prepared.cancel()
+                        self._enqueue(batch.raw)
         finally:
             if held:
                 self.guard.release()

@@ -239,8 +239,9 @@ class Shadow:
     def _compare(self, messages: Sequence[Message], scored: ScoredBatch, line: NDArray[np.float64]) -> None:
         assert self._preparation is not None
         assert self._preparation.opened is not None
+        detector = self._preparation.opened.detector
         with self._metrics.time("shadow"):
-            other = self._preparation.opened.detector.score(messages)
+            other = detector.judge(detector.prepare(messages))
         ours, theirs = scored.p_value <= line, other.p_value <= line
         for name, rows in (("both", ours & theirs), ("gained", theirs & ~ours), ("lost", ours & ~theirs)):
             self._metrics.shadow_alerts.labels(name).inc(int(rows.sum()))

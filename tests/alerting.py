@@ -12,7 +12,8 @@ from ocsf_json_schema import OcsfJsonSchemaEmbedded, get_ocsf_schema
 
 from encoder.events import Message, decode
 from streamer.alerts import build_alerts
-from streamer.detector import Explanation, FieldFinding, ScoredBatch
+from streamer.detector import ScoredBatch
+from streamer.explaining import Explanation, FieldFinding
 from streamer.finding import OCSF_VERSION, Alert
 
 NOW = 1_790_000_000_000

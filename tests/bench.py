@@ -1,14 +1,17 @@
 """Measure the service end to end beside what any Python program pays: `make bench`; a few minutes on two cores.
 
-For events of 1 KB and of 3 KB: events/s of the real service on a real Kafka and a real Valkey; events/s of the same
-process when it only consumes the same topic and parses it; and where the service's time goes. The topic is full before
+For events of 1 KB and of 3 KB: events/s of the real service on a real Kafka and a real Valkey; the same with each batch
+prepared only when the one before is done; events/s of the same process when it only consumes the same topic and parses
+it; and where the service's time goes. `bench.py far` puts both servers 2 ms away (1 KB alone). The topic is full before
 the clock starts, so that nothing else competes for the machine. Promises ratios that mean something on other machines;
 the rates themselves are this machine's.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import multiprocessing
 import os
 import random
 import statistics
@@ -19,7 +22,8 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +60,9 @@ FIT_DAYS, EVENTS = 1, 30_000
 STEPS = 100
 """Of training, in place of 1,500 and 800: a network runs as fast whatever it learned."""
 RUNS = 2
-"""Of the service; the floor is taken before and after each."""
+"""Of the service, each way; the floor is taken before and after each."""
+AWAY_S = 0.001
+"""How long a byte takes to a server that is far, and as long back: 2 ms to and fro, as between sites of a region."""
 
 STAGES: Sequence[tuple[str, Any, tuple[str, ...]]] = (
     ("decode", streamer.detector, ("decode",)),
@@ -71,7 +77,7 @@ STAGES: Sequence[tuple[str, Any, tuple[str, ...]]] = (
     ("windows (Redis)", state.redis_windows.RedisWindows, ("append", "prepare", "committed", "check_epoch")),
     ("encode and score sequences", streamer.scoring.SequenceScorer, ("raw", "evidence")),
     ("score rates", streamer.scoring.RateScorer, ("evidence",)),
-    ("rest of the detector", streamer.detector.Detector, ("score",)),
+    ("rest of the detector", streamer.detector.Detector, ("prepare", "judge")),
     ("explain, build alerts", streamer.service.Service, ("_alerts",)),
     ("produce and commit", streamer.publishing.TransactionalPublisher, ("publish",)),
     ("wait for messages", streamer.source.Source, ("wait",)),
@@ -124,13 +130,39 @@ class Clock:
 @dataclass(frozen=True)
 class Run:
     """One pass of the service over the topic: seconds from its first batch to its last commit, in all, by stage (the
-    loop's thread; what is in no stage is `rest`) and of CPU (all its threads); batch: mean of messages in a batch."""
+    loop's thread; what is in no stage is `rest`) and of CPU (all its threads); batch: mean of messages in a batch;
+    ahead: whether the next was prepared meanwhile, as it is outside of benchmarks."""
 
     seconds: float
     cpu: float
     stages: dict[str, float]
     batch: float
     alerts: int
+    ahead: bool
+
+
+class Later(Future[Any]):
+    """What is worked out when it is asked for, by whoever asks."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        super().__init__()
+        self._call = call
+
+    def done(self) -> bool:
+        return True
+
+    def result(self, timeout: float | None = None) -> Any:
+        return self._call()
+
+
+class OneAfterTheOther:
+    """In the place of the thread that prepares."""
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Later:
+        return Later(lambda: function(*arguments))
+
+    def shutdown(self, **_: Any) -> None:
+        """There is nothing to end."""
 
 
 def padded(event: bytes, size: int, rng: random.Random) -> bytes:
@@ -167,7 +199,7 @@ def only_consume_and_parse(settings: Settings, events: int) -> tuple[float, floa
     return taken
 
 
-def serve(settings: Settings, events: int) -> Run:
+def serve(settings: Settings, events: int, *, ahead: bool) -> Run:
     """Run the service over the whole topic."""
     configure_logging(settings)
     detector, windows = streamer.detector.open_detector(settings, settings.bundle)
@@ -176,19 +208,19 @@ def serve(settings: Settings, events: int) -> Run:
     clock = Clock()
     with clock.watching():
         service = streamer.service.Service(settings, detector, findings, line=line, windows=windows)
-        taken = threading.Event()
-        began = [0.0, 0.0]
-        take = service._source.take
+        source: Any = service._source
+        if not ahead:
+            source._ahead = OneAfterTheOther()
+        began: list[float] = []
+        enqueue = source._enqueue
 
-        def first() -> Any:
-            batch = take()
-            if batch is not None and not taken.is_set():
+        def first(raw: Any) -> None:
+            if not began:
                 clock.seconds.clear()
                 began[:] = [time.perf_counter(), time.process_time()]
-                taken.set()
-            return batch
+            enqueue(raw)
 
-        service._source.take = first  # type: ignore[method-assign]
+        source._enqueue = first
         count = service._count
         ended = [0.0, 0.0]
         stages: dict[str, float] = {}
@@ -206,7 +238,7 @@ def serve(settings: Settings, events: int) -> Run:
     stages["rest"] = seconds - sum(stages.values())
     alerts = service.metrics.registry.get_sample_value("ripcurrent_alerts_total") or 0
     batches = service.metrics.registry.get_sample_value("ripcurrent_batches_total") or 1
-    return Run(seconds, ended[1] - began[1], stages, events / batches, int(alerts))
+    return Run(seconds, ended[1] - began[1], stages, events / batches, int(alerts), ahead)
 
 
 def fill(bootstrap: str, topic: str, events: Sequence[bytes]) -> None:
@@ -258,9 +290,9 @@ def measure(size: int, folder: Path, bootstrap: str, redis_url: str) -> None:
         )
 
     floors, runs = [only_consume_and_parse(settings(0), len(events))], []
-    for run in range(RUNS):
+    for run in range(2 * RUNS):
         print(f"{size} bytes: run {run + 1}", file=sys.stderr)
-        runs.append(serve(settings(run), len(events)))
+        runs.append(serve(settings(run), len(events), ahead=run % 2 == 0))
         floors.append(only_consume_and_parse(settings(0), len(events)))
     report(size, len(events), fields, floors, runs)
 
@@ -272,10 +304,12 @@ def report(size: int, events: int, fields: int, floors: Sequence[tuple[float, fl
     print(f"batches of {statistics.fmean(run.batch for run in runs):,.0f} messages on average\n")
     print("| | events/s | events a second of CPU | CPU, floor = 1 |\n|---|---|---|---|")
     rows = [("only consume and `orjson.loads`", floor, floor_cpu)]
-    rows += [(f"the service, run {n}", run.seconds, run.cpu) for n, run in enumerate(runs, 1)]
+    how = {True: "the service", False: "the same, one batch after the other"}
+    rows += [(f"{how[run.ahead]}, run {n // 2 + 1}", run.seconds, run.cpu) for n, run in enumerate(runs)]
     for name, seconds, cpu in rows:
         print(f"| {name} | {events / seconds:,.0f} | {events / cpu:,.0f} | {cpu / floor_cpu:.0f} |")
-    print("\n| stage | share of time | us an event |\n|---|---|---|")
+    print("\nOne batch after the other:\n\n| stage | share of time | us an event |\n|---|---|---|")
+    runs = [run for run in runs if not run.ahead]
     whole = statistics.fmean(run.seconds for run in runs)
     for stage in dict.fromkeys([stage for stage, _, _ in STAGES] + ["rest"]):
         seconds = statistics.fmean(run.stages.get(stage, 0.0) for run in runs)
@@ -283,14 +317,63 @@ def report(size: int, events: int, fields: int, floors: Sequence[tuple[float, fl
     sys.stdout.flush()
 
 
+def away(port: int, target: int) -> None:
+    """Pass on what comes to a port to another, each byte AWAY_S later, and what comes back the same way."""
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        loop = asyncio.get_running_loop()
+        due = 0.0
+        while data := await reader.read(1 << 16):
+            due = max(due, loop.time() + AWAY_S)
+            loop.call_at(due, writer.write, data)
+        loop.call_later(AWAY_S, writer.close)
+
+    async def joined(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            there = await asyncio.open_connection("127.0.0.1", target)
+        except OSError:
+            writer.close()
+            return
+        await asyncio.gather(pass_on(reader, there[1]), pass_on(there[0], writer), return_exceptions=True)
+
+    async def serve_forever() -> None:
+        server = await asyncio.start_server(joined, "127.0.0.1", port)
+        await server.serve_forever()
+
+    asyncio.run(serve_forever())
+
+
+@contextmanager
+def far_servers() -> Iterator[tuple[str, str]]:
+    """Bootstrap servers and URL of a Kafka and a Valkey of our own that are AWAY_S away."""
+    with ExitStack() as stack:
+        at = [servers._free_port() for _ in range(2)]
+        kafka = servers.KafkaServer({"advertised.listeners": f"PLAINTEXT://127.0.0.1:{at[0]}"})
+        valkey = stack.enter_context(servers.ValkeyServer())
+        for port, server in zip(at, (kafka, valkey), strict=True):
+            proxy = multiprocessing.get_context("spawn").Process(target=away, args=(port, server.port), daemon=True)
+            proxy.start()
+            stack.callback(proxy.terminate)
+        stack.enter_context(kafka)
+        yield f"127.0.0.1:{at[0]}", f"redis://127.0.0.1:{at[1]}/0"
+
+
+@contextmanager
+def near_servers() -> Iterator[tuple[str, str]]:
+    """The same, beside this process, or those that the environment names."""
+    with servers.kafka() as bootstrap, servers.valkey() as redis_url:
+        yield bootstrap, redis_url
+
+
 def main() -> None:
     for variable in [name for name in os.environ if name.startswith("RIPCURRENT_") and "_TEST_" not in name]:
         del os.environ[variable]
-    with tempfile.TemporaryDirectory() as folder, servers.kafka() as bootstrap, servers.valkey() as redis_url:
+    far = sys.argv[1:] == ["far"]
+    with tempfile.TemporaryDirectory() as folder, far_servers() if far else near_servers() as (bootstrap, redis_url):
         os.chdir(folder)
         torch.set_num_threads(1)  # as the command does
         encoder.training.STEPS = encoder.sequence_training.STEPS = STEPS
-        for size in SIZES:
+        for size in SIZES[:1] if far else SIZES:
             measure(size, Path(folder), bootstrap, redis_url)
 
 

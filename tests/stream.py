@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from encoder.events import Coordinates, Message, decode
 from state.redis_episodes import RedisEpisodes
 from state.windows import WindowEntries, Windows, WindowStore
-from streamer.detector import Explanation, ScoredBatch
+from streamer.detector import ScoredBatch
+from streamer.explaining import Explanation
 from streamer.finding import Alert
 from streamer.findings import Findings
 from streamer.service import Service
@@ -56,6 +57,15 @@ class HashDetector:
         self.remembered: list[Message] = []
 
     def score(self, messages: Sequence[Message]) -> ScoredBatch:
+        return self.judge(self.prepare(messages))
+
+    def prepare(self, messages: Sequence[Message]) -> tuple[HashDetector, Sequence[Message]]:
+        return self, messages
+
+    def judge(self, prepared: tuple[HashDetector, Sequence[Message]]) -> ScoredBatch:
+        by, messages = prepared
+        assert by is self, "what another detector prepared"
+        began = time.perf_counter()
         self.before(messages)
         self.batches.append(list(messages))
         batch, rejects = decode(messages)
@@ -64,9 +74,8 @@ class HashDetector:
         severity = np.full(n, 50, np.float32)
         entity = np.array([f"user:{offset % 5}" for offset in batch.coordinates.offset.tolist()], object)
         cause = np.array([f"record:cause.{offset % 5}" for offset in batch.coordinates.offset.tolist()], object)
-        return ScoredBatch(
-            batch.coordinates, batch.time, p_values, severity, entity, cause, batch.records, rejects, batch.repairs
-        )
+        scored = (batch.coordinates, batch.time, p_values, severity, entity, cause, batch.records, rejects)
+        return ScoredBatch(*scored, batch.repairs, seconds={"judge": time.perf_counter() - began})
 
     def remember(self, messages: Sequence[Message]) -> None:
         self.remembered.extend(messages)
@@ -82,8 +91,8 @@ class WindowDetector(HashDetector):
         super().__init__(before)
         self.windows = windows
 
-    def score(self, messages: Sequence[Message]) -> ScoredBatch:
-        scored = super().score(messages)
+    def judge(self, prepared: tuple[HashDetector, Sequence[Message]]) -> ScoredBatch:
+        scored = super().judge(prepared)
         windows = self._append(scored.coordinates, scored.time)
         members = [str(windows.offset[row, -windows.length[row] :].tolist()) for row in range(len(scored))]
         labels = [scored.coordinates.label(row) + "|" + members[row] for row in range(len(scored))]

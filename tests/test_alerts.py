@@ -36,12 +36,14 @@ from state.episodes import CREATE, UPDATE, Decision, Episode
 from state.windows import MemoryWindows
 from streamer.bundle import Bundle
 from streamer.closing import close_alert
-from streamer.detector import Detector, Explanation, FieldFinding
+from streamer.detector import Detector
+from streamer.explaining import Explanation, FieldFinding
 from streamer.fitting import fit
 from streamer.observables import EVIDENCE, Leaf, Shape
 from streamer.peers import flatten
 from streamer.redaction import Redactor
 from streamer.simulate import schedule, simulate, write
+from streamer.wording import TELLING
 
 DATA = os.environ.get("RIPCURRENT_EVAL_DATA")
 STREAMS = ("flows-nsl", "windows-a", "sequences-hdfs", "cloud")
@@ -279,7 +281,7 @@ def test_no_secret_leaves_in_an_alert() -> None:
         FieldFinding("actor.process.cmd_line", "winword.exe --password hunter2", (("a --password hunter2", 0.9),), 5),
         FieldFinding("unmapped.password", "hunter2", (("hunter2", 0.5),), 5),
         neighbours=({"actor.process.cmd_line": "x --password hunter2", "unmapped.password": "hunter2"},),
-        window=((WORD["time"], "events:3:1:0", "run --password hunter2", 0.5),),
+        window=((WORD["time"], "events:3:1:0", {"process.cmd_line": "run --password hunter2"}, 0.5),),
     )
     for cause in ("record:actor.process.cmd_line", "sequence:order"):
         (alert,) = alerts(scored([record], cause), [told])
@@ -295,6 +297,19 @@ def test_listed_attributes_are_nowhere_in_the_alert_nor_its_key() -> None:
     assert alert.key == b"user:[masked]"
     assert b"bob" not in alert.value
     assert b"alice" not in alert.value
+
+
+def test_listed_attributes_are_masked_in_a_timeline_too() -> None:
+    before = {"type_uid": 100701, "process.cmd_line": "transform --model v3", "process.file.name": "transform"}
+    told = explanation(
+        window=((WORD["time"] - 1, "events:3:1:0", before, 0.5), (WORD["time"], "events:3:100:0", {}, 0))
+    )
+    batch = scored([WORD], cause="sequence:order", entity="user:bob")
+    shown, hidden = (alerts(batch, [told], redactor=Redactor(listed))[0] for listed in ([], ["process.cmd_line"]))
+    assert b"process activity: launch, transform --model v3, transform" in shown.value
+    check(hidden)
+    assert b"--model" not in hidden.value
+    assert b"process activity: launch, [masked], transform" in hidden.value
 
 
 def test_a_huge_event_makes_a_small_alert_that_says_so() -> None:
@@ -361,9 +376,15 @@ EXPLANATIONS = st.builds(
     st.lists(st.dictionaries(st.text(max_size=8), SCALARS, max_size=3), max_size=2).map(tuple),
     st.floats(),
     st.floats(),
-    st.lists(st.tuples(st.integers(-(2**63), 2**63 - 1), st.text(max_size=8), st.text(), st.floats()), max_size=3).map(
-        tuple
-    ),
+    st.lists(
+        st.tuples(
+            st.integers(-(2**63), 2**63 - 1),
+            st.text(max_size=8),
+            st.dictionaries(st.sampled_from(TELLING) | st.text(max_size=4), SCALARS, max_size=3),
+            st.floats(),
+        ),
+        max_size=3,
+    ).map(tuple),
 )
 
 

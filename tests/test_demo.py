@@ -24,8 +24,9 @@ from rich.console import Console
 from encoder.events import Message, decode
 from streamer.alerts import build_alerts
 from streamer.demo import Scorecard, Seen, demo
-from streamer.detector import Explanation, ScoredBatch
+from streamer.detector import ScoredBatch
 from streamer.errors import ConfigurationError, StreamError
+from streamer.explaining import Explanation
 from streamer.finding import Alert
 from streamer.service import Service
 from streamer.settings import load
@@ -37,8 +38,11 @@ STAND_IN = (sys.executable, str(Path(__file__)))
 class ByName:
     """Alerts on what is not signed as it should be: one binary by its name, and a little of what is normal."""
 
-    def score(self, messages: Sequence[Message]) -> ScoredBatch:
-        batch, rejects = decode(messages)
+    def prepare(self, messages: Sequence[Message]) -> Sequence[Message]:
+        return messages
+
+    def judge(self, prepared: Sequence[Message]) -> ScoredBatch:
+        batch, rejects = decode(prepared)
         odd = [record.get("process", {}).get("name") == "svch0st.exe" for record in batch.records]
         chance = [offset % 3001 == 7 for offset in batch.coordinates.offset]
         p_value = np.where(np.array(odd) | np.array(chance), 1e-6, 0.5)

@@ -11,7 +11,8 @@ import pytest
 
 from encoder.events import Message
 from state.windows import MemoryWindows
-from streamer.detector import Detector, Explanation
+from streamer.detector import Detector
+from streamer.explaining import Explanation
 from streamer.fitting import fit
 from streamer.offline import line_of_a_day
 from streamer.simulate import Day, Label, schedule, simulate, write

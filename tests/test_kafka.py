@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+from confluent_kafka import KafkaError, KafkaException
 from stream import LINE, EachRow, HashDetector, Topics, create, running, until
 
-from streamer.errors import ConfigurationError
-from streamer.kafka import check_topics, claim_instance
+from streamer import publishing
+from streamer.errors import ConfigurationError, StreamError
+from streamer.kafka import TransactionAbortedError, check_topics, claim_instance
+from streamer.publishing import TransactionalPublisher
 from streamer.servers import KafkaServer
 from streamer.service import Service
 from streamer.source import Source
@@ -24,7 +29,7 @@ def topics(kafka: str, unique: Callable[[str], str]) -> Topics:
 
 def test_polling_goes_on_while_nobody_takes_batches_and_nothing_is_lost_by_the_pause(topics: Topics) -> None:
     topics.produce_events(1000)
-    source = Source(topics.settings(), lambda gone, lost: None)
+    source = Source(topics.settings(), lambda gone, lost: None, len)
     source.open()
     try:
         until(lambda: len(source._queue) == 2)
@@ -39,7 +44,9 @@ def test_polling_goes_on_while_nobody_takes_batches_and_nothing_is_lost_by_the_p
             source.wait(0.1)
             with source.guard:
                 batch = source.take()
-            seen.extend((m.partition, m.offset) for m in batch.messages) if batch else None
+            if batch:
+                assert batch.prepared.result(0) == len(batch.messages)
+                seen.extend((m.partition, m.offset) for m in batch.messages)
             return len(seen) >= 1000
 
         until(take)
@@ -51,7 +58,7 @@ def test_polling_goes_on_while_nobody_takes_batches_and_nothing_is_lost_by_the_p
 
 def test_a_rewind_gives_again_what_is_not_committed(topics: Topics) -> None:
     topics.produce_events(400)
-    source = Source(topics.settings(), lambda gone, lost: None)
+    source = Source(topics.settings(), lambda gone, lost: None, len)
     source.open()
     try:
         wanted = {(0, offset) for offset in range(50, 200)} | {(1, offset) for offset in range(200)}
@@ -87,6 +94,94 @@ def test_a_broker_that_restarts_costs_nothing_but_time(unique: Callable[[str], s
         assert raised == []
         assert topics.alerts() == topics.expected_alerts(800)
         assert len({message.key() for message in topics.read("scores")}) == len(topics.read("scores")) == 800
+
+
+def test_a_broker_that_is_away_is_named_by_readyz_until_it_is_back(unique: Callable[[str], str]) -> None:
+    with KafkaServer() as server:
+        topics = create(server.bootstrap, unique("away"))
+        topics.produce_events(20)
+        service = Service(topics.settings(), HashDetector(), EachRow(), line=LINE)
+        with running(service) as raised:
+            topics.wait_until_read(20)
+            assert service.not_ready() == ""
+            server.kill()
+            until(lambda: service.not_ready() != "", 20)
+            assert service.not_ready() in ("no broker is connected", "no partitions are assigned")
+            assert service.not_alive() == ""
+            server.start()
+            until(lambda: service.not_ready() == "", 40)
+            topics.produce_events(20)
+            topics.wait_until_read(40)
+        assert raised == []
+
+
+def test_a_producer_whose_transaction_cannot_be_aborted_is_made_anew(
+    unique: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "SEND_OFFSETS_S", 1.0)
+    with KafkaServer() as server:
+        topics = create(server.bootstrap, unique("anew"))
+        topics.produce_events(600)
+        service = Service(topics.settings(), HashDetector(lambda _: time.sleep(0.02)), EachRow(), line=LINE)
+        publisher: Any = service._publisher
+        first, write, frozen = publisher._producer, publisher._write, []
+
+        def freeze(outputs: Any) -> None:
+            write(outputs)
+            if len(frozen) == 2:  # The outputs of the third transaction are written, its offsets are not.
+                server.suspend()
+                threading.Timer(4, server.resume).start()
+            frozen.append(True)
+
+        publisher._write = freeze
+        with running(service) as raised:
+            topics.wait_until_read(600)
+        assert raised == []
+        assert publisher._producer is not first
+        assert topics.alerts() == topics.expected_alerts(600)
+        keys = [message.key() for message in topics.read("scores")]
+        assert len(keys) == len(set(keys)) == 600
+        assert len(topics.read("scores", "read_uncommitted")) > 600  # There was something to abort.
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (KafkaError(KafkaError._TIMED_OUT), "again"),
+        (KafkaError(KafkaError._TRANSPORT), "again"),
+        (KafkaError(KafkaError.COORDINATOR_NOT_AVAILABLE, retriable=True), "again"),
+        (KafkaError(KafkaError.COORDINATOR_LOAD_IN_PROGRESS, retriable=True), "again"),
+        (KafkaError(KafkaError.NOT_COORDINATOR, retriable=True), "again"),
+        (KafkaError(KafkaError.CONCURRENT_TRANSACTIONS, retriable=True), "again"),
+        (KafkaError(KafkaError.ILLEGAL_GENERATION, txn_requires_abort=True), TransactionAbortedError),
+        (KafkaError(KafkaError.UNKNOWN_MEMBER_ID, txn_requires_abort=True), TransactionAbortedError),
+        (KafkaError(KafkaError._PURGE_QUEUE, txn_requires_abort=True), TransactionAbortedError),
+        (KafkaError(KafkaError._STATE), KafkaException),
+        (KafkaError(KafkaError.INVALID_TXN_STATE, fatal=True), StreamError),
+        (KafkaError(KafkaError._FENCED, fatal=True), StreamError),
+        (KafkaError(KafkaError.INVALID_PRODUCER_EPOCH, txn_requires_abort=True), StreamError),
+        (KafkaError(KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED), StreamError),
+        (KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED, txn_requires_abort=True), StreamError),
+    ],
+    ids=lambda value: value.name() if isinstance(value, KafkaError) else None,
+)
+def test_errors_are_told_apart(topics: Topics, error: KafkaError, outcome: Any) -> None:
+    """Again: what waiting mends. Aborted: what reading again mends. StreamError: what needs a person."""
+    publisher = TransactionalPublisher(topics.settings(), Source(topics.settings(), lambda *_: None, len), "one")
+    calls = []
+
+    def call() -> None:
+        calls.append(True)
+        if len(calls) == 1:
+            raise KafkaException(error)
+
+    if outcome == "again":
+        publisher._call("commit_transaction", call)
+        assert len(calls) == 2
+    else:
+        with pytest.raises(outcome):
+            publisher._call("commit_transaction", call)
+        assert len(calls) == 1
 
 
 def test_processes_on_one_host_have_different_names_that_a_restart_keeps(topics: Topics) -> None:

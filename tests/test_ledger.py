@@ -38,8 +38,8 @@ def produce_hours(topics: Topics, first: int, n: int) -> None:
 class Alone(HashDetector):
     """One whose alerts are about nothing that goes on."""
 
-    def score(self, messages: Sequence[Message]) -> ScoredBatch:
-        scored = super().score(messages)
+    def judge(self, prepared: tuple[HashDetector, Sequence[Message]]) -> ScoredBatch:
+        scored = super().judge(prepared)
         return replace(scored, entity=np.full(len(scored), "", object))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.windows import MemoryWindows, WindowEntries, Windows
-from streamer.left_out import cut, weights
+from streamer.left_out import LATEST, cut, weights
 
 W = 32
 
@@ -30,8 +30,8 @@ class Adding:
 
     asked: list[int] = field(default_factory=list)
 
-    def raw(self, of: Windows, kinds: NDArray[np.int8]) -> dict[str, NDArray[np.float64]]:
-        assert len(kinds) == len(of.length)
+    def raw(self, of: Windows, kinds: NDArray[np.int8], *, few: bool) -> dict[str, NDArray[np.float64]]:
+        assert few and len(kinds) == len(of.length)
         self.asked.append(len(of.length))
         numbers = of.vectors[:, :, 0].astype(np.float64)
         assert not numbers[~of.mask].any()
@@ -50,7 +50,9 @@ def test_a_record_weighs_what_the_statistic_that_fired_loses_without_it() -> Non
 def test_full_windows_lose_their_records_too() -> None:
     full = windows(list(range(1, W + 1)))
     found = weights(Adding(), full, np.zeros(1, np.int8), np.array([True]))  # type: ignore[arg-type]
-    np.testing.assert_allclose(found[0], np.arange(1, W + 1) / (W * (W + 1) / 2))
+    share = np.arange(1, W + 1) / (W * (W + 1) / 2)
+    np.testing.assert_allclose(found[0, -LATEST:], share[-LATEST:])
+    assert not found[0, :-LATEST].any(), "what is not told is not weighed"
 
 
 def test_a_window_is_cut_where_the_event_was() -> None:

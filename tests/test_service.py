@@ -24,9 +24,12 @@ from stream import EVENT, LINE, EachRow, HashDetector, Topics, create, p_value, 
 
 from encoder.events import Message
 from state.errors import StateLostError, StoreUnavailableError
+from streamer import service as service_module
+from streamer.detector import ScoredBatch
 from streamer.errors import ConfigurationError, StreamError
 from streamer.servers import _free_port
 from streamer.service import Service
+from streamer.source import QUEUED_BATCHES
 
 
 @pytest.fixture
@@ -57,6 +60,67 @@ def test_alerts_scores_and_offsets_of_a_stream(topics: Topics, delivery: str, pr
     alert = topics.read("alerts")[0]
     assert alert.headers() == [("schema", b"1.8.0")]
     assert alert.key() == orjson.loads(alert.value())["uid"].encode()
+
+
+class Overlapping(HashDetector):
+    """Judges a batch only once the next is prepared, and writes down how many are prepared and not judged."""
+
+    def __init__(self, batches: int) -> None:
+        super().__init__()
+        self.left, self.ahead, self.most = batches, 0, 0
+        self.changed = threading.Condition()
+
+    def prepare(self, messages: Sequence[Message]) -> tuple[HashDetector, Sequence[Message]]:
+        with self.changed:
+            self.ahead += 1
+            self.most = max(self.most, self.ahead)
+            self.changed.notify_all()
+        return super().prepare(messages)
+
+    def judge(self, prepared: tuple[HashDetector, Sequence[Message]]) -> ScoredBatch:
+        with self.changed:
+            self.left -= 1
+            assert self.changed.wait_for(lambda: self.ahead > 1 or not self.left, 20), "nothing was prepared meanwhile"
+            self.ahead -= 1
+        time.sleep(0.02)
+        return super().judge(prepared)
+
+
+def test_the_next_batch_is_prepared_while_the_one_before_is_judged_and_no_more_than_wait(topics: Topics) -> None:
+    topics.produce_events(1000)
+    detector = Overlapping(20)
+    with running(service_for(topics, detector, linger_ms=5000)) as raised:
+        topics.wait_until_read(1000)
+    assert raised == []
+    assert detector.left == 0
+    assert 2 <= detector.most <= QUEUED_BATCHES + 1
+    assert topics.alerts() == topics.expected_alerts(1000)
+
+
+def test_what_cannot_be_prepared_ends_the_service_and_commits_nothing_of_it(topics: Topics) -> None:
+    class Failing(HashDetector):
+        def prepare(self, messages: Sequence[Message]) -> tuple[HashDetector, Sequence[Message]]:
+            raise MemoryError("no memory left on the device")
+
+    topics.produce_events(10)
+    with running(service_for(topics, Failing())) as raised:
+        until(lambda: bool(raised))
+    assert isinstance(raised[0], MemoryError)
+    assert sum(max(offset, 0) for offset in topics.committed().values()) == 0
+
+
+def test_a_group_is_committed_within_its_latency_however_little_comes(topics: Topics) -> None:
+    service = service_for(topics, transaction_latency_ms=200, batches_per_transaction=1000)
+    with running(service) as raised:
+        until(lambda: len(service._source.lag) == 2)
+        topics.produce_events_slowly(80, 8.0)
+        topics.wait_until_read(80)
+    assert raised == []
+    taken = service.metrics.registry.get_sample_value
+    batches = taken("ripcurrent_batch_latency_seconds_count") or 0
+    commits = taken("ripcurrent_transactions_total", {"outcome": "committed"}) or 0
+    assert taken("ripcurrent_batch_latency_seconds_bucket", {"le": "2.5"}) == batches >= 20
+    assert 8 <= commits <= 8 / 0.2 + 2  # Many batches share one, and none waits for the last.
 
 
 def test_sigkill_in_the_middle_leaves_the_output_of_an_undisturbed_run(topics: Topics) -> None:
@@ -330,6 +394,27 @@ def test_a_twin_with_the_same_transactional_id_fences_the_older_with_a_clear_err
     assert len(topics.read("scores")) == 20
 
 
+def test_a_loop_that_stands_still_is_not_alive(topics: Topics, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "STUCK_S", 1.0)
+    going_on, stuck = threading.Event(), threading.Event()
+
+    def stand_still(_: Sequence[Message]) -> None:
+        stuck.set()
+        going_on.wait(30)
+
+    topics.produce_events(10)
+    service = service_for(topics, HashDetector(stand_still))
+    with running(service) as raised:
+        until(stuck.is_set)
+        assert service.not_alive() == ""
+        until(lambda: "the loop is at the same thing for" in service.not_alive(), 5)
+        assert time.monotonic() - service._source.polled_at < 1
+        going_on.set()
+        topics.wait_until_read(10)
+        assert service.not_alive() == ""
+    assert raised == []
+
+
 def test_metrics_and_health_are_served(topics: Topics) -> None:
     port = _free_port()
     topics.produce([*[orjson.dumps(EVENT)] * 999, b"garbage"])
@@ -347,6 +432,7 @@ def test_metrics_and_health_are_served(topics: Topics) -> None:
         assert get("/healthz") == (200, "ok\n")
         assert get("/nothing")[0] == 404
         until(lambda: "ripcurrent_lag_messages{" in get("/metrics")[1])
+        until(lambda: "ripcurrent_kafka_round_trip_seconds{" in get("/metrics")[1])
         text = get("/metrics")[1]
         with pytest.raises(ConfigurationError, match=f"metrics_port {port}"):
             service_for(topics, metrics_port=port, **{"kafka.instance_id": "two"}).run()
@@ -359,4 +445,6 @@ def test_metrics_and_health_are_served(topics: Topics) -> None:
     assert figures["ripcurrent_budget_spent_today"] == figures["ripcurrent_alerts_total"]
     assert figures["ripcurrent_line_p_value"] == LINE
     assert figures[f'ripcurrent_lag_messages{{partition="0",topic="{topics.events}"}}'] == 0
-    assert figures['ripcurrent_stage_seconds_count{stage="score"}'] == figures["ripcurrent_batches_total"]
+    assert 0 < figures[f'ripcurrent_kafka_round_trip_seconds{{broker="{topics.bootstrap}"}}'] < 10
+    for count in ('ripcurrent_stage_seconds_count{stage="judge"}', "ripcurrent_batch_latency_seconds_count"):
+        assert figures[count] == figures["ripcurrent_batches_total"]

@@ -14,7 +14,7 @@ from pathlib import Path
 import orjson
 import pytest
 import redis
-from stream import EVENT, LINE, EachRow, Topics, WindowDetector, create, p_value, running, until
+from stream import EVENT, LINE, EachRow, HashDetector, Topics, WindowDetector, create, p_value, running, until
 
 from encoder.events import Message
 from state.redis_windows import RedisWindows
@@ -31,8 +31,8 @@ class Judge(WindowDetector):
 
     name = "one"
 
-    def score(self, messages: Sequence[Message]) -> ScoredBatch:
-        scored = super().score(messages)
+    def judge(self, prepared: tuple[HashDetector, Sequence[Message]]) -> ScoredBatch:
+        scored = super().judge(prepared)
         p = scored.p_value.copy()
         for row in range(len(scored)):
             p[row] = p_value(f"{p[row]!r}{self.name}") if self.name != "one" else p[row]

@@ -6,16 +6,22 @@ import pytest
 from alerting import PORT, WORD, Json, alerts, check, explanation, one, scored
 
 from streamer import wording
-from streamer.detector import FieldFinding
+from streamer.explaining import FieldFinding
 from streamer.finding import confidence
 from streamer.much import RateFinding
 
 
 def test_a_sequence_tells_its_time_and_its_worst_event() -> None:
     start = WORD["time"]
-    window = tuple((start - 60_000 * (8 - i), f"events:3:{i}:0", f"logon to HOST-{i}", 0.1 * i) for i in range(5))
+    logon = {"type_uid": 300201}
+    window = tuple(
+        (start - 60_000 * (8 - i), f"events:3:{i}:0", {**logon, "device.hostname": f"PC-{i}"}, 0.1 * i)
+        for i in range(5)
+    )
     finding = one(told=explanation(window=window), cause="sequence:rate", entity="user:bob")
-    assert finding["finding_info"]["title"].endswith("on host PC-7: 5 events in 4 min, above all logon to HOST-4")
+    assert finding["finding_info"]["title"].endswith(
+        "on host PC-7: 5 events in 4 min, above all authentication: logon, PC-4"
+    )
     assert finding["finding_info"]["title"].startswith("Unusual rate of events of process winword.exe of user bob")
     assert finding["start_time"] == start - 8 * 60_000
     assert len(finding["finding_info"]["related_events"]) == 6

@@ -1,0 +1,255 @@
+"""Why events scored as they did, as data: the attributes that mattered, the counts, the course of events, and the
+normal events nearest to them.
+
+Asked of what is told alone, a handful of events at a time. Promises to look at nothing but the bundle, the event and
+its entity's window. Knows no words (`streamer.wording`) and no secrets (`streamer.redaction`).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from encoder.entities import KINDS
+from encoder.events import EventBatch, Message, decode
+from encoder.rarity import Surprise
+from encoder.schema import UNKNOWN, Field
+from encoder.values import FOLDER, WORD, derived, normalise
+from encoder.vectorize import FeatureBatch
+from state.tally import LEVELS
+from state.windows import Windows, WindowStore
+from streamer import much
+from streamer.left_out import LATEST, cut, weights
+from streamer.much import RateFinding
+from streamer.scoring import NEIGHBOURS
+from streamer.silences import CAUSE as SILENCE
+
+if TYPE_CHECKING:
+    from streamer.bundle import Bundle
+    from streamer.detector import ScoredBatch
+
+
+Timeline = tuple[tuple[int, str, dict[str, Any], float], ...]
+
+
+@dataclass(frozen=True)
+class FieldFinding:
+    """One attribute that mattered: what was observed, what else was expected with its probability, and -log p in nats.
+
+    given: who acts, where the value is odd for that actor more than for events of this type; new: training had no such
+    value at all.
+    """
+
+    path: str
+    observed: str
+    expected: tuple[tuple[str, float], ...]
+    surprise: float
+    given: str = ""
+    new: bool = False
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why one event was alerted on, in the order of what mattered most.
+
+    fields: at most five; neighbours: the nearest normal events, each a compact redacted copy (path -> value), nearest
+    first; distance and usual_distance: to the nearest normal and that of a normal event; window: for a sequence, (event
+    time ms, coordinates, a normal event like it (path -> value; empty: there is none), share of its surprise that it
+    would lose without this one) of each of its events, oldest first; rates: of a rate, how much it was, and what else
+    was much; else none.
+    """
+
+    fields: tuple[FieldFinding, ...]
+    neighbours: tuple[dict[str, Any], ...]
+    distance: float
+    usual_distance: float
+    window: Timeline = ()
+    rates: tuple[RateFinding, ...] = ()
+
+
+EXPLAINED_FIELDS = 5
+EXPLAINED_NEIGHBOURS = 3
+EXAMPLES = 32
+"""Near normal events in which real examples of an expected value are looked for: the schema has it normalised."""
+WORTH_TELLING = 1.5
+"""Nats: what is expected more often than one time in four or five explains nothing."""
+_TEMPLATED = re.compile(r"\{\}|#|\*")
+"""What `normalise` puts where ids, hexadecimal numbers and owners of home folders stood."""
+
+
+@dataclass(frozen=True)
+class _Event:
+    """One of the events that are explained together, and its row among them."""
+
+    events: EventBatch
+    features: FeatureBatch
+    surprise: Surprise
+    row: int
+
+    def value(self, path: str) -> str:
+        """What stands at an attribute path, as text; "" where nothing does."""
+        column = self.events.columns.get(path)
+        at = int(np.searchsorted(column.rows, self.row)) if column is not None else 0
+        there = column is not None and at < len(column.rows) and column.rows[at] == self.row
+        return _shown(column.values[at]) if column is not None and there else ""
+
+
+class Explaining:
+    """Says why, with the bundle that scored and the windows that it scored on."""
+
+    def __init__(self, bundle: Bundle, windows: WindowStore) -> None:
+        self.bundle, self.windows = bundle, windows
+
+    def __call__(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Explanation]:
+        """Why these events scored as they did; all of them go through each model together. Costs milliseconds an event:
+        for alerts."""
+        if not len(rows):
+            return []
+        encoder, record = self.bundle.encoder, self.bundle.scorer.record
+        lines = [orjson.dumps(scored.records[row]) for row in rows.tolist()]
+        times = scored.time[rows].tolist()
+        events, _ = decode(
+            [Message("", 0, i, time, line) for i, (time, line) in enumerate(zip(times, lines, strict=True))]
+        )
+        features = encoder.vectorize(events)
+        surprise = encoder.rarity(features)
+        distances, places = record.baseline.search(encoder.vectors(features), EXAMPLES)
+        usual = float(np.median(record.calibrations["novelty"].scores))
+        timelines, rates = self._timelines(scored, rows), self._rates(scored, rows)
+        found = []
+        for i, row in enumerate(rows.tolist()):
+            near = [orjson.loads(self.bundle.exemplars[place]) for place in places[i].tolist()]
+            found.append(
+                Explanation(
+                    self._fields(_Event(events, features, surprise, i), near, str(scored.cause[row])),
+                    tuple(near[:EXPLAINED_NEIGHBOURS]),
+                    float(distances[i, :NEIGHBOURS].mean()),
+                    usual,
+                    timelines.get(row, ()),
+                    rates.get(row, ()),
+                )
+            )
+        return found
+
+    def _rates(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> dict[int, tuple[RateFinding, ...]]:
+        """Of those rows that a rate made alerts, the counts that their entity had raised beyond its habits by then."""
+        told = [row for row in rows.tolist() if str(scored.cause[row]).startswith("rate:")]
+        if self.bundle.scorer.rates is None or not told:
+            return {}
+        entities, causes = ([str(column[row]) for row in told] for column in (scored.entity, scored.cause))
+        level = np.zeros(len(told), np.uint8) if scored.level is None else scored.level[told]
+        causal = [LEVELS.index(cause.partition(":")[2]) for cause in causes]
+        levels = much.levels(self.windows.latest(entities), scored.time[told])
+        levels[np.arange(len(told)), causal] = level
+        return dict(zip(told, much.findings(self.bundle.scorer.rates, entities, levels, causal), strict=True))
+
+    def _timelines(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> dict[int, Timeline]:
+        """Of those rows that a sequence made alerts, the last records of its window up to the event, each told by the
+        normal event that it is most like, with what the window would lose without it. One pass for all."""
+        sequences = self.bundle.scorer.sequences
+        told = [row for row in rows.tolist() if str(scored.cause[row]).startswith("sequence:")]
+        if sequences is None or not told:
+            return {}
+        entities = [str(scored.entity[row]) for row in told]
+        windows = self.windows.latest(entities)
+        upto = windows.mask & (windows.times <= scored.time[told][:, None])
+        ends = np.where(upto.any(1), upto.shape[1] - 1 - upto[:, ::-1].argmax(1), -1)
+        windows = cut(windows, ends)
+        kinds = np.array([KINDS.index(entity.partition(":")[0]) for entity in entities], np.int8)
+        weight = weights(sequences, windows, kinds, scored.cause[told] == SILENCE)
+        return {row: self._timeline(windows, i, weight[i]) for i, row in enumerate(told)}
+
+    def _timeline(self, windows: Windows, i: int, weight: NDArray[np.float64]) -> Timeline:
+        sequences = self.bundle.scorer.sequences
+        slots = np.flatnonzero(windows.mask[i])[-LATEST:]
+        if sequences is None or not len(slots):
+            return ()
+        codes = sequences.model.codebook(windows.vectors[i, slots]).tolist()
+        return tuple(
+            (int(windows.times[i, slot]), self._coordinates(windows, i, slot), self._like(code), float(weight[slot]))
+            for slot, code in zip(slots.tolist(), codes, strict=True)
+        )
+
+    def _like(self, code: int) -> dict[str, Any]:
+        """What records of a window of this outcome have in common, which names nobody."""
+        known = self.bundle.behaviours
+        found: dict[str, Any] = orjson.loads(known[code]) if code < len(known) else {}
+        return found
+
+    @staticmethod
+    def _coordinates(windows: Windows, i: int, slot: int) -> str:
+        topic, partition = windows.sources[windows.source[i, slot]]
+        return f"{topic}:{partition}:{windows.offset[i, slot]}:{windows.index[i, slot]}"
+
+    def _fields(self, event: _Event, near: list[dict[str, Any]], cause: str) -> tuple[FieldFinding, ...]:
+        """The fields that mattered, one of each group: the cause, then by how surprising the counts or the network find
+        them."""
+        encoder = self.bundle.encoder
+        fields = encoder.schema.fields
+        codes = event.features.codes[event.row]
+        by_type, by_actor = (
+            dict(zip(encoder.rarity.columns, nats[event.row].tolist(), strict=True))
+            for nats in (event.surprise.by_type, event.surprise.by_actor)
+        )
+        # Of an actor that hardly ever does this, every value is a little odd: that is told once, of the type of event.
+        hardly_ever = min(by_actor.values())
+        by_actor = {i: nats if i == 0 else nats - hardly_ever for i, nats in by_actor.items()}
+        counted = {i: max(by_type[i], by_actor[i]) for i in by_type}
+        numbers = [i for i, f in enumerate(fields) if f.kind == "number" and codes[i]]
+        likely = sorted(counted, key=lambda i: -counted[i])[: 2 * EXPLAINED_FIELDS]
+        named = [i for i in counted if f"record:{fields[i].path}" == cause and i not in likely]
+        expectations = encoder.expectations(event.features, event.row, np.array(likely + named + numbers, np.int32))
+        told = {e.field: max(e.surprise, counted.get(e.field, 0.0)) for e in expectations}
+        present = {field.path for field, code in zip(fields, codes.tolist(), strict=True) if code}
+        actor = event.value(next((path for path in encoder.schema.actors if path in present), ""))
+        findings: list[FieldFinding] = []
+        columns, twins = encoder.rarity.columns, encoder.rarity.groups[int(codes[0])].tolist()
+        group_of = {i: fields[columns[twin]].group for i, twin in zip(columns, twins, strict=True)}
+        groups: set[str] = set()
+        first = {e for e in told if f"record:{fields[e].path}" == cause and told[e] >= WORTH_TELLING}
+        for e in sorted(expectations, key=lambda e: (e.field not in first, -told[e.field])):
+            field_, code = fields[e.field], int(codes[e.field])
+            group = group_of.get(e.field, field_.group)
+            if group in groups or field_.name.startswith("#") or (findings and told[e.field] < WORTH_TELLING):
+                continue
+            groups.add(group)
+            observed = event.value(field_.path)
+            by_whom = by_actor.get(e.field, 0.0) > max(by_type.get(e.field, 0.0) + 1, e.surprise)
+            given = actor if by_whom and actor != observed else ""
+            new = code == UNKNOWN and not field_.left_out
+            # What the rarest word usually is explains no text.
+            usual = e.expected if field_.derives != WORD else ()
+            expected = tuple((_example(field_, text, near), p) for text, p in usual)
+            findings.append(FieldFinding(field_.path, observed, expected, told[e.field], given, new))
+            if len(findings) == EXPLAINED_FIELDS:
+                break
+        return tuple(findings)
+
+
+def _example(field: Field, normalised: str, near: list[dict[str, Any]]) -> str:
+    """A real value, of a normal event nearby, that looks like this once normalised; else what stands for many values
+    becomes "…". Of a folder it is the folder."""
+    in_folder = field.derives == FOLDER
+    if field.kind in ("number", "presence") or not normalised or (field.derives and not in_folder):
+        return normalised
+    for event in near:
+        value = event.get(field.path)
+        if value is None:
+            continue
+        text = normalise(value, field.path)
+        if not in_folder and text == normalised:
+            return _shown(value)
+        if in_folder and derived(text, FOLDER) == (normalised,):
+            end = max(_shown(value).rfind("/"), _shown(value).rfind("\\"))
+            return f"{_shown(value)[: end + 1]}…"
+    text = _TEMPLATED.sub("…", normalised)
+    return f"{text}/…" if in_folder else text
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else orjson.dumps(value).decode()
