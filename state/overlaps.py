@@ -21,8 +21,6 @@ from state.windows import Windows
 SPAN_MS = HOUR_MS
 LEAST = 5
 """Times that training had a partner, from which on it is well known."""
-CHANCE = 1.0
-"""Nats: what is less odd than that, about a third of what was to be expected, is chance."""
 MAX_COUNTS = 4_000_000
 """12 bytes each; of more, those of the entities that were seen first are kept."""
 _ANY = PLACES
@@ -77,7 +75,7 @@ class Overlaps:
         by_chance = (n_now * share_then + n_then * share_now) / np.maximum(self.events[entity, sort], 1)
         together = self._count(entity, sort, now, then) + self._count(entity, sort, then, now)
         np.maximum.at(found, (rows, sort), np.log((by_chance + 0.5) / (together + 0.5)))
-        return np.where(found < CHANCE, 0.0, found)
+        return found
 
     def _count(
         self, entity: NDArray[np.intp], sort: NDArray[np.intp], now: _Places, then: _Places

@@ -21,6 +21,9 @@ from state.windows import Windows
 JUDGED = KINDS.index("user")
 CAUSES = np.array([f"first:{sort}" for sort in (*COUNTED, "destination")], object)
 """Of each sort of partner, as `encoder.acts` has them: for the first time with another of its sort."""
+CHANCE = 1.0
+"""Nats: what is less odd than that, about a third of what was to be expected, is chance. It calibrates all the same:
+the tail of what is odd begins in what is not."""
 _EVENT = "event"
 
 
@@ -56,7 +59,8 @@ class OverlapScorer:
         found = np.zeros((len(surprise), PARTNERS))
         for sort in range(PARTNERS):
             if (calibration := self.calibrations.get(str(sort))) is not None:
-                found[:, sort] = calibration.evidence(surprise[:, sort])
+                odd = surprise[:, sort] >= CHANCE
+                found[odd, sort] = calibration.evidence(surprise[odd, sort])
         strongest: NDArray[np.float64] = found.max(1)
         if (by_event := self.calibrations.get(_EVENT)) is not None:
             strongest = by_event.evidence(strongest)
