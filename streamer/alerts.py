@@ -37,6 +37,13 @@ WORTH_WEIGHT = 0.01
 """Of a sequence's surprise: a record without which it would lose less is named without a figure."""
 P_FLOOR = 1e-12
 """Below this a p-value is no measurement any more: it is told as this."""
+_PARTNERS = {
+    "address": ("src_endpoint.ip",),
+    "host": ("device.hostname", "device.name", "src_endpoint.hostname"),
+    "service": ("service.name", "actor.app_name", "app_name"),
+    "destination": ("dst_endpoint.ip", "dst_endpoint.hostname"),
+}
+"""Where an event names the partner that a cause `first:WHAT` is about."""
 _IDENTITY = ("time", "uid", "correlation_uid", "offset", "sequence")
 
 
@@ -189,6 +196,11 @@ class _Finding:
         if self.rates:
             who = wording.subject(self.entity, {})  # What it did many times, it did not all do from here.
             return f"Unusually {wording.rate(cause)[0]}{who}: {self.how_much()}"
+        if kind == "first":
+            value = next((v for path in _PARTNERS.get(cause, ()) if (v := _at(record, path))), "")
+            return wording.first(
+                cause, wording.event_kind(record), wording.subject(self.entity, record), wording.shorten(value, 60)
+            )
         field = self.leading()
         if field is None:
             where = wording.event_kind(record)

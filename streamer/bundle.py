@@ -32,6 +32,8 @@ from encoder.training import EMBEDDING
 from state.baseline import Baseline, Density
 from state.calibration import Calibration
 from state.habits import Habits
+from state.overlaps import Overlaps
+from streamer.at_once import OverlapScorer
 from streamer.manifest import FORMAT, MANIFEST, SCHEMA, BundleError, digest_of, resolve, verify
 from streamer.scoring import RateScorer, RecordScorer, Scorer, SequenceScorer
 
@@ -156,6 +158,10 @@ def _scorer_arrays(scorer: Scorer) -> dict[str, NDArray[Any]]:
         habits = scorer.rates.habits
         arrays |= {"habits.keys": habits.keys, "habits.most": habits.most, "habits.usual": habits.usual}
         groups["rate"] = scorer.rates.calibrations
+    if scorer.overlaps is not None:
+        overlaps = scorer.overlaps.overlaps
+        arrays |= {f"overlaps.{name}": getattr(overlaps, name) for name in ("keys", "events", "pairs", "counts")}
+        groups["overlap"] = scorer.overlaps.calibrations
     for group, calibrations in groups.items():
         for name, calibration in calibrations.items():
             arrays[f"scores.{group}/{name}"] = calibration.scores
@@ -194,7 +200,11 @@ def load(path: Path, device: str = "cpu") -> Bundle:
         if "habits.keys" in arrays:
             habits = Habits(*(arrays[f"habits.{name}"] for name in ("keys", "most", "usual")))
             rates = RateScorer(habits, _calibrations(arrays, "rate"))
-        scorer = Scorer(record, sequences, rates, _calibrations(arrays, "event")["event"])
+        overlaps = None
+        if "overlaps.keys" in arrays:
+            learned = Overlaps(*(arrays[f"overlaps.{name}"] for name in ("keys", "events", "pairs", "counts")))
+            overlaps = OverlapScorer(learned, _calibrations(arrays, "overlap"))
+        scorer = Scorer(record, sequences, rates, _calibrations(arrays, "event")["event"], overlaps)
         profile = arrays["profile"]
     except (SafetensorError, KeyError) as error:
         raise BundleError(f"bundle {path} does not hold what its manifest says ({error}); fit it again") from error

@@ -28,11 +28,12 @@ from encoder.schema import Schema
 from state.tally import LEVELS
 from state.timers import Heard, MemoryTimers, Silence, TimerStore
 from state.windows import WindowEntries, Windows, WindowStore
+from streamer.at_once import CAUSES as AT_ONCE
 from streamer.bundle import Bundle, load
 from streamer.drift import Drift
 from streamer.explaining import Explaining, Explanation
 from streamer.remembering import Remembering
-from streamer.scoring import DENSITY_TRUST, ORDER, TOGETHER, Parts, RateScorer, remembered, severity, weighed
+from streamer.scoring import DENSITY_TRUST, MISSING, ORDER, TOGETHER, Parts, RateScorer, remembered, severity, weighed
 from streamer.silences import CAUSE as SILENCE
 from streamer.silences import Watch, coordinates_of, rows_of, unpack
 
@@ -49,13 +50,13 @@ class ScoredBatch:
 
     coordinates, time: as in `EventBatch`; p_value: float64 [n] in (0, 1], how often normal data scores at least this;
     severity: float32 [n], 0 to 100; entity: str object [n] (`kind:value`, "" where the event names none); cause: str
-    object [n] (`record:ATTRIBUTE PATH` or `sequence:WHAT`); records: the n decoded events; rejects: what could not be
-    read; repairs: how often each kind of repair was made; complete: bool [n], False where the history of an entity is
-    known to be missing (None: nothing is); line: float64 [n], the p-value at or under which each event is an alert
-    (None: whoever scored did not ask); level: uint8 [n], of a rate the level that the event raised its count to
-    (`state.tally`; None: no cause is a rate); silences: the k last events of entities that fell silent, as event time
-    moved on by these events, judged by that (None: nobody did); of those, told: intp [k], ascending, the rows here at
-    which that was clear; seconds: how long each stage took.
+    object [n] (`record:ATTRIBUTE PATH`, `sequence:WHAT`, `rate:WHAT` or `first:WHAT`); records: the n decoded events;
+    rejects: what could not be read; repairs: how often each kind of repair was made; complete: bool [n], False where
+    the history of an entity is known to be missing (None: nothing is); line: float64 [n], the p-value at or under which
+    each event is an alert (None: whoever scored did not ask); level: uint8 [n], of a rate the level that the event
+    raised its count to (`state.tally`; None: no cause is a rate); silences: the k last events of entities that fell
+    silent, as event time moved on by these events, judged by that (None: nobody did); of those, told: intp [k],
+    ascending, the rows here at which that was clear; seconds: how long each stage took.
     """
 
     coordinates: Coordinates
@@ -232,13 +233,14 @@ class Detector:
             return found
         raw = sequences.raw(windows, kind)
         rate, column = self._judge_rates(rates, entities, windows)
-        each = [weighed(sequences.evidence(name, raw, kind)) for name in ("order", "together")] + [rate]
-        evidence = np.max(each, axis=0)
+        overlap, sort = np.zeros(len(row)), np.zeros(len(row), np.int8)
+        if (overlaps := self.bundle.scorer.overlaps) is not None:
+            overlap, sort = overlaps.judge(entities.entity, kind, windows)
+        order, together, missing = (sequences.evidence(name, raw, kind) for name in ("order", "together", "missing"))
+        parts = weighed(order, together, missing, rate, overlap)
+        evidence = parts.max(0)
         weakest_first = np.argsort(evidence, kind="stable")
-        causes = np.column_stack(
-            [np.full(len(row), ORDER, object), np.full(len(row), TOGETHER, object), _RATES[column]]
-        )
-        cause = causes[np.arange(len(row)), np.argmax(each, axis=0)]
+        cause = np.choose(parts.argmax(0), [ORDER, TOGETHER, MISSING, _RATES[column], AT_ONCE[sort]])
         found.evidence[row[weakest_first]] = evidence[weakest_first]
         found.entity[row[weakest_first]] = np.array(entities.entity, object)[weakest_first]
         found.cause[row[weakest_first]] = cause[weakest_first]

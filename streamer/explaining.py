@@ -26,7 +26,7 @@ from state.windows import Windows, WindowStore
 from streamer import much
 from streamer.left_out import LATEST, cut, weights
 from streamer.much import RateFinding
-from streamer.scoring import NEIGHBOURS, ORDER, TOGETHER
+from streamer.scoring import MISSING, NEIGHBOURS, ORDER, TOGETHER
 from streamer.silences import CAUSE as SILENCE
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ EXAMPLES = 32
 """Near normal events in which real examples of an expected value are looked for: the schema has it normalised."""
 WORTH_TELLING = 1.5
 """Nats: what is expected more often than one time in four or five explains nothing."""
-_STATISTICS = {ORDER: "order", TOGETHER: "together", SILENCE: "ending"}
+_STATISTICS = {ORDER: "order", TOGETHER: "together", MISSING: "missing", SILENCE: "ending"}
 """What of `SequenceScorer.raw` a cause rests on."""
 _TEMPLATED = re.compile(r"\{\}|#|\*")
 """What `normalise` puts where ids, hexadecimal numbers and owners of home folders stood."""
@@ -175,7 +175,7 @@ class Explaining:
         return {
             row: (
                 self._timeline(windows, i, weight[i]),
-                tuple((self._like(code), p) for code, p in expected[i] if cause[i] != TOGETHER),
+                tuple((self._like(code), p) for code, p in expected[i] if cause[i] in (ORDER, SILENCE)),
             )
             for i, row in enumerate(told)
         }

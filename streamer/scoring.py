@@ -17,10 +17,11 @@ from encoder.entities import KINDS
 from encoder.runtime import Encoded
 from encoder.sequence import SequenceModel
 from state.baseline import Baseline, Density
-from state.calibration import Calibration
+from state.calibration import FEW, Calibration
 from state.habits import GROUPS, STRANGER, Excess, Habits
 from state.tally import LEVELS
 from state.windows import Windows
+from streamer.at_once import OverlapScorer
 
 DENSITY_TRUST = 2.0
 """How much more density is trusted than surprise: it speaks only where events carry quantities, and there it is the
@@ -41,13 +42,17 @@ SHARPNESS = 3.0
 density alone is any good, would count by half; infinity would be the stronger of the two."""
 NOVELTY_TRUST = 2 / 3
 """Of the distance to the nearest, beside the two countings, which say much of the same."""
+MISSING_TRUST = 0.7
+OVERLAP_TRUST = 0.7
+"""Against the record score: measured in docs/detection.md."""
 BLEND = 0.01
 """How much the weaker of record and history adds to the stronger: an order among events that it puts level."""
 MIN_ENTITIES = 20
 """From so many on a group of them tells what others may do: the habits of three hosts say nothing of a fourth."""
 NEIGHBOURS = 3
-ORDER, TOGETHER = "sequence:order", "sequence:together"
-"""Causes: that the newest record came after those before, and that they are all a little odd."""
+ORDER, TOGETHER, MISSING = "sequence:order", "sequence:together", "sequence:missing"
+"""Causes: that the newest record came after those before, that they are all a little odd, and that something usual did
+not come before it."""
 SEVERITY_PER_DECADE = 12.5
 _SURPRISES = {"odd_value": 1.0, "odd_for_actor": 1.0, "novelty": NOVELTY_TRUST}
 
@@ -131,9 +136,9 @@ class SequenceScorer:
     """The sequence score: each entity's window, judged at each event, and that nothing follows it.
 
     Calibrated by kind of entity, for a host's days are not a transaction's steps: `order` (the newest record after
-    those before), `together` (how odd its records are one by one, added up) and `ending` (nothing after it, for kinds
-    of entity whose routines end). The first two are calibrated again by event: one that is part of four windows has
-    four chances to look odd.
+    those before), `together` (how odd its records are one by one, added up), `missing` (what usually comes shortly
+    before the newest) and `ending` (nothing after it, for kinds of entity whose routines end). All but the last are
+    calibrated again by event: one that is part of four windows has four chances to look odd.
     """
 
     model: SequenceModel
@@ -142,11 +147,9 @@ class SequenceScorer:
     def raw(self, windows: Windows, kinds: NDArray[np.int8], *, few: bool = False) -> dict[str, NDArray[np.float64]]:
         """The uncalibrated scores of m windows, float64 [m] by name; kinds: int8 [m]; few: as for the model."""
         scores = self.model(windows.vectors[:, :, :-1], windows.times, windows.length, kinds, few=few)
-        return {
-            "order": scores.surprise.astype(np.float64),
-            "ending": scores.ending.astype(np.float64),
-            "together": _together(windows.vectors[:, :, -1], windows.mask),
-        }
+        named = {"order": scores.surprise, "missing": scores.missing, "ending": scores.ending}
+        found = {name: score.astype(np.float64) for name, score in named.items()}
+        return found | {"together": _together(windows.vectors[:, :, -1], windows.mask)}
 
     def fit(
         self,
@@ -160,15 +163,17 @@ class SequenceScorer:
         for kind in np.unique(kinds).tolist():
             mine = kinds == kind
             self.calibrations[f"order.{kind}"] = Calibration.fit(raw["order"][mine])
+            self.calibrations[f"missing.{kind}"] = Calibration.fit(raw["missing"][mine], tail_from=FEW)
             if KINDS[kind] in PIECES:
                 self.calibrations[f"together.{kind}"] = Calibration.fit(raw["together"][mine])
             if (mine & ended).any():
                 self.calibrations[f"ending.{kind}"] = Calibration.fit(raw["ending"][mine & ended])
-        for name in ("order", "together"):
-            self.calibrations[name] = Calibration.fit(_by_event(self.evidence(name, raw, kinds), rows))
+        for name, tail_from in (("order", None), ("together", None), ("missing", FEW)):
+            by_event = _by_event(self.evidence(name, raw, kinds), rows)
+            self.calibrations[name] = Calibration.fit(by_event, tail_from=tail_from)
 
     def evidence(self, name: str, raw: dict[str, NDArray[np.float64]], kinds: NDArray[np.int8]) -> NDArray[np.float64]:
-        """float64 [m], nats: against each window by `order` or `together`, or against its being the last by `ending`. A
+        """float64 [m], nats: against each window by one of `raw`, of which `ending` is against its being the last. A
         kind of entity that was not among the held-out events has none."""
         found = np.zeros(len(kinds))
         for kind in np.unique(kinds).tolist():
@@ -275,23 +280,35 @@ class RateScorer:
 class Scorer:
     """Record and history joined: the event is as unusual as the stronger of the two says, calibrated again.
 
-    sequences and rates: None where no event of training named an entity.
+    sequences and rates: None where no event of training named an entity; overlaps: None where none named a user.
     """
 
     record: RecordScorer
     sequences: SequenceScorer | None
     rates: RateScorer | None
     event: Calibration
+    overlaps: OverlapScorer | None
 
     def p_value(self, record: NDArray[np.float64], history: NDArray[np.float64]) -> NDArray[np.float64]:
         """Evidence of both, float64 [n] in nats, to p-values."""
         return self.event.p_value(joined(record, history))
 
 
-def weighed(sequence: NDArray[np.float64]) -> NDArray[np.float64]:
-    """float64, nats: what of a sequence's evidence counts against that of records and rates."""
+def beyond_doubt(sequence: NDArray[np.float64]) -> NDArray[np.float64]:
+    """float64, nats: what of the evidence of an order or an ending counts."""
     beyond: NDArray[np.float64] = np.maximum(sequence - SEQUENCE_DOUBT, 0.0)
     return beyond
+
+
+def weighed(
+    order: NDArray[np.float64],
+    together: NDArray[np.float64],
+    missing: NDArray[np.float64],
+    rate: NDArray[np.float64],
+    overlap: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """float64 [5, m], nats: the evidence of an entity's history, each part by its trust; the strongest counts."""
+    return np.stack([beyond_doubt(order), together, MISSING_TRUST * missing, rate, OVERLAP_TRUST * overlap])
 
 
 def joined(record: NDArray[np.float64], history: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from encoder.entities import KINDS
 from state.windows import MemoryWindows, WindowEntries, Windows
-from streamer.scoring import PART_OF, PIECES, SEQUENCE_DOUBT, Parts, SequenceScorer, remembered, weighed
+from streamer.scoring import PART_OF, PIECES, SEQUENCE_DOUBT, Parts, SequenceScorer, beyond_doubt, remembered
 
 NATS = st.floats(0, 600, allow_nan=False)
 RNG = np.random.default_rng(0)
@@ -23,7 +23,7 @@ def test_density_and_surprise_are_little_more_than_the_stronger(density: float, 
 
 
 def test_a_sequence_says_nothing_until_it_is_rare() -> None:
-    counted = weighed(-np.log([1.0, 0.05, 0.01, 1e-4]))
+    counted = beyond_doubt(-np.log([1.0, 0.05, 0.01, 1e-4]))
     assert counted[:3].tolist() == [0, 0, 0]
     assert counted[3] == pytest.approx(4 * np.log(10) - SEQUENCE_DOUBT)
 
@@ -44,7 +44,7 @@ class Ordinary:
 
     def __call__(self, vectors, times, length, kinds, few):  # type: ignore[no-untyped-def]
         assert vectors.shape[2] == 2, "what the network sees does not tell how odd the records were"
-        return type("Scores", (), {"surprise": np.zeros(len(length)), "ending": np.zeros(len(length))})
+        return type("Scores", (), dict.fromkeys(("surprise", "missing", "ending"), np.zeros(len(length))))
 
 
 def scorer() -> SequenceScorer:

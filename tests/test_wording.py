@@ -207,3 +207,12 @@ def test_rarity_and_confidence_in_words() -> None:
     assert wording.one_in(100.0) == "less than 1 in a billion"
     assert wording.one_in(float("nan")) == "every time"
     assert [confidence(p, 1e-4) for p in (1e-4, 5e-5, 1e-5, 0.0, 1.0)] == [0, 50, 90, 99, 0]
+
+
+def test_a_place_too_soon_after_another_is_named_with_what_is_odd_about_it() -> None:
+    event = {**WORD, "src_endpoint": {"ip": "203.0.113.20"}}
+    finding = check(alerts(scored([event], "first:address", "user:bob"), [explanation(PORT)])[0])["finding_info"]
+    assert finding["title"].startswith("Address 203.0.113.20 in network activity of process winword.exe of user bob")
+    assert finding["title"].endswith("within an hour of others: usual at other times, never before so close together")
+    assert finding["analytic"]["uid"] == "ripcurrent-first"
+    assert wording.cause("first:address") == "address within an hour of others"
