@@ -94,11 +94,15 @@ class Predecessors:
 
     def missing(
         self, kind: NDArray[np.int64], outcome: NDArray[np.int64], before: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
-        """float32 [m], nats: how seldom that of the usual predecessors which is most seldom missing is missing, 0 where
-        none is; before: int64 [m, W], -1 for nothing. All must be `asked`."""
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Of the usual predecessors that did not come, the one that is most seldom missing: float32 [m], nats, how
+        seldom, and int64 [m], which; 0 and -1 where all came. before: int64 [m, W], -1 for nothing. All must be
+        `asked`."""
         at = np.searchsorted(self.keys, kind * self.outcomes + outcome)
         wanted = self.before[at]
         came = np.stack([(before == wanted[:, place, None]).any(1) for place in range(wanted.shape[1])], axis=1)
-        seldom: NDArray[np.float32] = np.where(came, np.float32(0), self.nats[at]).max(1, initial=0)
-        return seldom
+        seldom = np.where(came, np.float32(0), self.nats[at])
+        most = seldom.argmax(1)[:, None]
+        nats = np.take_along_axis(seldom, most, axis=1)[:, 0]
+        which = np.take_along_axis(wanted, most, axis=1)[:, 0].astype(np.int64)
+        return nats, np.where(nats > 0, which, -1)

@@ -192,7 +192,7 @@ class SequenceModel:
         ending[ends] = -0.5 * (np.log(np.maximum(p_end[ends], _LEAST)) + np.log(end_count))
         new = codes[:, -1] == self.codebook.other
         surprise[new] = -np.log(self._novelty[kinds[new]])
-        missing = self._missing(vectors, times, used_slots(length, WIDTH), kinds, codes[:, -1])
+        missing, _ = self._missing(vectors, times, used_slots(length, WIDTH), kinds, codes[:, -1])
         return SequenceScores(surprise.astype(np.float32), ending.astype(np.float32), missing)
 
     def _missing(
@@ -202,15 +202,32 @@ class SequenceModel:
         used: NDArray[np.bool_],
         kinds: NDArray[np.int64],
         outcome: NDArray[np.int64],
-    ) -> NDArray[np.float32]:
-        found = np.zeros(len(kinds), np.float32)
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """As `Predecessors.missing`, of all windows: 0 and -1 also where nothing is known."""
+        found, which = np.zeros(len(kinds), np.float32), np.full(len(kinds), -1, np.int64)
         rows = np.flatnonzero(self.predecessors.asked(kinds, outcome))
         rows = rows[known(times[rows], used[rows], kinds[rows])]
         near = recent(times[rows], used[rows])
         before = np.full(near.shape, -1, np.int64)
         before[near] = self.codebook(vectors[rows][near])
-        found[rows] = self.predecessors.missing(kinds[rows], outcome[rows], before)
-        return found
+        found[rows], which[rows] = self.predecessors.missing(kinds[rows], outcome[rows], before)
+        return found, which
+
+    def absent(
+        self,
+        vectors: NDArray[np.float16],
+        times: NDArray[np.int64],
+        length: NDArray[np.int32],
+        kind: NDArray[np.int8],
+    ) -> list[tuple[tuple[int, float], ...]]:
+        """Of a handful of windows, as in `__call__`: the outcome that usually comes shortly before the newest record
+        and did not, with how often it does; nothing where all came."""
+        used, newest = used_slots(length, WIDTH), self.codebook(vectors[:, -1])
+        nats, which = self._missing(vectors, times, used, kind.astype(np.int64), newest)
+        return [
+            ((code, 1 - math.exp(-seldom)),) if code >= 0 else ()
+            for code, seldom in zip(which.tolist(), nats.tolist(), strict=True)
+        ]
 
     def expected(
         self,

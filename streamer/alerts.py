@@ -37,6 +37,7 @@ WORTH_WEIGHT = 0.01
 """Of a sequence's surprise: a record without which it would lose less is named without a figure."""
 P_FLOOR = 1e-12
 """Below this a p-value is no measurement any more: it is told as this."""
+_INSTEAD = {"sequence:silence": "After that, usual is", "sequence:missing": "Shortly before the last, usual is"}
 _PARTNERS = {
     "address": ("src_endpoint.ip",),
     "host": ("device.hostname", "device.name", "src_endpoint.hostname"),
@@ -248,6 +249,9 @@ class _Finding:
         if self.cause == "sequence:silence":
             length = wording.duration(self.window[-1][0] - self.window[0][0])
             return f": nothing after {newest}, the last of {len(self.window)} events in {length}{usual}"
+        if self.cause == "sequence:missing" and instead:
+            came, share = wording.shorten(instead[0][0]), wording.percent(instead[0][1])
+            return f": {newest} without {came}, which comes shortly before in {share}"
         if len(self.window) == 1:
             return f": {newest}{usual}"
         # The newest was least expected; the latest of equals that it would be less surprising without.
@@ -272,7 +276,7 @@ class _Finding:
             part = f"without it {wording.percent(share)} less surprising; " if share >= WORTH_WEIGHT else ""
             lines.append(f"- {wording.moment(time)}: {wording.shorten(summary)} ({part}{label}).")
         if self.instead:
-            place = "After that, usual is" if self.cause == "sequence:silence" else "In place of the last, usual is"
+            place = _INSTEAD.get(self.cause, "In place of the last, usual is")
             likely = " or ".join(f"{wording.shorten(what)} ({wording.percent(p)})" for what, p in self.instead[:3])
             lines.append(f"{place} {likely}.")
         if self.neighbours:

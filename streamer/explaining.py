@@ -169,13 +169,13 @@ class Explaining:
         kinds = np.array([KINDS.index(entity.partition(":")[0]) for entity in entities], np.int8)
         cause = scored.cause[told]
         weight = weights(sequences, windows, kinds, [_STATISTICS[each] for each in cause])
-        expected = sequences.model.expected(
-            windows.vectors[:, :, :-1], windows.times, windows.length, kinds, cause == SILENCE
-        )
+        asked = windows.vectors[:, :, :-1], windows.times, windows.length, kinds
+        expected, absent = sequences.model.expected(*asked, cause == SILENCE), sequences.model.absent(*asked)
+        instead = {ORDER: expected, SILENCE: expected, MISSING: absent}
         return {
             row: (
                 self._timeline(windows, i, weight[i]),
-                tuple((self._like(code), p) for code, p in expected[i] if cause[i] in (ORDER, SILENCE)),
+                tuple((self._like(code), p) for code, p in (instead[cause[i]][i] if cause[i] in instead else ())),
             )
             for i, row in enumerate(told)
         }

@@ -24,7 +24,9 @@ def learned(jobs: int, without: int = 0, kind: int = HOST) -> Predecessors:
 def missing(found: Predecessors, *before: int, kind: int = HOST) -> float:
     asked = np.array([kind], np.int64), np.array([JOB], np.int64)
     assert found.asked(*asked).all()
-    return float(found.missing(*asked, np.array([before], np.int64))[0])
+    nats, which = found.missing(*asked, np.array([before], np.int64))
+    assert which.tolist() == [INSTALLER if nats[0] else -1], "what did not come is named"
+    return float(nats[0])
 
 
 def test_a_job_without_its_installer_is_as_odd_as_jobs_without_it_are_rare() -> None:

@@ -30,6 +30,18 @@ def test_a_sequence_tells_what_came_after_what_and_what_was_expected_instead() -
     assert silent["finding_info"]["title"] == f"Unusual silence of {who}: {last}"
 
 
+def test_what_did_not_come_is_named() -> None:
+    window = (
+        (WORD["time"] - 60_000, "events:3:0:0", {"type_uid": 300201}, 0.0),
+        (WORD["time"], "events:3:1:0", {"type_uid": 100601}, 0.9),
+    )
+    instead = (({"type_uid": 100701, "process.file.name": "msiexec.exe"}, 0.99),)
+    finding = one(told=explanation(window=window, instead=instead), cause="sequence:missing", entity="host:PC-7")
+    told = "scheduled job activity without process launch msiexec.exe, which comes shortly before in 99 %"
+    assert finding["finding_info"]["title"].endswith(told)
+    assert "\nShortly before the last, usual is process launch msiexec.exe (99 %).\n" in finding["finding_info"]["desc"]
+
+
 def test_small_oddities_that_add_up_are_told_as_several() -> None:
     window = tuple(
         (WORD["time"] - 20_000 * (3 - i), f"events:3:{i}:0", {"type_uid": 100700 + i}, share)
