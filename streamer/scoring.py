@@ -164,21 +164,23 @@ class SequenceScorer:
             mine = kinds == kind
             self.calibrations[f"order.{kind}"] = Calibration.fit(raw["order"][mine])
             self.calibrations[f"missing.{kind}"] = Calibration.fit(raw["missing"][mine], tail_from=FEW)
-            if KINDS[kind] in PIECES:
-                self.calibrations[f"together.{kind}"] = Calibration.fit(raw["together"][mine])
+            if KINDS[kind] in PIECES and (known := mine & np.isfinite(raw["together"])).any():
+                self.calibrations[f"together.{kind}"] = Calibration.fit(raw["together"][known])
             if (mine & ended).any():
                 self.calibrations[f"ending.{kind}"] = Calibration.fit(raw["ending"][mine & ended])
         for name, tail_from in (("order", None), ("together", None), ("missing", FEW)):
-            by_event = _by_event(self.evidence(name, raw, kinds), rows)
-            self.calibrations[name] = Calibration.fit(by_event, tail_from=tail_from)
+            if (known := np.isfinite(raw[name])).any():
+                by_event = _by_event(self.evidence(name, raw, kinds)[known], rows[known])
+                self.calibrations[name] = Calibration.fit(by_event, tail_from=tail_from)
 
     def evidence(self, name: str, raw: dict[str, NDArray[np.float64]], kinds: NDArray[np.int8]) -> NDArray[np.float64]:
         """float64 [m], nats: against each window by one of `raw`, of which `ending` is against its being the last. A
-        kind of entity that was not among the held-out events has none."""
+        kind of entity that was not among the held-out events has none, nor has what is not known (NaN)."""
         found = np.zeros(len(kinds))
+        known = np.isfinite(raw[name])
         for kind in np.unique(kinds).tolist():
             if (calibration := self.calibrations.get(f"{name}.{kind}")) is not None:
-                rows = kinds == kind
+                rows = (kinds == kind) & known
                 found[rows] = calibration.evidence(raw[name][rows])
         if (by_event := self.calibrations.get(name)) is not None:
             found = by_event.evidence(found)
@@ -193,12 +195,13 @@ def remembered(vectors: NDArray[np.float16], record: NDArray[np.float64]) -> NDA
 
 def _together(record: NDArray[np.float16], used: NDArray[np.bool_]) -> NDArray[np.float64]:
     """float64 [m]: by how many standard deviations the evidence against the records of each window exceeds what that of
-    normal ones adds up to: 1 each, and varying by 1. record: float16 [m, W], as remembered; used: bool [m, W]."""
-    known = used & (record >= 0)
-    n = known.sum(1)
-    total = np.where(known, np.minimum(record.astype(np.float64), PART_OF), 0.0).sum(1)
-    excess: NDArray[np.float64] = (total - n) / np.sqrt(np.maximum(n, 1))
-    return excess
+    normal ones adds up to: 1 each, and varying by 1. NaN where it is not known of all of them: few add up otherwise
+    than many, as what is odd about a program is odd about all that it does. record: float16 [m, W], as remembered;
+    used: bool [m, W]."""
+    n = used.sum(1)
+    total = np.where(used, np.minimum(record.astype(np.float64), PART_OF), 0.0).sum(1)
+    excess = (total - n) / np.sqrt(np.maximum(n, 1))
+    return np.where((used & (record < 0)).any(1), np.nan, excess)
 
 
 def _by_event(evidence: NDArray[np.float64], rows: NDArray[np.int32]) -> NDArray[np.float64]:

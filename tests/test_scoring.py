@@ -62,10 +62,16 @@ def test_several_small_oddities_are_more_than_one_great_one() -> None:
     assert none == 0
 
 
-def test_what_is_not_known_of_a_record_adds_nothing() -> None:
-    known, unknown, all_unknown = together([3.0, 3.0], [-1.0, 3.0, -1.0, 3.0], [-1.0, -1.0])
-    assert known == unknown == pytest.approx(4 / np.sqrt(2))
-    assert all_unknown == 0
+def test_what_is_not_known_of_all_records_says_nothing() -> None:
+    half, n = RNG.exponential(size=(200, 4)), 400
+    normal = windows(*half.tolist(), *np.column_stack([np.full(200, -1.0), half * 9]).tolist())
+    judge, kinds = scorer(), np.full(n, KINDS.index("process"), np.int8)
+    judge.fit(judge.raw(normal, kinds), kinds, np.zeros(n, bool), np.arange(n, dtype=np.int32))
+    raw = judge.raw(windows([4.0] * 4, [-1.0, *[4.0] * 4], [-1.0]), kinds[:3])
+    assert np.isnan(raw["together"]).tolist() == [False, True, True]
+    evidence = judge.evidence("together", raw, kinds[:3])
+    assert evidence[0] > 4, "half of what calibrates was not known, and does not count"
+    assert not evidence[1:].any()
 
 
 def test_oddities_add_up_in_one_piece_of_work_and_not_in_all_that_somebody_does() -> None:
