@@ -59,7 +59,7 @@ class Acts:
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
-@lru_cache(maxsize=262_144)
+@lru_cache(maxsize=16_384)
 def _place(name: str) -> int:
     return blake2b(name.encode("utf-8", "surrogatepass"), digest_size=1).digest()[0]
 

@@ -89,7 +89,7 @@ class Entities:
         return len(self.entity)
 
 
-@lru_cache(maxsize=262_144)
+@lru_cache(maxsize=16_384)
 def _clean(text: str) -> str:
     """Text as a name, "" for a placeholder."""
     text = text.strip().lower()
@@ -100,7 +100,7 @@ def _clean(text: str) -> str:
     return text
 
 
-@lru_cache(maxsize=262_144)
+@lru_cache(maxsize=16_384)
 def _user(name: str, host: str) -> str:
     """`DOMAIN\\name` and `name` are one; an account of the machine itself is named with its host."""
     name = name.rsplit("\\", 1)[-1]
@@ -109,13 +109,13 @@ def _user(name: str, host: str) -> str:
     return f"user:{name}@{host}" if host and name in _LOCAL_USERS else f"user:{name}"
 
 
-@lru_cache(maxsize=262_144)
+@lru_cache(maxsize=16_384)
 def _local(kind: str, name: str, host: str) -> str:
     """Short ids and program names are distinct on one host only."""
     return f"{kind}:{name}@{host}" if host and len(name) < 32 and not name.startswith("{") else f"{kind}:{name}"
 
 
-@lru_cache(maxsize=262_144)
+@lru_cache(maxsize=16_384)
 def _global(kind: str, name: str) -> str:
     return f"{kind}:{_address(name) if kind == 'address' else name}"
 

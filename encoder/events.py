@@ -243,7 +243,7 @@ def _text(value: Any) -> str:
     return orjson.dumps(value)[:256].decode("utf-8", "replace")
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=16_384)
 def _parse_iso(text: str) -> int | None:
     try:
         moment = datetime.fromisoformat(text.strip())

@@ -31,6 +31,8 @@ CHUNK = 512
 """Windows of a pass through the network."""
 FEW = 16
 """Windows of a pass where only a handful is asked for: of one shape, too, so that they answer for themselves alone."""
+LIKELY = 8
+"""Outcomes of which the network thinks most that are looked at for what was expected."""
 AGE_MS = 7 * 86_400_000
 
 _LEAST = 1e-12
@@ -176,18 +178,8 @@ class SequenceModel:
         """vectors: float16 [m, W, d], times: int64 [m, W], length: int32 [m], right-aligned as `state.windows.Windows`
         has them; kind: int8 [m], index into `entities.KINDS`; few: whether m is small (cheaper; the same
         to 1e-5)."""
-        m = len(length)
-        used = used_slots(length, WIDTH)
-        if vectors.shape[:2] != (m, WIDTH):
-            raise ValueError(f"windows of shape {vectors.shape}: [m, {WIDTH}, d] with m = {m} was expected")
-        recent = used[:, -ORDER - 1 :]
-        codes = np.where(
-            recent, self.codebook(vectors[:, -ORDER - 1 :].reshape(m * (ORDER + 1), -1)).reshape(m, -1), -1
-        )
-        gaps = gap_features(times, used)
-        end = self.codebook.other + 1
-        x = vectors.astype(np.float32) * np.float32(self.scale)
-        p = (self._few if few else self._passes)(x, gaps, used, kind.astype(np.int64)).numpy()
+        p, codes = self._asked(vectors, times, length, kind, self._few if few else self._passes)
+        m, end = len(length), self.codebook.other + 1
         p_next = np.take_along_axis(p[:, 0], codes[:, -1:], axis=1)[:, 0].astype(np.float64)
         p_end = p[:, 1, end].astype(np.float64)
         kinds = kind.astype(np.int64)
@@ -200,7 +192,7 @@ class SequenceModel:
         ending[ends] = -0.5 * (np.log(np.maximum(p_end[ends], _LEAST)) + np.log(end_count))
         new = codes[:, -1] == self.codebook.other
         surprise[new] = -np.log(self._novelty[kinds[new]])
-        missing = self._missing(vectors, times, used, kinds, codes[:, -1])
+        missing = self._missing(vectors, times, used_slots(length, WIDTH), kinds, codes[:, -1])
         return SequenceScores(surprise.astype(np.float32), ending.astype(np.float32), missing)
 
     def _missing(
@@ -219,6 +211,48 @@ class SequenceModel:
         before[near] = self.codebook(vectors[rows][near])
         found[rows] = self.predecessors.missing(kinds[rows], outcome[rows], before)
         return found
+
+    def expected(
+        self,
+        vectors: NDArray[np.float16],
+        times: NDArray[np.int64],
+        length: NDArray[np.int32],
+        kind: NDArray[np.int8],
+        after: NDArray[np.bool_],
+    ) -> list[tuple[tuple[int, float], ...]]:
+        """Of a handful of windows, as in `__call__`: the likeliest outcomes in place of the newest record, or (after:
+        bool [m]) after it, each with its probability; those that are nothing, or like nothing, left out."""
+        p, codes = self._asked(vectors, times, length, kind, self._few)
+        found = []
+        for i, late in enumerate(after.astype(np.int64).tolist()):
+            runs = codes[i, ::-1][1 - late :][:ORDER]
+            likely = np.argsort(-p[i, late, : self.codebook.other], kind="stable")[:LIKELY]
+            each = np.full(len(likely), int(kind[i]), np.int64)
+            by_count = self.counts.probability(each, np.repeat(runs[None, :], len(likely), axis=0), likely)
+            both = np.sqrt(p[i, late, likely] * by_count)
+            order = np.argsort(-both, kind="stable")
+            found.append(tuple((int(likely[k]), float(both[k])) for k in order))
+        return found
+
+    def _asked(
+        self,
+        vectors: NDArray[np.float16],
+        times: NDArray[np.int64],
+        length: NDArray[np.int32],
+        kind: NDArray[np.int8],
+        passes: Passes,
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """What the network says of m windows, float32 [m, 2, outcomes + 1] (`_probabilities`); and the outcomes of
+        their last ORDER + 1 slots, int64 [m, ORDER + 1], -1 where unused."""
+        m = len(length)
+        used = used_slots(length, WIDTH)
+        if vectors.shape[:2] != (m, WIDTH):
+            raise ValueError(f"windows of shape {vectors.shape}: [m, {WIDTH}, d] with m = {m} was expected")
+        latest = self.codebook(vectors[:, -ORDER - 1 :].reshape(m * (ORDER + 1), -1)).reshape(m, -1)
+        codes = np.where(used[:, -ORDER - 1 :], latest, -1)
+        x = vectors.astype(np.float32) * np.float32(self.scale)
+        p: NDArray[np.float32] = passes(x, gap_features(times, used), used, kind.astype(np.int64)).numpy()
+        return p, codes
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON from which `from_state` makes the same model."""

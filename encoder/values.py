@@ -107,7 +107,7 @@ def is_address(text: str) -> bool:
     return _network(text.strip("[]").split(",")[0]) != ""
 
 
-@lru_cache(65_536)
+@lru_cache(16_384)
 def _network(text: str) -> str:
     """Of an address its network, of anything else nothing."""
     try:

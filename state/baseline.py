@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -128,17 +129,25 @@ class Baseline:
         return len(self.members)
 
     @classmethod
-    def build(cls, vectors: NDArray[np.float16], *, seed: int) -> Baseline:
+    def build(
+        cls,
+        vectors: NDArray[np.float16],
+        *,
+        seed: int,
+        lonely: Callable[[NDArray[np.int64]], NDArray[np.bool_]] | None = None,
+    ) -> Baseline:
         """vectors: float16 [n, d], any number of them equal. Of more than MAX_VECTORS distinct ones, a sample that does
-        not mind how often each came, so that what is rare but normal stays in. Raises BaselineError for none."""
+        not mind how often each came, so that what is rare but normal stays in; without those that are `lonely` (asked
+        with int64 [m], places in vectors; answers bool [m]). Raises BaselineError for none."""
         if not len(vectors):
             raise BaselineError("a baseline of no vectors: there is nothing to compare events with")
         _refuse_nan(vectors)
         _, members = np.unique(vectors, axis=0, return_index=True)
         # In a random order: a graph built cluster by cluster has clusters that no search reaches.
-        members = np.random.default_rng(seed).permutation(members)[:MAX_VECTORS]
-        hnsw = Hnsw.build(vectors[members].astype(np.float32), seed=seed)
-        return cls(hnsw, vectors.shape[1], members.astype(np.int64))
+        members = np.random.default_rng(seed).permutation(members)[:MAX_VECTORS].astype(np.int64)
+        if lonely is not None:
+            members = members[~lonely(members)]
+        return cls(Hnsw.build(vectors[members].astype(np.float32), seed=seed), vectors.shape[1], members)
 
     def vectors(self) -> NDArray[np.float16]:
         """float16 [count, d]."""
@@ -288,6 +297,18 @@ class Density:
             np.cumsum([0] + [len(part[1]) for part in parts]).astype(np.int64),
             np.array([part[0] for part in parts], np.int64),
         )
+
+    def lonely(
+        self, vectors: NDArray[np.float16], weights: NDArray[np.float64], types: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """bool [n], as for `fit`: the TRIM of each type's weight that lies farthest from its reference. Unlabelled
+        attacks in training are among them, and would be the nearest neighbours of the next."""
+        distance, out = self(vectors, types), np.zeros(len(vectors), np.bool_)
+        for kind in self.types.tolist():
+            rows = np.flatnonzero(types == kind)
+            farthest = rows[np.argsort(-distance[rows], kind="stable")]
+            out[farthest] = np.cumsum(weights[farthest]) <= TRIM * weights[rows].sum()
+        return out
 
     def __call__(self, vectors: NDArray[np.float16], types: NDArray[np.int64]) -> NDArray[np.float64]:
         """float16 [n, d] and int64 [n] to float64 [n], NaN where the type has no reference."""

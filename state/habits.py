@@ -41,7 +41,7 @@ class Excess:
         return Excess(self.over[rows], self.group[rows])
 
 
-@lru_cache(maxsize=262_144)
+@lru_cache(maxsize=16_384)
 def _key(entity: str) -> int:
     return int.from_bytes(blake2b(entity.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 

@@ -184,7 +184,7 @@ def suppressions(
         Console().print(table)
 
 
-@takes_settings("alerts", "scores", "feedback", "alerts_per_day", "kafka")
+@takes_settings("alerts", "scores", "feedback", "alerts_per_day", "metrics_port", "kafka")
 def report(
     settings: Settings,
     files: Annotated[
@@ -200,11 +200,13 @@ def report(
     """A page about files, or about the last day of the alert topic: figures, budget, scores, drift, and the top stories
     with why and when. One HTML file that needs no network.
 
-    Where `scores` names a topic, its p-values are in it too, and where `feedback` does, the verdicts.
+    Where `scores` names a topic, its p-values are in it too, and where `feedback` does, the verdicts; where the service
+    runs on this machine, how far fields have moved from training.
     """
     import time
 
     from streamer.alert_topic import between, values
+    from streamer.doctor import service
     from streamer.report_page import page
     from streamer.reporting import Material
     from streamer.reporting import report as made_of
@@ -223,6 +225,8 @@ def report(
                 material.add_line(value)
             topics.append(settings.scores)
         material.sources += [f"topic {topic}" for topic in topics]
+        if settings.metrics_port:
+            material.drift = next((found.told for found in service(settings) if found.what == "drift"), "")
     made_ms = int(time.time() * 1000)
     promised = settings.alerts_per_day if material.findings else None
     out.write_text(page(made_of(material, title=title, made_ms=made_ms, promised=promised)))

@@ -29,6 +29,10 @@ MAX_RAW = 16 * 1024
 """Characters of the event's JSON kept as `raw_data`."""
 MAX_NEIGHBOURS = 3
 MAX_WINDOW = 64
+WORTH_EXPECTING = 0.2
+"""Of a sequence: what was expected less is not named."""
+WORTH_NAMING = 0.2
+"""Of a sequence: from here on the title names the earlier record without which it would be less surprising."""
 WORTH_WEIGHT = 0.01
 """Of a sequence's surprise: a record without which it would lose less is named without a figure."""
 P_FLOOR = 1e-12
@@ -116,6 +120,8 @@ class _Finding:
         ]
         self.distance, self.usual_distance = float(explanation.distance), float(explanation.usual_distance)
         self.rates = explanation.rates
+        likely = ((self._like(like, redactor), float(p)) for like, p in explanation.instead if like)
+        self.instead = [(what, p) for what, p in likely if WORTH_EXPECTING <= p <= 1]
         self.window = [
             (int(time), str(label), self._told(str(label), like, redactor), _share(float(share)))
             for time, label, like, share in explanation.window[-MAX_WINDOW:]
@@ -133,8 +139,10 @@ class _Finding:
         """What is known of an event of the window; of this one, what it says itself."""
         if label == self.coordinates:
             return wording.told({path: _at(self.record, path) for path in wording.TELLING})
-        if not like:
-            return "an event like none in training"
+        return self._like(like, redactor) if like else "an event like none in training"
+
+    @staticmethod
+    def _like(like: Mapping[str, Any], redactor: Redactor) -> str:
         return wording.told({path: redactor.text(path, str(value)) for path, value in like.items()})
 
     def alert(self) -> Alert:
@@ -181,6 +189,8 @@ class _Finding:
         record = self.record
         if kind == "sequence":
             who = wording.subject(self.entity, record)
+            if cause == "together" and len(self.window) > 1:
+                return f"Several unusual events{who}: {self.together_in_short()}"
             what = "first event" if len(self.window) == 1 else wording.sequence(cause)
             return f"Unusual {what}{who}{self.sequence_in_short()}"
         if self.rates:
@@ -192,8 +202,12 @@ class _Finding:
             return wording.first(cause, where, wording.subject(self.entity, record), wording.shorten(value, 60))
         field = self.leading()
         if field is None:
+            where = wording.event_kind(record)
             return f"Unusual {where}{wording.subject(self.entity, record)}: like none seen before"
+        where = wording.doing(record, field.path, {field.observed})
         who = wording.subject(self.entity, record, field.path, {field.given, field.observed})
+        if " of " in where:  # What was launched is "of" it already.
+            who = f"{' on' if who.startswith(' of host') else ' by'}{who.removeprefix(' of')}"
         name, shown = wording.attribute(field.path), wording.value(field.path, field.observed, record)
         usual = wording.usually(field.path, field.observed, field.expected, record)
         told = "" if field.path in ("class_uid", "type_uid") else f" in {where}"
@@ -211,20 +225,34 @@ class _Finding:
         return f"{what}{told}{who}{f'; {usual}' if usual else ''}"
 
     def how_much(self) -> str:
-        """Of a rate: "about 23 failures within two hours; never more than 3 before; also about ..."."""
-        return "; also ".join(_much(rate) for rate in self.rates)
+        """Of a rate: "about 23 within two hours, never more than 3 before; also 35 events (never more than 19)"."""
+        first, *others = self.rates
+        told = [f"{_beside(rate, first)} ({_at_most(rate).removesuffix(' before')})" for rate in others]
+        also = f"; also {' and '.join(told)}" if told else ""
+        return f"about {_beside(first, None)}, {_at_most(first)}{also}"
+
+    def together_in_short(self) -> str:
+        """Of small oddities that add up: "launch of cmd.exe by winword.exe, and 11 more in 40 s"."""
+        worst = max(self.window[::-1], key=lambda entry: entry[3])
+        others = sum(entry[3] > 0 for entry in self.window) - 1
+        length = wording.duration(self.window[-1][0] - self.window[0][0])
+        return f"{wording.shorten(worst[2])}{f', and {others} more in {length}' if others > 0 else ''}"
 
     def sequence_in_short(self) -> str:
         if not self.window:  # The entity has gone on so far that its window no longer reaches back to this event.
             return f": {wording.shorten(wording.told({path: _at(self.record, path) for path in wording.TELLING}))}"
-        # The latest of equals: where no record alone explains it, the newest is the one that was least expected.
-        worst = wording.shorten(max(self.window[::-1], key=lambda entry: entry[3])[2])
-        if len(self.window) == 1:
-            return f": {worst}" if worst else ""
-        length = wording.duration(self.window[-1][0] - self.window[0][0])
+        newest = wording.shorten(self.window[-1][2])
+        instead = [(what, p) for what, p in self.instead if what != newest]
+        usual = f"; usually {wording.shorten(instead[0][0])} ({wording.percent(instead[0][1])})" if instead else ""
         if self.cause == "sequence:silence":
-            return f": {len(self.window)} events in {length}, then nothing after {wording.shorten(self.window[-1][2])}"
-        return f": {len(self.window)} events in {length}{f', above all {worst}' if worst else ''}"
+            length = wording.duration(self.window[-1][0] - self.window[0][0])
+            return f": nothing after {newest}, the last of {len(self.window)} events in {length}{usual}"
+        if len(self.window) == 1:
+            return f": {newest}{usual}"
+        # The newest was least expected; the latest of equals that it would be less surprising without.
+        others = max(self.window[-2::-1], key=lambda entry: entry[3])
+        before = others if others[3] >= WORTH_NAMING else self.window[-2]
+        return f": {newest} after {wording.shorten(before[2])}{usual}"
 
     def description(self) -> str:
         record = self.record
@@ -242,6 +270,10 @@ class _Finding:
         for time, label, summary, share in self.window[-10:]:
             part = f"without it {wording.percent(share)} less surprising; " if share >= WORTH_WEIGHT else ""
             lines.append(f"- {wording.moment(time)}: {wording.shorten(summary)} ({part}{label}).")
+        if self.instead:
+            place = "After that, usual is" if self.cause == "sequence:silence" else "In place of the last, usual is"
+            likely = " or ".join(f"{wording.shorten(what)} ({wording.percent(p)})" for what, p in self.instead[:3])
+            lines.append(f"{place} {likely}.")
         if self.neighbours:
             differs = self.differences(self.neighbours[0])
             lines.append(
@@ -410,6 +442,17 @@ def _counted(rate: RateFinding) -> str:
 
 def _much(rate: RateFinding) -> str:
     return f"about {wording.amount(rate.count, rate.observed)} {_counted(rate)}; {_at_most(rate)}"
+
+
+def _beside(rate: RateFinding, first: RateFinding | None) -> str:
+    """A count beside the first, or that itself: "35 events"."""
+    amount, (_, short) = (
+        wording.amount(rate.count, rate.observed),
+        wording.rate(f"{rate.count}.{rate.span}", short=first is None),
+    )
+    if first is not None and rate.span == first.span:
+        short = short.partition(" within ")[0]
+    return f"{amount} {short}"
 
 
 def _at_most(rate: RateFinding) -> str:

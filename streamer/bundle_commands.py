@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import orjson
 import typer
 
+from streamer.flags import takes_settings
+from streamer.settings import Settings
+
 if TYPE_CHECKING:
     from streamer.store import Store
 
@@ -53,7 +56,9 @@ def show(
 
 
 @app.command()
+@takes_settings("redact")
 def refresh(
+    settings: Settings,
     files: Annotated[list[Path], typer.Argument(help="Events of some days: NDJSON, gzipped NDJSON or Parquet.")],
     bundle: Annotated[Path, typer.Option(help="The bundle to refresh, or the store of the one that serves.")] = STORE,
     out: Annotated[Path, typer.Option(help="Where the new bundle goes.")] = Path("refreshed"),
@@ -66,7 +71,7 @@ def refresh(
     """
     from streamer.refresh import refresh as run
 
-    done = run(files, bundle, out, alerts_per_day=alerts_per_day)
+    done = run(files, bundle, out, alerts_per_day=alerts_per_day, redact=settings.redact)
     refused = ", ".join(f"{n:,} {why}" for why, n in done.released.refused.items()) or "none"
     typer.echo(f"{done.bundle.version} in {out}: {len(done.released.rows):,} vectors joined; refused: {refused}")
     for entity, day in done.released.drifting.items():

@@ -1,9 +1,10 @@
-"""Metrics that are worked out when Prometheus asks for them: drift, and how well the baseline is searched."""
+"""Metrics that are worked out when Prometheus asks for them: drift, how well the baseline is searched, the GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -46,6 +47,20 @@ class BaselineCollector(Collector):
         yield _family("baseline_recall", "Share of the nearest that HNSW found, of those queries", [((), seen.share)])
         exact = baseline.serves_exactly or seen.fallen_back
         yield _family("baseline_exact", "1 where search is exact, chosen or as the fallback", [((), float(exact))])
+
+
+class DeviceCollector(Collector):
+    """Memory of the GPU that the detector is on; nothing where it is on the CPU."""
+
+    def __init__(self, watched: Callable[[], torch.device]) -> None:
+        self._watched = watched
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        device, values = self._watched(), []
+        if device.type == "cuda":
+            free, whole = torch.cuda.mem_get_info(device)
+            values = [(("ours",), torch.cuda.memory_reserved(device)), (("free",), free), (("whole",), whole)]
+        yield _family("gpu_memory_bytes", "Memory of the GPU: held by this process, free, all of it", values, "what")
 
 
 def _family(name: str, text: str, values: Sequence[tuple[tuple[str, ...], float]], *labels: str) -> GaugeMetricFamily:

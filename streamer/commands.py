@@ -50,7 +50,7 @@ def progress_bars() -> Iterator[Progress]:
         yield show
 
 
-@takes_settings("kafka")
+@takes_settings("redact", "kafka")
 def fit(
     settings: Settings,
     files: Annotated[
@@ -87,7 +87,7 @@ def fit(
         source = _range(settings.model_copy(update={"events": (topic,)}), starts, ends)
     _must_exist(files or [])
     with progress_bars() as progress:
-        fitted = fitting.fit(source, out, seed=seed, device=device, progress=progress)
+        fitted = fitting.fit(source, out, seed=seed, device=device, redact=settings.redact, progress=progress)
     if picture is not None:
         from streamer.pictures import plot_training
 

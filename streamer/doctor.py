@@ -38,7 +38,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield kafka
     if kafka.mark == "ok":
         yield _looked("ledger", _ledger, settings)
-    yield from _service(settings)
+    yield from service(settings)
 
 
 def check_redis(settings: Settings) -> None:
@@ -89,7 +89,8 @@ def _redis(settings: Settings) -> str:
     return f"{shown(settings)['redis.url']} answers"
 
 
-def _service(settings: Settings) -> Iterator[Finding]:
+def service(settings: Settings) -> Iterator[Finding]:
+    """What the service that runs on this machine says of itself. Never raises."""
     url = f"http://localhost:{settings.metrics_port}/metrics"
     if not settings.metrics_port:
         yield Finding("warn", "service", "metrics_port is 0: whether it runs and how it does cannot be asked")

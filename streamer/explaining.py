@@ -26,7 +26,7 @@ from state.windows import Windows, WindowStore
 from streamer import much
 from streamer.left_out import LATEST, cut, weights
 from streamer.much import RateFinding
-from streamer.scoring import NEIGHBOURS
+from streamer.scoring import NEIGHBOURS, ORDER, TOGETHER
 from streamer.silences import CAUSE as SILENCE
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 
 Timeline = tuple[tuple[int, str, dict[str, Any], float], ...]
+Likely = tuple[tuple[dict[str, Any], float], ...]
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ class Explanation:
     fields: at most five; neighbours: the nearest normal events, each a compact redacted copy (path -> value), nearest
     first; distance and usual_distance: to the nearest normal and that of a normal event; window: for a sequence, (event
     time ms, coordinates, a normal event like it (path -> value; empty: there is none), share of its surprise that it
-    would lose without this one) of each of its events, oldest first; rates: of a rate, how much it was, and what else
-    was much; else none.
+    would lose without this one) of each of its events, oldest first; instead: for a sequence, normal events one
+    of which was expected in place of the newest (after a silence: after it), with their probability, likeliest first;
+    rates: of a rate, how much it was, and what else was much; else none.
     """
 
     fields: tuple[FieldFinding, ...]
@@ -69,6 +71,7 @@ class Explanation:
     distance: float
     usual_distance: float
     window: Timeline = ()
+    instead: Likely = ()
     rates: tuple[RateFinding, ...] = ()
 
 
@@ -78,6 +81,8 @@ EXAMPLES = 32
 """Near normal events in which real examples of an expected value are looked for: the schema has it normalised."""
 WORTH_TELLING = 1.5
 """Nats: what is expected more often than one time in four or five explains nothing."""
+_STATISTICS = {ORDER: "order", TOGETHER: "together", SILENCE: "ending"}
+"""What of `SequenceScorer.raw` a cause rests on."""
 _TEMPLATED = re.compile(r"\{\}|#|\*")
 """What `normalise` puts where ids, hexadecimal numbers and owners of home folders stood."""
 
@@ -130,7 +135,7 @@ class Explaining:
                     tuple(near[:EXPLAINED_NEIGHBOURS]),
                     float(distances[i, :NEIGHBOURS].mean()),
                     usual,
-                    timelines.get(row, ()),
+                    *timelines.get(row, ((), ())),
                     rates.get(row, ()),
                 )
             )
@@ -148,9 +153,10 @@ class Explaining:
         levels[np.arange(len(told)), causal] = level
         return dict(zip(told, much.findings(self.bundle.scorer.rates, entities, levels, causal), strict=True))
 
-    def _timelines(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> dict[int, Timeline]:
+    def _timelines(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> dict[int, tuple[Timeline, Likely]]:
         """Of those rows that a sequence made alerts, the last records of its window up to the event, each told by the
-        normal event that it is most like, with what the window would lose without it. One pass for all."""
+        normal event that it is most like, with what the window would lose without it; and what was expected instead.
+        One pass for all."""
         sequences = self.bundle.scorer.sequences
         told = [row for row in rows.tolist() if str(scored.cause[row]).startswith("sequence:")]
         if sequences is None or not told:
@@ -161,15 +167,25 @@ class Explaining:
         ends = np.where(upto.any(1), upto.shape[1] - 1 - upto[:, ::-1].argmax(1), -1)
         windows = cut(windows, ends)
         kinds = np.array([KINDS.index(entity.partition(":")[0]) for entity in entities], np.int8)
-        weight = weights(sequences, windows, kinds, scored.cause[told] == SILENCE)
-        return {row: self._timeline(windows, i, weight[i]) for i, row in enumerate(told)}
+        cause = scored.cause[told]
+        weight = weights(sequences, windows, kinds, [_STATISTICS[each] for each in cause])
+        expected = sequences.model.expected(
+            windows.vectors[:, :, :-1], windows.times, windows.length, kinds, cause == SILENCE
+        )
+        return {
+            row: (
+                self._timeline(windows, i, weight[i]),
+                tuple((self._like(code), p) for code, p in expected[i] if cause[i] != TOGETHER),
+            )
+            for i, row in enumerate(told)
+        }
 
     def _timeline(self, windows: Windows, i: int, weight: NDArray[np.float64]) -> Timeline:
         sequences = self.bundle.scorer.sequences
         slots = np.flatnonzero(windows.mask[i])[-LATEST:]
         if sequences is None or not len(slots):
             return ()
-        codes = sequences.model.codebook(windows.vectors[i, slots]).tolist()
+        codes = sequences.model.codebook(windows.vectors[i, slots, :-1]).tolist()
         return tuple(
             (int(windows.times[i, slot]), self._coordinates(windows, i, slot), self._like(code), float(weight[slot]))
             for slot, code in zip(slots.tolist(), codes, strict=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,17 @@ from streamer.drift import profile
 from streamer.errors import RipcurrentError
 from streamer.files import batches
 from streamer.redaction import Redactor
-from streamer.scoring import RateScorer, RecordScorer, Scorer, SequenceScorer, joined, weighed
+from streamer.scoring import (
+    MISSING_TRUST,
+    OVERLAP_TRUST,
+    RateScorer,
+    RecordScorer,
+    Scorer,
+    SequenceScorer,
+    joined,
+    remembered,
+    weighed,
+)
 
 HELD_OUT = 0.15
 """The latest share of the training events, by event time, that calibrates: of those on working days, and of those on
@@ -96,14 +106,20 @@ class _Loaded:
 
 
 def fit(
-    paths: Sequence[Path] | Reread, out: Path, *, seed: int = 0, device: str = "cpu", progress: Progress | None = None
+    paths: Sequence[Path] | Reread,
+    out: Path,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    redact: Collection[str] = (),
+    progress: Progress | None = None,
 ) -> Fitted:
     """Fit a bundle to the events of `paths` (NDJSON, .gz, Parquet; or anything that can be read twice) and write it to
     `out`.
 
     Deterministic for a seed and machine, also where it was killed and is begun again: the training of the networks is
-    kept beside `out` until the bundle stands, and gone on with. Raises FitError for fewer than MIN_EVENTS readable
-    events.
+    kept beside `out` until the bundle stands, and gone on with. redact: attributes that exemplars hold masked. Raises
+    FitError for fewer than MIN_EVENTS readable events.
     """
     started = time.monotonic()
     tell: Progress = progress or (lambda *_: None)
@@ -130,9 +146,14 @@ def fit(
     tell("baseline", 0, 0, "")
     record, by_record = _fit_record(encoder, features, weights, later, seed)
     behaviours = encoder.behaviours(loaded.features)
-    sequences, rates, overlaps, by_history, learned = _fit_history(encoder, loaded, behaviours, held, seed, kept, tell)
+    by_itself = np.full(n, -1.0)  # of what the record part was fitted to, nobody knows how odd it was
+    by_itself[held] = by_record
+    sequences, rates, overlaps, by_history, learned = _fit_history(
+        encoder, loaded, behaviours, by_itself, held, seed, kept, tell
+    )
     event = Calibration.fit(joined(by_record, by_history), tail_from=FEW)
     scorer = Scorer(record, sequences, rates, event, overlaps)
+    redactor = Redactor(redact)
     exemplars = [loaded.records[first[place]] for place in record.baseline.members.tolist()]
     span = max(int(np.ptp(loaded.time)), 60_000)
     training = {
@@ -155,8 +176,8 @@ def fit(
         out,
         encoder=encoder,
         scorer=scorer,
-        exemplars=_exemplars(exemplars, loaded.schema),
-        behaviours=_steps(sequences, loaded, behaviours),
+        exemplars=_exemplars(exemplars, loaded.schema, redactor),
+        behaviours=_steps(sequences, loaded, behaviours, redactor),
         profile=profile(loaded.schema, loaded.features.codes),
         training=training,
     )
@@ -275,7 +296,10 @@ def _fit_record(
     present = features.codes > 0
     share = present[:, numbers].sum(1) / present.sum(1)
     quantities = np.array([share[measured & (types == kind)].mean() for kind in density.types])
-    scorer = RecordScorer(Baseline.build(vectors, seed=seed), density, quantities)
+    baseline = Baseline.build(
+        vectors, seed=seed, lonely=lambda places: density.lonely(vectors[places], weights[places], types[places])
+    )
+    scorer = RecordScorer(baseline, density, quantities)
     first, like = later.distinct()
     distinct = later.take(first)
     kinds = distinct.codes[:, 0].astype(np.int64)
@@ -288,13 +312,15 @@ def _fit_history(
     encoder: Encoder,
     loaded: _Loaded,
     vectors: NDArray[np.float16],
+    record: NDArray[np.float64],
     held: NDArray[np.bool_],
     seed: int,
     kept: Path,
     tell: Progress,
 ) -> tuple[SequenceScorer | None, RateScorer | None, OverlapScorer | None, NDArray[np.float64], SequenceReport | None]:
     """The parts that judge entities by what came before (None where the held-out events, or all others, name no
-    entity), their evidence against each held-out event, and how the fit went. vectors: float16 [n, d], behaviours."""
+    entity), their evidence against each held-out event, and how the fit went. vectors: float16 [n, d], behaviours;
+    record: float64 [n], as `remembered` takes it."""
     pairs = loaded.entities
     evidence = np.zeros(len(held))
     judged = np.flatnonzero(held[pairs.row])
@@ -312,7 +338,7 @@ def _fit_history(
         progress=lambda step, steps, loss: tell("sequences", step, steps, f"loss {loss:.3f}"),
     )
     sequences = SequenceScorer(model)
-    raw, levels, overlaps, overlap = _replayed(sequences, loaded, vectors, held)
+    raw, levels, overlaps, overlap = _replayed(sequences, loaded, remembered(vectors, record), held)
     last = dict(zip(pairs.entity, range(len(pairs.entity)), strict=True))
     is_last = np.zeros(len(pairs.entity), bool)
     is_last[list(last.values())] = True
@@ -329,8 +355,10 @@ def _fit_history(
             overlaps.fit(overlap, int(held.sum()))
             by_user[kinds == JUDGED], _ = overlaps.evidence(overlap)
     rate, _ = rates.evidence(excess.take(judged), kinds)
-    order, missing = (sequences.evidence(name, raw, kinds) for name in ("order", "missing"))
-    np.maximum.at(evidence, pairs.row[judged], weighed(order, rate, missing, by_user).max(0))
+    each = [weighed(sequences.evidence(name, raw, kinds)) for name in ("order", "together")]
+    each += [rate, MISSING_TRUST * sequences.evidence("missing", raw, kinds), OVERLAP_TRUST * by_user]
+    for found in each:
+        np.maximum.at(evidence, pairs.row[judged], found)
     return sequences, rates, overlaps, evidence[held], report
 
 
@@ -379,7 +407,9 @@ def _replayed(
     return raw, np.concatenate(levels), OverlapScorer(overlaps), surprise
 
 
-def _steps(sequences: SequenceScorer | None, loaded: _Loaded, vectors: NDArray[np.float16]) -> list[bytes]:
+def _steps(
+    sequences: SequenceScorer | None, loaded: _Loaded, vectors: NDArray[np.float16], redactor: Redactor
+) -> list[bytes]:
     """For each outcome of the sequences a normal event that is one, without who and where."""
     if sequences is None:
         return []
@@ -387,7 +417,7 @@ def _steps(sequences: SequenceScorer | None, loaded: _Loaded, vectors: NDArray[n
     known = codes < sequences.model.codebook.other
     first = dict(zip(codes[known].tolist(), rows[known].tolist(), strict=True))
     named = {field.path for field in loaded.schema.fields if field.kind == "identity"}
-    events = _exemplars([loaded.records[row] for row in first.values()], loaded.schema)
+    events = _exemplars([loaded.records[row] for row in first.values()], loaded.schema, redactor)
     told = {
         code: orjson.dumps({path: value for path, value in orjson.loads(event).items() if path not in named})
         for code, event in zip(first, events, strict=True)
@@ -395,9 +425,8 @@ def _steps(sequences: SequenceScorer | None, loaded: _Loaded, vectors: NDArray[n
     return [told.get(code, b"{}") for code in range(sequences.model.codebook.other)]
 
 
-def _exemplars(records: list[bytes], schema: Schema) -> list[bytes]:
+def _exemplars(records: list[bytes], schema: Schema, redactor: Redactor) -> list[bytes]:
     """Compact redacted copies of normal events, for explanations."""
-    redactor = Redactor()
     return [orjson.dumps(redactor.record(compact(orjson.loads(record), schema)).record) for record in records]
 
 

@@ -11,9 +11,9 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 import structlog
@@ -27,6 +27,8 @@ SourcePartition = tuple[str, int]
 Offsets = dict[SourcePartition, int]
 """Next offset to be read, by (topic, partition)."""
 
+PATIENCE_S = 75.0
+"""How long Kafka is waited for when partitions are assigned: longer than a transaction may stay open."""
 START_S = 8.0
 """How long an unreachable broker is waited for at start: wrong settings must show within 15 seconds."""
 
@@ -47,6 +49,7 @@ HOPELESS = {
 """What waiting does not mend: a person must act."""
 TRANSIENT = {KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT, KafkaError._RESOLVE}
 
+T = TypeVar("T")
 _log = structlog.get_logger("ripcurrent.kafka")
 
 
@@ -142,21 +145,38 @@ def reason_of(error: KafkaException) -> str:
     return str(error.args[0].str())
 
 
-def committed_offsets(consumer: Any, partitions: list[TopicPartition]) -> Offsets:
-    """Committed offsets of those that have one. A transaction of a killed process may still be open on them: wait."""
-    deadline = time.monotonic() + 75
+def patiently(reading: str, call: Callable[[], T]) -> T:
+    """What a call gives, once Kafka answers: a broker that has just begun to lead takes a while, and so does a
+    transaction of a killed process that is still open. Raises StreamError."""
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
-            found = consumer.committed(partitions, timeout=10)
-            failed = next((p.error for p in found if p.error is not None), None)
-            if failed is None:
-                return {(p.topic, p.partition): p.offset for p in found if p.offset >= 0}
-            reason = failed.str()
+            return call()
         except KafkaException as error:
-            reason = reason_of(error)
-        if time.monotonic() > deadline:
-            raise StreamError(f"committed offsets cannot be read: {reason}")
+            if time.monotonic() > deadline:
+                raise StreamError(f"{reading} cannot be read: {reason_of(error)}") from error
         time.sleep(0.2)
+
+
+def committed_offsets(consumer: Any, partitions: list[TopicPartition]) -> Offsets:
+    """Committed offsets of those that have one."""
+
+    def read() -> list[TopicPartition]:
+        found: list[TopicPartition] = consumer.committed(partitions, timeout=10)
+        for partition in found:
+            if partition.error is not None:
+                raise KafkaException(partition.error)
+        return found
+
+    return {(p.topic, p.partition): p.offset for p in patiently("committed offsets", read) if p.offset >= 0}
+
+
+def watermarks(consumer: Any, source: SourcePartition) -> tuple[int, int]:
+    """The first offset that a partition still has, and the one after its last."""
+    found: tuple[int, int] = patiently(
+        f"offsets of {label([source])}", lambda: consumer.get_watermark_offsets(TopicPartition(*source), timeout=10)
+    )
+    return found
 
 
 def client_properties(settings: Settings) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Says nothing of pairs of records that matter only together: without either of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,11 +21,11 @@ LATEST = 12
 
 
 def weights(
-    sequences: SequenceScorer, windows: Windows, kinds: NDArray[np.int8], ending: NDArray[np.bool_]
+    sequences: SequenceScorer, windows: Windows, kinds: NDArray[np.int8], names: Sequence[str]
 ) -> NDArray[np.float64]:
     """float64 [m, W], 0 to 1: the share of its surprise that each window loses without each of its records.
 
-    kinds: int8 [m]; ending: bool [m], whether it was silence after the window that fired, not the newest record in it.
+    kinds: int8 [m]; names: m of what `SequenceScorer.raw` names, the statistic that fired.
     A record without which the rest is as surprising, or more, has 0; so has an unused slot, and all before the LATEST.
     """
     latest = np.arange(windows.times.shape[1]) >= windows.times.shape[1] - LATEST
@@ -38,7 +39,8 @@ def weights(
     )
     of = np.concatenate([whole, which])
     raw = sequences.raw(both, kinds[of], few=True)
-    statistic = np.where(ending[of], raw["ending"], raw["order"])
+    fired = np.array(names, object)[of]
+    statistic = np.select([fired == name for name in raw], list(raw.values()))
     statistic[both.length == 0] = 0.0
     before, after = statistic[which], statistic[len(windows) :]
     found = np.zeros(windows.mask.shape)

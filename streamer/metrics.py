@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from streamer.errors import ConfigurationError
 
@@ -27,6 +27,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)  # Memory, CPU and open files, by the names that all exporters use.
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"ripcurrent_{name}", text, labels, registry=registry)

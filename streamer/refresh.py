@@ -7,7 +7,7 @@ decided by `state.quarantine`, with distances to the vectors that the first fit 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,10 +47,11 @@ def refresh(
     *,
     alerts_per_day: float,
     device: str = "cpu",
+    redact: Collection[str] = (),
     progress: Callable[[int], None] = lambda _: None,
 ) -> Refreshed:
-    """Write to `out` the bundle at `path` with what `paths` have shown to be normal. Raises RefreshError for no events,
-    BundleError for the bundle."""
+    """Write to `out` the bundle at `path` with what `paths` have shown to be normal. redact: as for `fit`. Raises
+    RefreshError for no events, BundleError for the bundle."""
     bundle = load(path, device)
     scored = score_files(paths, bundle, progress)
     if not len(scored):
@@ -62,7 +63,7 @@ def refresh(
     baseline = Baseline.build(both, seed=int(bundle.manifest["training"]["seed"]))
     baseline.learned = np.concatenate([record.baseline.learned, np.zeros(len(joining), bool)])[baseline.members]
     schema = bundle.encoder.schema
-    redactor = Redactor()
+    redactor = Redactor(redact)
     told = [orjson.dumps(redactor.record(compact(orjson.loads(each), schema)).record) for each in records]
     exemplars = [*bundle.exemplars, *told]
     written = save(

@@ -16,7 +16,7 @@ from streamer.alert_topic import Finding, Story, own
 from streamer.reporting import DECADES, Days, Report, Scores
 
 _LEVELS = ("informational", "low", "medium", "high", "critical")
-_NAMES = (("auroc", "AUROC"), ("ap", "AP"), ("recall_at_20fp", "before the 20th false alarm"))
+_NAMES = (("auroc", "AUROC"), ("ap", "AP"), ("recall_at_20fp", "recall before the 20th false alarm"))
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1c2430;--soft:#667085;--line:#e3e7ed;--page:#f6f7f9;--card:#fff;--blue:#3b6fd4;
 --s1:#98a2b3;--s2:#3aa0b5;--s3:#e0a21b;--s4:#e0652b;--s5:#c3263f}
@@ -58,6 +58,9 @@ def page(report: Report) -> str:
         parts.append(_section("Budget", _budget(report.days)))
     if report.scores is not None:
         parts.append(_section("Scores", _scores(report.scores), card=False))
+    if report.drift:
+        told = "".join(f"<tr><td>{escape(part)}</td></tr>" for part in report.drift.split("; "))
+        parts.append(_section("Drift of the last day and week", f"<table>{told}</table>"))
     if report.causes:
         parts.append(_section("What was unusual", _causes(report.causes)))
     if report.top:
@@ -180,11 +183,11 @@ def _drift(scores: Scores) -> str:
     return (
         f'<svg viewBox="0 0 {width} {height + 18}" role="img" aria-label="drift">'
         f'<line x1="0" x2="{width}" y1="{even:.1f}" y2="{even:.1f}" stroke="var(--soft)" stroke-dasharray="4 4"/>'
-        f'<text x="0" y="{even + 12:.1f}">1 %, as in training</text>'
         f'<polyline points="{path}" fill="none" stroke="var(--blue)" stroke-width="2"/>{dots}'
         f'<text x="0" y="{height + 14}">first events</text>'
+        f'<text x="{width / 2:g}" y="{height + 14}" text-anchor="middle">- - 1 %, as in training</text>'
         f'<text x="{width}" y="{height + 14}" text-anchor="end">last events</text></svg>'
-        f"<table><tr><th>drift: share of p-values</th><th></th><th>of what training says</th></tr>{levels}</table>"
+        f"<table><tr><th>p-values</th><th>share of events</th><th>of what training says</th></tr>{levels}</table>"
     )
 
 

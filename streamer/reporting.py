@@ -53,8 +53,8 @@ class Days:
 
 @dataclass(frozen=True)
 class Report:
-    """All of it. bars: (start ms, alerts by severity level 1 to 5) of equal spans; causes: the most frequent; what is
-    None or empty is left out."""
+    """All of it. bars: (start ms, alerts by severity level 1 to 5) of equal spans; causes: the most frequent;
+    drift: what the service that runs says of it, in parts joined by "; "; what is None or empty is left out."""
 
     title: str
     made_ms: int
@@ -66,17 +66,19 @@ class Report:
     bars: tuple[tuple[int, tuple[int, ...]], ...] = ()
     causes: tuple[tuple[str, int], ...] = ()
     top: tuple[Story, ...] = ()
+    drift: str = ""
 
 
 @dataclass
 class Material:
-    """What a report is made of, gathered from files and topics."""
+    """What a report is made of, gathered from files, topics and the service."""
 
     findings: list[Finding] = field(default_factory=list)
     p_values: list[float] = field(default_factory=list)
     scored_alerts: int | None = None
     evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)
     sources: list[str] = field(default_factory=list)
+    drift: str = ""
 
     def add_file(self, path: Path) -> None:
         """Take an evaluation (JSON), scores or findings (JSON lines). Raises ConfigurationError for anything else."""
@@ -123,6 +125,7 @@ def report(material: Material, *, title: str, made_ms: int, promised: float | No
         _bars(creates),
         tuple(Counter(str(own(finding).get("cause")) for finding in creates).most_common(8)),
         tuple(sorted(told, key=_rank)[:TOP]),
+        material.drift,
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from encoder.entities import KINDS
 from encoder.runtime import Encoded
 from encoder.sequence import SequenceModel
 from state.baseline import Baseline, Density
@@ -28,20 +29,32 @@ best, most of all where training held unlabelled attacks. Measured in docs/detec
 HALF = 0.5
 """The share of an event's attributes that are quantities from which on density is trusted wholly; below, in proportion:
 four numbers among twenty names are not what makes the event."""
-SEQUENCE_TRUST = 0.5
-"""Against the record score: the order of what a machine does varies more than what it does."""
-RATE_TRUST = 1.0
-"""Against the record score: each knows its own ground, and an event raises a count only now and then."""
-MISSING_TRUST = 0.7
-OVERLAP_TRUST = 0.7
-"""Against the record score: measured in docs/detection.md."""
+SEQUENCE_DOUBT = 5.0
+"""Nats of a sequence's evidence that count for nothing: the order of what a machine does varies more than what it does,
+so what one window in a hundred and fifty shows says nothing."""
+MISSING_TRUST = OVERLAP_TRUST = 0.7
+"""Of the evidence of what did not come before, and of places at once: more would cost false alarms, and less would not
+be heard. Measured in docs/detection.md."""
+PIECES = ("correlation", "process", "session")
+"""Kinds of entity that are one piece of work, in which small oddities add up. Those of a user or host do not: one odd
+program and the mail read meanwhile are two things."""
+PART_OF = 4.0
+"""At most this (nats) does one event add to its piece of work: several that are odd, and not one that is very odd."""
+SHARPNESS = 3.0
+"""Of the norm that joins density and surprise: 1 would add them up, and unlabelled attacks in training, for which
+density alone is any good, would count by half; infinity would be the stronger of the two."""
+NOVELTY_TRUST = 2 / 3
+"""Of the distance to the nearest, beside the two countings, which say much of the same."""
 BLEND = 0.01
-"""How much the weaker part adds to the stronger: an order among events that it puts level."""
+"""How much the weaker of record and history adds to the stronger: an order among events that it puts level."""
 MIN_ENTITIES = 20
 """From so many on a group of them tells what others may do: the habits of three hosts say nothing of a fourth."""
 NEIGHBOURS = 3
+ORDER, TOGETHER, MISSING = "sequence:order", "sequence:together", "sequence:missing"
+"""Causes: that the newest record came after those before, that they are all a little odd, and that what usually comes
+shortly before it did not."""
 SEVERITY_PER_DECADE = 12.5
-_SURPRISES = ("odd_value", "odd_for_actor", "novelty")
+_SURPRISES = {"odd_value": 1.0, "odd_for_actor": 1.0, "novelty": NOVELTY_TRUST}
 
 
 @dataclass(frozen=True)
@@ -53,9 +66,10 @@ class Parts:
     surprise: NDArray[np.float64]
 
     def combined(self) -> NDArray[np.float64]:
-        """The stronger, weighed."""
-        stronger: NDArray[np.float64] = np.maximum(DENSITY_TRUST * self.density, self.surprise)
-        return stronger + BLEND * (self.density + self.surprise)
+        """Both, weighed: little more than the stronger."""
+        powers = (DENSITY_TRUST * self.density) ** SHARPNESS + self.surprise**SHARPNESS
+        norm: NDArray[np.float64] = powers ** (1 / SHARPNESS)
+        return norm
 
 
 @dataclass
@@ -93,7 +107,8 @@ class RecordScorer:
 
     def _surprise(self, raw: dict[str, NDArray[np.float64]]) -> NDArray[np.float64]:
         """The evidence of the three added up: Fisher's method, but for their dependence, and so calibrated after."""
-        total: NDArray[np.float64] = np.sum([self.calibrations[n].evidence(raw[n]) for n in _SURPRISES], axis=0)
+        parts = [trust * self.calibrations[name].evidence(raw[name]) for name, trust in _SURPRISES.items()]
+        total: NDArray[np.float64] = np.sum(parts, axis=0)
         return total
 
     def parts(self, raw: dict[str, NDArray[np.float64]], types: NDArray[np.int64]) -> Parts:
@@ -121,9 +136,9 @@ class SequenceScorer:
     """The sequence score: each entity's window, judged at each event, and that nothing follows it.
 
     Calibrated by kind of entity, for a host's days are not a transaction's steps: `order` (the newest record after
-    those before), `missing` (what usually comes shortly before it) and `ending` (nothing after it, for kinds of entity
-    whose routines end). The first two are calibrated again by event: one that is part of four windows has four chances
-    to look odd.
+    those before), `together` (how odd its records are one by one, added up), `missing` (what usually comes shortly
+    before it) and `ending` (nothing after it, for kinds of entity whose routines end). All but the last are calibrated
+    again by event: one that is part of four windows has four chances to look odd.
     """
 
     model: SequenceModel
@@ -131,9 +146,13 @@ class SequenceScorer:
 
     def raw(self, windows: Windows, kinds: NDArray[np.int8], *, few: bool = False) -> dict[str, NDArray[np.float64]]:
         """The uncalibrated scores of m windows, float64 [m] by name; kinds: int8 [m]; few: as for the model."""
-        scores = self.model(windows.vectors, windows.times, windows.length, kinds, few=few)
-        named = {"order": scores.surprise, "missing": scores.missing, "ending": scores.ending}
-        return {name: score.astype(np.float64) for name, score in named.items()}
+        scores = self.model(windows.vectors[:, :, :-1], windows.times, windows.length, kinds, few=few)
+        return {
+            "order": scores.surprise.astype(np.float64),
+            "ending": scores.ending.astype(np.float64),
+            "missing": scores.missing.astype(np.float64),
+            "together": _together(windows.vectors[:, :, -1], windows.mask),
+        }
 
     def fit(
         self,
@@ -148,14 +167,17 @@ class SequenceScorer:
             mine = kinds == kind
             self.calibrations[f"order.{kind}"] = Calibration.fit(raw["order"][mine])
             self.calibrations[f"missing.{kind}"] = Calibration.fit(raw["missing"][mine], tail_from=FEW)
+            if KINDS[kind] in PIECES:
+                self.calibrations[f"together.{kind}"] = Calibration.fit(raw["together"][mine])
             if (mine & ended).any():
                 self.calibrations[f"ending.{kind}"] = Calibration.fit(raw["ending"][mine & ended])
-        self.calibrations["order"] = Calibration.fit(_by_event(self.evidence("order", raw, kinds), rows))
+        for name in ("order", "together"):
+            self.calibrations[name] = Calibration.fit(_by_event(self.evidence(name, raw, kinds), rows))
         missing = _by_event(self.evidence("missing", raw, kinds), rows)
         self.calibrations["missing"] = Calibration.fit(missing, tail_from=FEW)
 
     def evidence(self, name: str, raw: dict[str, NDArray[np.float64]], kinds: NDArray[np.int8]) -> NDArray[np.float64]:
-        """float64 [m], nats: against each window by `order` or `missing`, or against its being the last by `ending`. A
+        """float64 [m], nats: against each window by its name, or by `ending` against its being the last. A
         kind of entity that was not among the held-out events has none."""
         found = np.zeros(len(kinds))
         for kind in np.unique(kinds).tolist():
@@ -165,6 +187,22 @@ class SequenceScorer:
         if (by_event := self.calibrations.get(name)) is not None:
             found = by_event.evidence(found)
         return found
+
+
+def remembered(vectors: NDArray[np.float16], record: NDArray[np.float64]) -> NDArray[np.float16]:
+    """What a window keeps of each of n events, float16 [n, d + 1]: its behaviour, [n, d], and the evidence against its
+    record, [n], in nats; negative: not known."""
+    return np.column_stack([vectors, record.astype(np.float16)])
+
+
+def _together(record: NDArray[np.float16], used: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """float64 [m]: by how many standard deviations the evidence against the records of each window exceeds what that of
+    normal ones adds up to: 1 each, and varying by 1. record: float16 [m, W], as remembered; used: bool [m, W]."""
+    known = used & (record >= 0)
+    n = known.sum(1)
+    total = np.where(known, np.minimum(record.astype(np.float64), PART_OF), 0.0).sum(1)
+    excess: NDArray[np.float64] = (total - n) / np.sqrt(np.maximum(n, 1))
+    return excess
 
 
 def _by_event(evidence: NDArray[np.float64], rows: NDArray[np.int32]) -> NDArray[np.float64]:
@@ -226,9 +264,9 @@ class RateScorer:
         return found.max(1, initial=0.0), found.argmax(1).astype(np.int8)
 
     def by_count(self, excess: Excess, kinds: NDArray[np.int8]) -> NDArray[np.float64]:
-        """float64 [m, 8], nats: what each count says by itself, 0 where it was not raised."""
+        """float64 [m, 8], nats: what each count says by itself, 0 where it was not raised beyond what was known."""
         found = np.zeros(excess.over.shape)
-        rows, columns = np.nonzero(np.isfinite(excess.over))
+        rows, columns = np.nonzero(excess.over > 0)
         place = (kinds[rows].astype(np.int64) * len(LEVELS) + columns) * GROUPS + excess.group[rows, columns]
         for which in np.unique(place).tolist():
             name, group = divmod(which, GROUPS)
@@ -260,14 +298,10 @@ class Scorer:
         return self.event.p_value(joined(record, history))
 
 
-def weighed(
-    order: NDArray[np.float64],
-    rate: NDArray[np.float64],
-    missing: NDArray[np.float64],
-    overlap: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """float64 [4, m], nats: the evidence of an entity's history, each part by its trust; the strongest counts."""
-    return np.stack([SEQUENCE_TRUST * order, RATE_TRUST * rate, MISSING_TRUST * missing, OVERLAP_TRUST * overlap])
+def weighed(sequence: NDArray[np.float64]) -> NDArray[np.float64]:
+    """float64, nats: what of a sequence's evidence counts against that of records and rates."""
+    beyond: NDArray[np.float64] = np.maximum(sequence - SEQUENCE_DOUBT, 0.0)
+    return beyond
 
 
 def joined(record: NDArray[np.float64], history: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -176,7 +176,7 @@ class _Server:
 
 
 class KafkaServer(_Server):
-    """A single-node Apache Kafka 4.x in KRaft mode.
+    """An Apache Kafka 4.x in KRaft mode, of one node unless another is put beside it.
 
     >>> with KafkaServer() as kafka:  # doctest: +SKIP
     ...     print(kafka.bootstrap)
@@ -184,6 +184,7 @@ class KafkaServer(_Server):
 
     Args:
         options: broker properties that replace or add to the defaults, such as {"transaction.max.timeout.ms": "5000"}.
+        beside: a server whose cluster this one joins as a second broker; that one must run.
 
     Raises:
         ConfigurationError: no Java 17 or no Maven, and no jars in the cache.
@@ -191,11 +192,17 @@ class KafkaServer(_Server):
 
     name = "kafka"
 
-    def __init__(self, options: Mapping[str, str] | None = None) -> None:
+    def __init__(self, options: Mapping[str, str] | None = None, beside: KafkaServer | None = None) -> None:
         self._java, self._jars = _java(), _kafka_jars()
         super().__init__()
-        self._controller_port = _free_port()
-        self._options = dict(options or {})
+        alone = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "a")
+        self._cluster: str = beside._cluster if beside is not None else alone
+        self._controller: str = beside._controller if beside is not None else f"127.0.0.1:{_free_port()}"
+        listener = f"PLAINTEXT://{self.address}"
+        self._options = {"listeners": f"{listener},CONTROLLER://{self._controller}", "advertised.listeners": listener}
+        if beside is not None:
+            self._options |= {"process.roles": "broker", "node.id": "2", "listeners": listener}
+        self._options |= dict(options or {})
         self._format()
 
     @property
@@ -221,17 +228,10 @@ class KafkaServer(_Server):
         return [self._java, *_JVM, "-cp", f"{self._jars}/*", main, *arguments]
 
     def _format(self) -> None:
-        controller = f"127.0.0.1:{self._controller_port}"
-        properties = _KAFKA | {
-            "listeners": f"PLAINTEXT://{self.address},CONTROLLER://{controller}",
-            "advertised.listeners": f"PLAINTEXT://{self.address}",
-            "controller.quorum.voters": f"1@{controller}",
-            "log.dirs": str(self.directory / "data"),
-        }
-        lines = [f"{key}={value}" for key, value in (properties | self._options).items()]
+        places = {"controller.quorum.voters": f"1@{self._controller}", "log.dirs": str(self.directory / "data")}
+        lines = [f"{key}={value}" for key, value in (_KAFKA | places | self._options).items()]
         (self.directory / "server.properties").write_text("\n".join(lines) + "\n")
-        cluster = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "a")
-        command = self._run("kafka.tools.StorageTool", "format", "-t", cluster, "-c", "server.properties")
+        command = self._run("kafka.tools.StorageTool", "format", "-t", self._cluster, "-c", "server.properties")
         done = subprocess.run(command, cwd=self.directory, capture_output=True, text=True, timeout=120, check=False)
         if done.returncode:
             self.close()

@@ -35,6 +35,7 @@ from streamer.kafka import (
     label,
     reason_of,
     topic_partitions,
+    watermarks,
 )
 from streamer.settings import Settings
 
@@ -108,9 +109,9 @@ class Source:
 
     def open(self) -> None:
         """Join the group and begin to read."""
-        self._consumer.subscribe(
-            list(self._settings.events), on_assign=self._assign, on_revoke=self._revoke, on_lost=self._lose
-        )
+        callbacks = {"on_assign": self._assign, "on_revoke": self._revoke, "on_lost": self._lose}
+        told = {name: self._telling(callback) for name, callback in callbacks.items()}
+        self._consumer.subscribe(list(self._settings.events), **told)
         self._thread.start()
 
     def close(self, timeout_s: float = 10.0) -> None:
@@ -211,6 +212,17 @@ class Source:
             except BaseException as error:
                 self._fail(error)
 
+    def _telling(self, callback: Callable[[Any, list[TopicPartition]], None]) -> Callable[[Any, Any], None]:
+        """The callback, with what it raises told to whoever waits: the client may make of it what nobody can catch."""
+
+        def call(consumer: Any, partitions: list[TopicPartition]) -> None:
+            try:
+                callback(consumer, partitions)
+            except BaseException as error:
+                self._fail(error)
+
+        return call
+
     def _fail(self, error: BaseException) -> None:
         with self._changed:
             self._error = self._error or error
@@ -306,7 +318,7 @@ class Source:
         starts: Offsets = {}
         for key in [(p.topic, p.partition) for p in partitions]:
             if key not in committed:
-                low, high = consumer.get_watermark_offsets(TopicPartition(*key), timeout=10)
+                low, high = watermarks(consumer, key)
                 starts[key] = low if self._settings.start == "earliest" else high
                 _log.info("first start", topic=key[0], partition=key[1], start=self._settings.start, offset=starts[key])
         consumer.incremental_assign(topic_partitions(committed | starts))
@@ -369,7 +381,7 @@ class Source:
 
     def _missing(self, topic: str, partition: int) -> None:
         wanted = self._positions.get((topic, partition), -1)
-        low, high = self._consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=10)
+        low, high = watermarks(self._consumer, (topic, partition))
         gap = f"{topic}:{partition} has offsets {low} to {high - 1}, and {wanted} is needed"
         lost = f"; {low - wanted} messages are lost" if 0 <= wanted < low else "; the topic was truncated or made anew"
         if self._settings.on_missing_offsets == "stop":

@@ -88,7 +88,7 @@ _ENUMS = {
 }
 _WHOLE = {
     "activity_id": "activity",
-    "actor.process.cmd_line": "command line",
+    "actor.process.cmd_line": "command line of the acting process",
     "actor.process.file.path": "program path",
     "actor.process.file.name": "acting process",
     "actor.process.name": "acting process",
@@ -112,7 +112,7 @@ _WHOLE = {
     "message": "message",
     "metadata.event_code": "event code",
     "module.file.name": "module",
-    "process.cmd_line": "command line of the process",
+    "process.cmd_line": "command line",
     "process.file.name": "process",
     "process.file.path": "path of the process",
     "process.name": "process",
@@ -133,7 +133,8 @@ _WHOLE = {
     "user.name": "target user",
 }
 _PARTS = {
-    **dict.fromkeys(("unmapped", "traffic", "connection_info", "metadata", "actor", "query", "finding_info"), ""),
+    **dict.fromkeys(("unmapped", "traffic", "connection_info", "metadata", "actor", "query"), ""),
+    **dict.fromkeys(("finding_info", "location"), ""),
     "api": "API",
     "cmd_line": "command line",
     "device": "host",
@@ -180,6 +181,7 @@ _KINDS = {
 }
 _SEQUENCES = {
     "order": "order of events",
+    "together": "run of events",
     "rate": "rate of events",
     "count": "number of events",
     "silence": "silence",
@@ -212,6 +214,24 @@ def event_kind(record: Mapping[str, Any]) -> str:
     return known or (shorten(name.lower(), 40) if isinstance(name, str) and name else "event")
 
 
+def doing(record: Mapping[str, Any], but: str = "", said: Collection[str] = ()) -> str:
+    """What happened in an event, in a word or two: "launch of cmd.exe", "API call CreateUser", "failed logon"; where
+    nothing telling is known, what kind of event it was. but: an attribute path that is told already; said: names that
+    are."""
+    uid, activity_id = record.get("class_uid"), record.get("activity_id")
+    activity = _activity(uid, activity_id) if isinstance(activity_id, int) else ""
+    name = ""
+    if uid == 1007:
+        name = _first(record, "", "process.name", "process.file.name")
+    elif uid == 6003:
+        activity, name = "API call", _first(record, "", "api.operation")
+    elif uid == 3002 and activity:
+        return f"failed {activity}" if record.get("status_id") == 2 and but != "status_id" else activity
+    if not activity or not name or name in said:
+        return event_kind(record)
+    return f"{activity}{' of' if uid == 1007 else ''} {name}"
+
+
 TELLING = (
     "type_uid",
     "status_id",
@@ -233,19 +253,52 @@ TELLING = (
     "device.hostname",
 )
 """Attributes that tell in a word or two what an event was: its type, its outcome, then the most telling first."""
+_WHERE = ("dst_endpoint.svc_name", "service.name", "device.hostname")
+"""Said where nothing more telling is."""
+
+
+_ACTS = {
+    1001: ("file", ""),
+    1005: ("module", ""),
+    1007: ("process", ""),
+    1008: ("log event", ""),
+    3001: ("account", ""),
+    3002: ("", "to"),
+    4001: ("connection", "to"),
+    4003: ("name lookup", "of"),
+    6003: ("API call", ""),
+    201001: ("registry key", ""),
+    201002: ("registry value", ""),
+}
+"""Of an event class: what is acted on, and the word that joins whom or what it reached."""
+_SAID_BY_NOUN = (1008, 4003, 6003)
+"""Classes of which the activity adds nothing to the noun and the name."""
 
 
 def told(flat: Mapping[str, Any]) -> str:
-    """An event, flat (path -> value), in a few words: "authentication: logon, failure, PC-7"."""
+    """An event, flat (path -> value), in a few words: "failed logon to PC-7", "process launch /bin/ls -l"."""
     kind = str(flat.get("type_uid", ""))
-    class_uid = int(kind) // 100 if kind.isdecimal() else 0
-    words = [CLASSES.get(class_uid, "")]
-    if kind.isdecimal() and (activity := _activity(class_uid, int(kind) % 100)):
-        words[0] += f": {activity}"
-    if flat.get("status_id") in (2, "2"):
-        words.append("failure")
-    words += [shorten(str(flat[path]), 50) for path in TELLING[2:] if flat.get(path) not in (None, "", "-")][:2]
-    return ", ".join(filter(None, words)) or "event"
+    class_uid = int(kind) // 100 if kind.isdecimal() and len(kind) < 12 else 0
+    activity = _activity(class_uid, int(kind) % 100) if class_uid else ""
+    noun, joined = _ACTS.get(class_uid, (CLASSES.get(class_uid, ""), ""))
+    if class_uid in _SAID_BY_NOUN or (class_uid == 4001 and activity in ("open", "traffic")):
+        activity = ""
+    elif noun and not activity and class_uid in _ACTS:
+        activity = "activity"
+    words = [*(["failed"] if flat.get("status_id") in (2, "2") else []), noun, activity]
+    names: list[str] = []
+    for path in TELLING[2:]:
+        name = str(flat.get(path) or "")
+        again = path == "dst_endpoint.ip" and names  # the same place by its address
+        where = again or (path in _WHERE and (names or class_uid in (1001, 1005, 1007)))
+        if name not in ("", "-") and not where and not any(name.lower() in other.lower() for other in names):
+            names.append(f"port {name}" if path == "dst_endpoint.port" else name)
+    if not any(words):
+        words = ["event"]
+    elif names and joined:
+        words.append(joined)
+    whom = ", ".join(shorten(name, 50) for name in names[:2]).replace(", port ", " port ")
+    return " ".join(filter(None, [*words, whom]))
 
 
 def shorten(text: str, limit: int = MAX_SHOWN) -> str:
@@ -365,6 +418,8 @@ def _at(record: Mapping[str, Any], path: str) -> str:
     return shorten(node, 60) if isinstance(node, str) and node != "-" else ""
 
 
+_ONE_RUN = ("correlation", "session")
+"""Kinds of entity that are one user's."""
 _PROCESS = ("actor.process.name", "actor.process.file.name", "process.name", "process.file.name")
 
 
@@ -381,6 +436,8 @@ def subject(entity: str, record: Mapping[str, Any], but: str = "", said: Collect
     kind = {"device": "host", "hostname": "host"}.get(kind, kind)
     if name and kind not in parts:
         where = f" on host {parts['host']}" if parts["host"] else ""
+        if kind in _ONE_RUN and parts["user"]:
+            where = f" of user {parts['user']}{where}"
         return f" of {_KINDS.get(kind, kind.replace('_', ' '))} {shorten(name, 60)}{where}"
     if name and not parts[kind] and not _names(but, kind) and name not in said:
         parts[kind] = shorten(name, 60)
@@ -415,19 +472,21 @@ def sequence(what: str) -> str:
 
 
 _COUNTS = {
-    "events": ("many events", "events"),
-    "failures": ("many failures", "failures"),
-    "partners": ("many peers", "distinct users, hosts, addresses and services"),
-    "bytes": ("much data", "sent"),
+    "events": ("many events", "events", ""),
+    "failures": ("many failures", "failures", ""),
+    "partners": ("many peers", "different users, hosts, addresses and services", "different ones"),
+    "bytes": ("much data", "sent", "sent"),
 }
+"""Of a count: what there was much of, what is counted, and how that is said beside the first."""
 _SPANS = {"hour": "within two hours", "day": "within a day"}
 
 
-def rate(name: str) -> tuple[str, str]:
-    """What was much, of a count such as `failures.hour`: ("many failures", "failures within two hours")."""
+def rate(name: str, *, short: bool = False) -> tuple[str, str]:
+    """What was much, of a count such as `failures.hour`: ("many failures", "failures within two hours"); short: as it
+    is said after the first."""
     of, _, span = name.partition(".")
-    much, counted = _COUNTS.get(of, ("much activity", "acts"))
-    return much, f"{counted} {_SPANS.get(span, '')}".rstrip()
+    much, counted, beside = _COUNTS.get(of, ("much activity", "acts", "acts"))
+    return much, f"{beside if short else counted} {_SPANS.get(span, '')}".strip()
 
 
 def amount(of: str, x: float) -> str:

@@ -65,7 +65,7 @@ def scored(records: Iterable[Json], cause: str = "record:dst_endpoint.port", ent
 
 
 def explanation(*fields: FieldFinding, **more: Any) -> Explanation:
-    return Explanation(fields, more.get("neighbours", ()), 3.0, 0.5, more.get("window", ()))
+    return Explanation(fields, more.get("neighbours", ()), 3.0, 0.5, more.get("window", ()), more.get("instead", ()))
 
 
 def alerts(

@@ -23,18 +23,19 @@ from streamer.evaluation import metrics, read_events, read_labels
 from streamer.files import batches
 
 Patches = list[tuple[Any, str, Any]]
-NO_DENSITY: Patches = [(scoring, "DENSITY_TRUST", 0.0), (scoring, "BLEND", 0.0)]
+NO_DENSITY: Patches = [(scoring, "DENSITY_TRUST", 0.0)]
 UNTRAINED: Patches = [(training, "descend", lambda *_, **__: Descent())]
 VARIANTS: dict[str, Patches] = {
     "all of it": [],
     "identity path alone, no residual part": UNTRAINED,
     "residual part that may replace the identity path": [(training, "RESIDUAL_PENALTY", 0.0)],
-    "the loneliest of the reference kept": [(baseline, "TRIM", 0.0)],
+    "the loneliest kept in reference and baseline": [(baseline, "TRIM", 0.0)],
+    "the loneliest kept in the baseline": [(baseline.Density, "lonely", lambda _, v, *__: np.zeros(len(v), bool))],
     "without density": NO_DENSITY,
-    "without the distance to the nearest": [(scoring, "_SURPRISES", ("odd_value", "odd_for_actor"))],
-    "without either: counting alone": [(scoring, "_SURPRISES", ("odd_value", "odd_for_actor")), *NO_DENSITY],
-    "distance to the nearest three in the embedding alone": [(scoring, "_SURPRISES", ("novelty",)), *NO_DENSITY],
-    "the same on the identity path": [(scoring, "_SURPRISES", ("novelty",)), *NO_DENSITY, *UNTRAINED],
+    "without the distance to the nearest": [(scoring, "_SURPRISES", {"odd_value": 1.0, "odd_for_actor": 1.0})],
+    "without either: counting alone": [(scoring, "_SURPRISES", {"odd_value": 1.0, "odd_for_actor": 1.0}), *NO_DENSITY],
+    "distance to the nearest three in the embedding alone": [(scoring, "_SURPRISES", {"novelty": 1.0}), *NO_DENSITY],
+    "the same on the identity path": [(scoring, "_SURPRISES", {"novelty": 1.0}), *NO_DENSITY, *UNTRAINED],
     "density in the embedding alone": [
         (scoring.RecordScorer, "_surprise", lambda _, raw: np.zeros(len(raw["novelty"])))
     ],

@@ -241,12 +241,16 @@ class Topics:
         return sorted(label for label in labels if p_value(label) <= LINE)
 
 
-def create(bootstrap: str, name: str, partitions: int = 2, config: dict[str, str] | None = None) -> Topics:
+def create(
+    bootstrap: str, name: str, partitions: int = 2, config: dict[str, str] | None = None, replicas: int = 1
+) -> Topics:
     admin = AdminClient({"bootstrap.servers": bootstrap})
     sizes = {"events": (partitions, config or {"max.message.bytes": "8000000"})}
     sizes |= {"alerts": (2, {}), "dead": (1, {"max.message.bytes": "6000000"}), "scores": (2, {})}
     sizes |= {"ledger": (1, {"cleanup.policy": "compact"})}
-    new = [NewTopic(f"{name}-{suffix}", count, 1, config=settings) for suffix, (count, settings) in sizes.items()]
+    new = [
+        NewTopic(f"{name}-{suffix}", count, replicas, config=settings) for suffix, (count, settings) in sizes.items()
+    ]
     for future in admin.create_topics(new).values():
         future.result(20)
     return Topics(bootstrap, name, partitions)

@@ -218,7 +218,7 @@ def day(tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, Told]:
 
 def explained(bundle: Bundle, lines: Sequence[bytes], each: int) -> tuple[Detector, Told]:
     """The most unusual of each batch, by record and by sequence, explained as the service does: right after scoring."""
-    detector = Detector(bundle, MemoryWindows(dim=bundle.dim))
+    detector = Detector(bundle, MemoryWindows(dim=bundle.window_dim))
     stream = [Message("events", 0, i, NOW, line) for i, line in enumerate(lines)]
     found: Told = []
     for start in range(0, len(stream), 256):
@@ -306,10 +306,10 @@ def test_listed_attributes_are_masked_in_a_timeline_too() -> None:
     )
     batch = scored([WORD], cause="sequence:order", entity="user:bob")
     shown, hidden = (alerts(batch, [told], redactor=Redactor(listed))[0] for listed in ([], ["process.cmd_line"]))
-    assert b"process activity: launch, transform --model v3, transform" in shown.value
+    assert b"process launch transform --model v3" in shown.value
     check(hidden)
     assert b"--model" not in hidden.value
-    assert b"process activity: launch, [masked], transform" in hidden.value
+    assert b"process launch [masked], transform" in hidden.value
 
 
 def test_a_huge_event_makes_a_small_alert_that_says_so() -> None:

@@ -11,9 +11,12 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+import structlog
 from stream import create
 
-from streamer.settings import leaves
+from streamer.cli import configure_logging
+from streamer.settings import Settings, leaves
 
 COMMAND = [sys.executable, "-c", "from streamer.cli import main; main()"]
 
@@ -24,6 +27,17 @@ def ripcurrent(*arguments: str, cwd: Path, **variables: str) -> subprocess.Compl
     return subprocess.run(
         [*COMMAND, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False
     )
+
+
+def test_no_secret_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(Settings())
+    try:
+        structlog.get_logger().warning("waiting", reason="no answer from redis://default:hunter2@redis:6379/0", times=3)
+    finally:
+        structlog.reset_defaults()
+    told = capsys.readouterr().err
+    assert "hunter2" not in told
+    assert "redis://default:[masked]@redis:6379/0" in told
 
 
 def test_help_names_every_setting_and_imports_nothing_heavy(tmp_path: Path) -> None:
@@ -55,6 +69,31 @@ def test_config_prints_toml_that_gives_the_same_settings_and_hides_secrets(tmp_p
     again = ripcurrent("config", "--config", "again.toml", "--json", cwd=tmp_path)
     first = ripcurrent("config", *flags, "--json", "--batch-size", "7", cwd=tmp_path, **variables)
     assert json.loads(again.stdout) | {"kafka.sasl_password": ""} == json.loads(first.stdout)
+
+
+LOGS = """
+import sys, structlog
+from streamer.cli import configure_logging
+from streamer.settings import load
+configure_logging(load({"log_format": sys.argv[1], "log_level": "warning"}))
+structlog.get_logger("ripcurrent.service").warning("read again", reason="it was\\nlost", times=3)
+structlog.get_logger("ripcurrent.service").info("not told")
+"""
+
+
+def test_logs_are_a_json_object_or_a_line_each() -> None:
+    told = {}
+    for kind in ("json", "console"):
+        done = subprocess.run([sys.executable, "-c", LOGS, kind], capture_output=True, text=True, check=True)
+        assert done.stdout == ""
+        told[kind] = done.stderr.splitlines()
+    (line,) = told["json"]
+    entry = json.loads(line)
+    assert entry.pop("timestamp").endswith("Z")
+    assert entry == {"event": "read again", "level": "warning", "reason": "it was\nlost", "times": 3}
+    (line,) = told["console"]
+    assert "read again" in line
+    assert "times=3" in line
 
 
 def test_wrong_settings_give_one_clear_line_within_seconds(

@@ -22,6 +22,7 @@ from streamer.bundle import Bundle, BundleError
 from streamer.detector import Detector, ScoredBatch
 from streamer.fitting import FitError, fit
 from streamer.offline import line_of_a_day, score_files, write_alerts, write_scores
+from streamer.redaction import MASK
 from streamer.simulate import MONDAY, schedule, simulate, write
 
 EVENTS_PER_DAY = 2600
@@ -58,7 +59,7 @@ def messages(path: Path, n: int) -> list[Message]:
 
 
 def score(bundle: Bundle, batches: Sequence[Sequence[Message]]) -> list[ScoredBatch]:
-    detector = Detector(bundle, MemoryWindows(dim=bundle.dim))
+    detector = Detector(bundle, MemoryWindows(dim=bundle.window_dim))
     return [detector.score(batch) for batch in batches]
 
 
@@ -119,7 +120,7 @@ def test_explanations_name_what_is_odd(fitted: tuple[Bundle, Path], days: tuple[
     event = orjson.loads(launches[0].value or b"")
     event["process"]["name"] = event["process"]["file"]["name"] = "mimikatz.exe"
     event["process"]["file"]["path"] = "C:\\Temp\\mimikatz.exe"
-    detector = Detector(fitted[0], MemoryWindows(dim=fitted[0].dim))
+    detector = Detector(fitted[0], MemoryWindows(dim=fitted[0].window_dim))
     scored = detector.score([Message("t", 0, 0, 1_800_000_000_000, orjson.dumps(event))])
     explanation = detector.explain(scored, np.array([0]))[0]
     assert any("mimikatz" in finding.observed for finding in explanation.fields[:3])
@@ -143,7 +144,7 @@ def restless(fitted: tuple[Bundle, Path]) -> Iterator[Bundle]:
 
 
 def silences(bundle: Bundle, batches: Sequence[Sequence[Message]], timers: MemoryTimers) -> Told:
-    detector = Detector(bundle, MemoryWindows(dim=bundle.dim), timers=timers)
+    detector = Detector(bundle, MemoryWindows(dim=bundle.window_dim), timers=timers)
     told: Told = []
     for batch in batches:
         scored = detector.score(batch)
@@ -175,7 +176,7 @@ def test_who_fell_silent_and_where_does_not_depend_on_how_the_stream_was_cut(
 def test_at_the_end_of_a_stream_all_who_are_waited_for_are_silent_once(
     restless: Bundle, days: tuple[Path, Path]
 ) -> None:
-    detector = Detector(restless, MemoryWindows(dim=restless.dim), timers=MemoryTimers())
+    detector = Detector(restless, MemoryWindows(dim=restless.window_dim), timers=MemoryTimers())
     scored = detector.score(messages(days[1], 200))
     left = detector.finish()
     assert left is not None and len(set(left.entity)) == len(left)
@@ -198,7 +199,7 @@ def test_the_silence_of_a_file_is_told_where_its_entity_was_last(
     assert finding["unmapped"]["entity"] == quiet
     assert finding["unmapped"]["source"]["offset"] == last
     title = finding["finding_info"]["title"]
-    assert title.startswith("Unusual silence of user ") and ", then nothing after " in title
+    assert title.startswith("Unusual silence of user ") and ": nothing after " in title
 
 
 @pytest.mark.parametrize(
@@ -235,6 +236,13 @@ def test_a_folder_that_is_no_bundle_is_not_replaced(days: tuple[Path, Path], qui
     with pytest.raises(BundleError, match="not a bundle"):
         fit([days[0]], tmp_path / "mine")
     assert (tmp_path / "mine" / "precious").read_text() == "x"
+
+
+def test_exemplars_hold_listed_attributes_masked(days: tuple[Path, Path], quick: None, tmp_path: Path) -> None:
+    bundle = fit([days[0]], tmp_path / "b", redact=["process.cmd_line"]).bundle
+    for told in (bundle.exemplars, bundle.behaviours):
+        lines = {orjson.loads(each).get("process.cmd_line") for each in told}
+        assert lines == {None, MASK}
 
 
 def test_too_few_events_to_fit_are_refused(tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from stream import EVENT, create
 from test_cli import ripcurrent
 from test_store import bundle
+from typer.testing import CliRunner
 
 from encoder.events import Message, decode
 from encoder.schema import Schema, SchemaLearner
 from encoder.vectorize import Vectorizer
+from streamer.cli import app
 from streamer.collectors import DriftCollector
 from streamer.doctor import examine
 from streamer.drift import DISTRUST, HEALTHY, HOUR_MS, MIN_EVENTS, REFIT, Drift, profile, stability
@@ -144,16 +146,22 @@ def test_the_doctor_tells_what_is_wrong_and_how_the_service_does(
     assert found["service"].told.startswith(f"none answers on port {port}")
 
     metrics = Metrics()
-    metrics.registry.register(DriftCollector(lambda: watched(schema, events(3000, 1, users=2000))))
+    seen = watched(schema, events(3000, 1, users=2000))
+    metrics.registry.register(DriftCollector(lambda: seen))
     server = serve(metrics, port, alive=lambda: "", ready=lambda: "")
     try:
         text = urllib.request.urlopen(f"http://localhost:{port}/metrics", timeout=5).read().decode()
         assert 'ripcurrent_drift_verdict{verdict="do not trust"} 1.0' in text
         drift = {finding.what: finding for finding in examine(topics.settings(**more))}["drift"]
+        flags = [f"--kafka-bootstrap-servers={kafka}", f"--alerts={topics.name}-alerts", f"--metrics-port={port}"]
+        report = CliRunner().invoke(app, ["report", "--out", str(tmp_path / "report.html"), *flags])
     finally:
         server.shutdown()
         server.server_close()
     assert (drift.mark, drift.told.split(";")[0]) == ("bad", DISTRUST)
+    assert report.exit_code == 0, report.exception
+    rows = "<tr><td>do not trust</td></tr><tr><td>most shifted fields user.name"
+    assert rows in (tmp_path / "report.html").read_text()
     wrong = {finding.what: finding for finding in examine(topics.settings(**more | {"alerts": "nowhere"}))}
     assert wrong["kafka"].mark == "bad"
     assert "nowhere" in wrong["kafka"].told

@@ -23,6 +23,7 @@ import numpy as np
 import orjson
 import pytest
 from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient
 from stream import EVENT, LINE, EachRow, HashDetector, Topics, create, p_value, running, until
 from test_rebuild import assert_undisturbed
 from test_rebuild import service_for as service_with_windows
@@ -161,6 +162,68 @@ def test_a_broker_that_stands_still(own_kafka: KafkaServer, unique: Callable[[st
         topics.wait_until_read(2000)
     assert raised == []
     assert_each_once(topics, 2000)
+
+
+def leader(bootstrap: str, topic: str, name: str) -> int:
+    """The broker that leads the partition of an internal topic that a group or transactional id belongs to."""
+    hashed = 0
+    for character in name:  # As Java does it.
+        hashed = (31 * hashed + ord(character)) & 0xFFFFFFFF
+    partitions = AdminClient({"bootstrap.servers": bootstrap}).list_topics(topic, timeout=10).topics[topic].partitions
+    return int(partitions[(hashed & 0x7FFFFFFF) % len(partitions)].leader) if partitions else -1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("protocol", ["classic", "consumer"])
+def test_coordinators_that_move_and_die(unique: Callable[[str], str], protocol: str) -> None:
+    """The broker that coordinates group and transactions is killed, and gets both back when it is there again."""
+    two = {f"{name}.replication.factor": "2" for name in ("offsets.topic", "transaction.state.log", "default")}
+    quick = {"broker.session.timeout.ms": "2000", "broker.heartbeat.interval.ms": "500"}
+    back = {"leader.imbalance.check.interval.seconds": "1", "leader.imbalance.per.broker.percentage": "0"}
+    with KafkaServer(two | quick | back) as first, KafkaServer(two | quick, beside=first) as second:
+        where = first.bootstrap
+        throwaway = Producer({"bootstrap.servers": where, "transactional.id": "throwaway"})
+        throwaway.init_transactions(30)  # Makes the topic of transactions; asking for commits makes that of groups.
+        Topics(where, "throwaway", 1).committed()
+
+        def moved(name: str) -> bool:
+            leaders = leader(where, "__consumer_offsets", name), leader(where, "__transaction_state", f"{name}-one")
+            return leaders == (2, 2)
+
+        names = [unique("coordinators") for _ in range(100)]
+        until(lambda: any(map(moved, names)))  # Once the second broker leads what it should.
+        name = next(filter(moved, names))
+        topics = create(where, name, replicas=2)
+        more = {"kafka.group_protocol": protocol}
+        more |= {"kafka.properties": {}} if protocol == "consumer" else {}
+        fed, ended = [0], threading.Event()
+
+        def feed() -> None:
+            while not ended.wait(0.2):
+                topics.produce_events_from(fed[0], 50)
+                fed[0] += 50
+
+        feeding = threading.Thread(target=feed)
+        with running(service_for(topics, slow_detector(0.02), **more)) as raised:
+            feeding.start()
+            try:
+                topics.wait_until_read(200)
+                for stop in (second.kill, second.stop, second.kill):
+                    stop()
+                    began, at_first = time.monotonic(), done(topics)
+                    until(lambda at_first=at_first: done(topics) > at_first + 100, 60)
+                    print(f"went on {time.monotonic() - began:.1f} s after its coordinator had gone")
+                    second.start()
+                    until(lambda: moved(name), 60)
+                    at_first = done(topics)
+                    until(lambda at_first=at_first: done(topics) > at_first + 100, 60)
+            finally:
+                ended.set()
+                feeding.join()
+            topics.wait_until_read(fed[0], 120)
+        assert raised == []
+        assert_each_once(topics, fed[0])
 
 
 @pytest.mark.slow

@@ -89,3 +89,11 @@ def test_half_of_what_is_normal_says_little() -> None:
     evidence, _ = rates.evidence(excess, np.zeros(len(excess.over), np.int8))
     assert np.median(evidence) < 1.0
     assert (evidence > 4).mean() < 0.05
+
+
+def test_what_stays_within_the_habits_is_no_evidence() -> None:
+    habits, _, rates = fitted(COUNTS)
+    name = "user:1"
+    reached = int(COUNTS[1].max())
+    assert judged(habits, rates, name, reached)[0] == 0.0
+    assert judged(habits, rates, name, 40 * reached)[0] > 0.0

@@ -14,8 +14,9 @@ from confluent_kafka import KafkaError, KafkaException
 from stream import LINE, EachRow, HashDetector, Topics, create, running, until
 
 from streamer import publishing
+from streamer import source as source_module
 from streamer.errors import ConfigurationError, StreamError
-from streamer.kafka import TransactionAbortedError, check_topics, claim_instance
+from streamer.kafka import TransactionAbortedError, check_topics, claim_instance, patiently
 from streamer.publishing import TransactionalPublisher
 from streamer.servers import KafkaServer
 from streamer.service import Service
@@ -182,6 +183,38 @@ def test_errors_are_told_apart(topics: Topics, error: KafkaError, outcome: Any) 
         with pytest.raises(outcome):
             publisher._call("commit_transaction", call)
         assert len(calls) == 1
+
+
+def test_a_partition_whose_leader_is_not_ready_is_waited_for(topics: Topics, monkeypatch: pytest.MonkeyPatch) -> None:
+    topics.produce_events(20)
+    asked = []
+
+    def watermarks(consumer: Any, source: Any) -> tuple[int, int]:
+        def read() -> tuple[int, int]:
+            asked.append(source)
+            if len(asked) < 4:
+                raise KafkaException(KafkaError(KafkaError.NOT_LEADER_FOR_PARTITION, retriable=True))
+            return 0, 10
+
+        return patiently("offsets", read)
+
+    monkeypatch.setattr(source_module, "watermarks", watermarks)
+    with running(Service(topics.settings(), HashDetector(), EachRow(), line=LINE)) as raised:
+        topics.wait_until_read(20)
+    assert raised == []
+    assert len(asked) == 5
+
+
+def test_what_fails_while_partitions_are_assigned_ends_the_service(
+    topics: Topics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def watermarks(consumer: Any, source: Any) -> tuple[int, int]:
+        raise KafkaException(KafkaError(KafkaError.NOT_LEADER_FOR_PARTITION))
+
+    monkeypatch.setattr(source_module, "watermarks", watermarks)
+    with running(Service(topics.settings(), HashDetector(), EachRow(), line=LINE)) as raised:
+        until(lambda: bool(raised))
+    assert "NOT_LEADER_FOR_PARTITION" in str(raised[0])
 
 
 def test_processes_on_one_host_have_different_names_that_a_restart_keeps(topics: Topics) -> None:

@@ -40,7 +40,7 @@ class Adding:
 
 def test_a_record_weighs_what_the_statistic_that_fired_loses_without_it() -> None:
     two, model = windows([1, 8, 2], [1, 3, 4]), Adding()
-    found = weights(model, two, np.zeros(2, np.int8), np.array([False, True]))  # type: ignore[arg-type]
+    found = weights(model, two, np.zeros(2, np.int8), ["order", "ending"])  # type: ignore[arg-type]
     np.testing.assert_allclose(found[0, -3:], [0, 0.75, 0])
     np.testing.assert_allclose(found[1, -3:], [1 / 8, 3 / 8, 4 / 8])
     assert not found[:, :-3].any()
@@ -49,7 +49,7 @@ def test_a_record_weighs_what_the_statistic_that_fired_loses_without_it() -> Non
 
 def test_full_windows_lose_their_records_too() -> None:
     full = windows(list(range(1, W + 1)))
-    found = weights(Adding(), full, np.zeros(1, np.int8), np.array([True]))  # type: ignore[arg-type]
+    found = weights(Adding(), full, np.zeros(1, np.int8), ["ending"])  # type: ignore[arg-type]
     share = np.arange(1, W + 1) / (W * (W + 1) / 2)
     np.testing.assert_allclose(found[0, -LATEST:], share[-LATEST:])
     assert not found[0, :-LATEST].any(), "what is not told is not weighed"
@@ -64,4 +64,4 @@ def test_a_window_is_cut_where_the_event_was() -> None:
 
 def test_what_has_no_records_weighs_nothing() -> None:
     empty = cut(windows([5]), np.array([-1]))
-    assert not weights(Adding(), empty, np.zeros(1, np.int8), np.array([False])).any()  # type: ignore[arg-type]
+    assert not weights(Adding(), empty, np.zeros(1, np.int8), ["order"]).any()  # type: ignore[arg-type]

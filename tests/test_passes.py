@@ -3,6 +3,8 @@ and a device without memory is an error in words."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,17 @@ def test_a_row_gives_the_same_to_the_last_bit_in_any_batch(device: str) -> None:
     for cut in (1, 3, SIZE, SIZE + 5, 4 * SIZE - 1):
         parts = [passes(x[:cut], add[:cut]), passes(x[cut:], add[cut:])]
         assert np.array_equal(torch.cat(parts).numpy(), whole)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_threads_that_call_at_once_do_not_see_what_is_anothers(device: str) -> None:
+    _, passes = network(device)
+    asked = [rows(n) for n in range(1, 4 * SIZE)]
+    alone = [passes(*arrays).numpy() for arrays in asked]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda arrays: passes(*arrays).numpy(), asked * 3))
+    for found, expected in zip(together, alone * 3, strict=True):
+        assert np.array_equal(found, expected)
 
 
 @pytest.mark.gpu

@@ -445,6 +445,7 @@ def test_metrics_and_health_are_served(topics: Topics) -> None:
     assert figures["ripcurrent_budget_spent_today"] == figures["ripcurrent_alerts_total"]
     assert figures["ripcurrent_line_p_value"] == LINE
     assert figures[f'ripcurrent_lag_messages{{partition="0",topic="{topics.events}"}}'] == 0
+    assert figures["process_resident_memory_bytes"] > 1e6
     assert 0 < figures[f'ripcurrent_kafka_round_trip_seconds{{broker="{topics.bootstrap}"}}'] < 10
     for count in ('ripcurrent_stage_seconds_count{stage="judge"}', "ripcurrent_batch_latency_seconds_count"):
         assert figures[count] == figures["ripcurrent_batches_total"]

@@ -1,4 +1,4 @@
-"""What months of running ask of memory, in twenty minutes: it stays where it was once all is warm."""
+"""What months of running ask of memory, in half an hour: once all is warm, it stays for twenty minutes where it is."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from whole import Service
 from streamer.servers import ValkeyServer
 from streamer.simulate import simulate
 
-SECONDS, WARM_S, SPAN_S = 1200, 360, 120
-"""Memory of the last SPAN_S seconds is held against that of SPAN_S seconds after WARM_S."""
 RATE = 200
-"""Events a second: a simulated company's day in a minute, each with names and values that are new."""
+"""Events a second: a simulated company's day in a minute and a half, with names and values that are new each day."""
+WARM_S, SOAK_S, SPAN_S = 660, 1200, 120
+"""Memory of the last SPAN_S seconds is held against that of the first after WARM_S: by then the week has passed that
+drift looks back, and caches of values have been full."""
 
 
 def resident(pid: int) -> int:
@@ -39,10 +40,11 @@ def test_memory_stays_flat(kafka: str, unique: Callable[[str], str], folder: Pat
     chance = random.Random(9)
     seen: list[tuple[float, int]] = []
     with ValkeyServer() as valkey, redis.Redis.from_url(valkey.url) as server:
-        service = Service(topics, folder / "bundle", valkey.url, 0)
+        # Few alerts: one that falls behind holds what is fetched ahead, too.
+        service = Service(topics, folder / "bundle", valkey.url, 0, line=0.0005)
         with service.running() as process:
             began, sent = time.monotonic(), 0
-            while (now := time.monotonic() - began) < SECONDS:
+            while (now := time.monotonic() - began) < WARM_S + SOAK_S:
                 assert process.poll() is None
                 while sent < now * RATE:
                     value = next(events) if chance.random() > 0.001 else chance.randbytes(100)
@@ -53,10 +55,10 @@ def test_memory_stays_flat(kafka: str, unique: Callable[[str], str], folder: Pat
                     seen.append((now, resident(process.pid)))
                     if len(seen) % 60 == 0:
                         held = f"{seen[-1][1] / 1e6:.0f} MB, Redis {server.info('memory')['used_memory'] / 1e6:.0f} MB"
-                        print(f"{now:.0f} s, {sent:,} sent: {held}", flush=True)
+                        print(f"{now:.0f} s, {sent:,} sent, {sent - service.done():,} behind: {held}", flush=True)
             producer.flush(30)
             topics.wait_until_read(sent)
     after = statistics.median(size for at, size in seen if WARM_S <= at < WARM_S + SPAN_S)
-    at_last = statistics.median(size for at, size in seen if at >= SECONDS - SPAN_S)
+    at_last = statistics.median(size for at, size in seen if at >= WARM_S + SOAK_S - SPAN_S)
     print(f"{sent:,} messages: {after / 1e6:.0f} MB after {WARM_S} s, {at_last / 1e6:.0f} MB at the end")
     assert at_last < 1.05 * after

@@ -11,21 +11,44 @@ from streamer.finding import confidence
 from streamer.much import RateFinding
 
 
-def test_a_sequence_tells_its_time_and_its_worst_event() -> None:
+def test_a_sequence_tells_what_came_after_what_and_what_was_expected_instead() -> None:
     start = WORD["time"]
-    logon = {"type_uid": 300201}
+    launched = {"type_uid": 100701, "process.file.name": "render"}
+    steps = [{"type_uid": 300201}, {"type_uid": 600302, "api.operation": "ListOpen"}, launched]
+    window = tuple((start - 60_000 * (3 - i), f"events:3:{i}:0", step, 0.3 * i) for i, step in enumerate(steps))
+    instead = (({"type_uid": 100701, "process.file.name": "reconcile"}, 0.81), ({"type_uid": 300202}, 0.1), ({}, 0.9))
+    finding = one(told=explanation(window=window, instead=instead), cause="sequence:order", entity="user:bob")
+    who = "process winword.exe of user bob on host PC-7"
+    title = f"Unusual order of events of {who}: process launch render after API call ListOpen; "
+    assert finding["finding_info"]["title"] == f"{title}usually process launch reconcile (81 %)"
+    assert "\nIn place of the last, usual is process launch reconcile (81 %).\n" in finding["finding_info"]["desc"]
+    assert finding["start_time"] == start - 3 * 60_000
+    assert len(finding["finding_info"]["related_events"]) == 4
+    assert finding["unmapped"]["timeline"][2]["share"] == pytest.approx(0.6)
+    silent = one(told=explanation(window=window, instead=instead), cause="sequence:silence", entity="user:bob")
+    last = "nothing after process launch render, the last of 3 events in 2 min; usually process launch reconcile (81 %)"
+    assert silent["finding_info"]["title"] == f"Unusual silence of {who}: {last}"
+
+
+def test_small_oddities_that_add_up_are_told_as_several() -> None:
     window = tuple(
-        (start - 60_000 * (8 - i), f"events:3:{i}:0", {**logon, "device.hostname": f"PC-{i}"}, 0.1 * i)
-        for i in range(5)
+        (WORD["time"] - 20_000 * (3 - i), f"events:3:{i}:0", {"type_uid": 100700 + i}, share)
+        for i, share in enumerate((0.0, 0.1, 0.3, 0.2))
     )
-    finding = one(told=explanation(window=window), cause="sequence:rate", entity="user:bob")
-    assert finding["finding_info"]["title"].endswith(
-        "on host PC-7: 5 events in 4 min, above all authentication: logon, PC-4"
+    finding = one(told=explanation(PORT, window=window), cause="sequence:together", entity="process:cmd.exe@pc-7")
+    title = finding["finding_info"]["title"]
+    assert title.startswith("Several unusual events of process ")
+    assert title.endswith(": process terminate, and 2 more in 60 s")
+    assert "without it 30 % less surprising" in finding["finding_info"]["desc"]
+
+
+def test_the_earlier_event_that_is_named_is_the_one_that_made_the_newest_odd() -> None:
+    window = tuple(
+        (WORD["time"] - 4 + i, f"events:3:{i}:0", {"type_uid": 300201, "dst_endpoint.hostname": f"PC-{i}"}, share)
+        for i, share in enumerate((0.1, 0.5, 0.0, 0.9))
     )
-    assert finding["finding_info"]["title"].startswith("Unusual rate of events of process winword.exe of user bob")
-    assert finding["start_time"] == start - 8 * 60_000
-    assert len(finding["finding_info"]["related_events"]) == 6
-    assert finding["unmapped"]["timeline"][4]["share"] == pytest.approx(0.4)
+    title = one(told=explanation(window=window), cause="sequence:order", entity="user:bob")["finding_info"]["title"]
+    assert title.endswith(": logon to PC-3 after logon to PC-1")
 
 
 def test_a_rate_is_told_with_its_number_and_what_was_usual() -> None:
@@ -34,13 +57,13 @@ def test_a_rate_is_told_with_its_number_and_what_was_usual() -> None:
         return check(alerts(scored([WORD], cause, entity), explained)[0])
 
     failures = told("rate:failures.day", "user:bob", RateFinding("failures", "day", 23.4, 3.0, own=True))
-    title = "Unusually many failures of user bob: about 23 failures within a day; never more than 3 before"
+    title = "Unusually many failures of user bob: about 23 within a day, never more than 3 before"
     assert failures["finding_info"]["title"] == title
     assert failures["finding_info"]["analytic"]["uid"] == "ripcurrent-rate"
     first = failures["anomaly_analyses"][0]["anomalies"][0]
     assert (first["observation_parameter"], first["observations"]) == ("failures.day", [{"value": "23"}])
     sent = told("rate:bytes.hour", "host:PC-7", RateFinding("bytes", "hour", 41_200_000.0, 0.0, own=False))
-    much = "Unusually much data of host PC-7: about 41.2 MB sent within two hours; others like it seldom have any"
+    much = "Unusually much data of host PC-7: about 41.2 MB sent within two hours, others like it seldom have any"
     assert sent["finding_info"]["title"] == much
     events, failed = (
         RateFinding("events", "hour", 255.0, 26.5, own=True),
@@ -48,8 +71,7 @@ def test_a_rate_is_told_with_its_number_and_what_was_usual() -> None:
     )
     spray = told("rate:events.hour", "address:192.0.2.1", events, failed)["finding_info"]
     assert spray["title"].endswith(
-        "about 255 events within two hours; never more than 26 before; "
-        "also about 40 failures within a day; never more than 3 before"
+        "about 255 within two hours, never more than 26 before; also 40 failures within a day (never more than 3)"
     )
     assert "- about 40 failures within a day; never more than 3 before.\n" in spray["desc"]
 
@@ -61,7 +83,7 @@ def test_the_nearest_normal_event_and_what_differs() -> None:
 
 
 TITLES = [
-    (FieldFinding("status_id", "2", (("1", 0.99),), 5), 3002, "Unusual outcome failure in authentication"),
+    (FieldFinding("status_id", "2", (("1", 0.99),), 5), 3002, "Unusual outcome failure in logon of"),
     (
         FieldFinding("type_uid", "100702", (("100701", 0.97),), 5),
         1007,
@@ -83,7 +105,11 @@ TITLES = [
         1007,
         "Unusual acting process evil.exe in process activity",
     ),
-    (FieldFinding("actor.process.cmd_line", "x" * 500, (), 5), 1007, f"Unusual command line {'x' * 53}…{'x' * 26} in"),
+    (
+        FieldFinding("actor.process.cmd_line", "x" * 500, (), 5),
+        1007,
+        f"Unusual command line of the acting process {'x' * 53}…",
+    ),
     (FieldFinding("activity_id", "4", (("2", 0.8),), 5), 6003, "Unusual activity delete in API activity"),
 ]
 
@@ -98,6 +124,29 @@ def test_titles_speak_of_things_not_of_paths(field: FieldFinding, class_uid: int
 
 
 ODD = "rundll32.exe does not usually do this: unusual destination port 4444 in network activity of process winword.exe"
+LAUNCH: Json = {"class_uid": 1007, "activity_id": 1, "process": {"name": "cmd.exe"}}
+DOINGS = [
+    (FieldFinding("actor.process.name", "winword.exe", (), 5), LAUNCH, "launch of cmd.exe by user bob on host PC-7"),
+    (FieldFinding("process.name", "cmd.exe", (), 5), LAUNCH, "process activity of process winword.exe"),
+    (
+        FieldFinding("src_endpoint.ip", "10.0.0.5", (), 5),
+        {"class_uid": 6003, "activity_id": 1, "api": {"operation": "CreateUser"}},
+        "API call CreateUser of process",
+    ),
+    (
+        FieldFinding("src_endpoint.ip", "10.0.0.5", (), 5),
+        {"class_uid": 3002, "status_id": 2},
+        "failed logon of process",
+    ),
+]
+
+
+@pytest.mark.parametrize(("field", "event", "told"), DOINGS)
+def test_titles_say_what_was_done(field: FieldFinding, event: Json, told: str) -> None:
+    title = one({**WORD, **event}, explanation(field), cause=f"record:{field.path}")["finding_info"]["title"]
+    assert f" in {told}" in title
+
+
 MORE_TITLES = [
     (FieldFinding("dst_endpoint.port", "4444", (), 7, given="rundll32.exe"), ODD),
     (
@@ -132,7 +181,15 @@ def test_numbers_have_units_and_names_stay_as_they_are() -> None:
     assert wording.value("unmapped.rate", "0.333333", {}) == "0.333"
     assert wording.value("privileges", '["SeDebug","SeLoad"]', {}) == "SeDebug, SeLoad"
     told = {"type_uid": 300201, "status_id": 2, "dst_endpoint.hostname": "WS-7"}
-    assert wording.told(told) == "authentication: logon, failure, WS-7"
+    assert wording.told(told) == "failed logon to WS-7"
+    assert wording.told({"type_uid": 400101, "dst_endpoint.ip": "192.0.2.1", "dst_endpoint.port": 443}) == (
+        "connection to 192.0.2.1 port 443"
+    )
+    launch = {"type_uid": 100701, "process.cmd_line": "/bin/render --pdf", "process.file.name": "render"}
+    assert wording.told({**launch, "device.hostname": "app01"}) == "process launch /bin/render --pdf"
+    assert wording.told({"type_uid": 100899, "metadata.event_code": "E5"}) == "log event E5"
+    assert wording.told({"type_uid": 100199, "file.path": "/x"}) == "file activity /x"
+    assert wording.told({}) == "event"
 
 
 def test_two_usual_values_are_named_and_rare_ones_are_not() -> None:
