@@ -1,16 +1,18 @@
 """The quarantine: what is new and may become normal, held until it came on enough days from enough sides.
 
-Promises: nothing that was ever at or under the alert line gets through, nothing that was not seen on MIN_DAYS days,
-and no entity brings more than CAP new vectors a refresh; an entity that has been moving away from what was first
-learned, a little each day, is named and brings nothing. So one machine cannot teach the baseline quickly, and not
-slowly unnoticed. It does not know whether what many entities do on many days is good.
+Promises: nothing that was at or under the alert line on one of the days it is shown gets through, nothing that was not
+seen on MIN_DAYS days, and no entity brings more than CAP new vectors a refresh; an entity that has been moving away
+from what was first learned, a little each day, is named and brings nothing. How far each has come is carried from one
+refresh to the next (`Watch`). So one machine cannot teach the baseline quickly, and not slowly unnoticed. It does not
+know whether what many entities do on many days is good.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
+from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,24 +30,96 @@ MARGIN = 1.5
 ALLOWANCE, ALARM, MOST = 0.5, 8.0, 3.0
 """Of the cumulated sum (Page 1954), in standard errors of a day's mean: what a day may differ, the sum that alarms, and
 the most that a single day adds, so that one odd day is no slow drift."""
+MOST_SUM = 2 * ALARM
+"""Where the sum ends: who goes back to what they did first is trusted again within about two weeks."""
 ENOUGH = 5
 """Events of an entity on a day that make a mean."""
+MAX_ENTITIES = 1_000_000
+"""56 bytes each in a bundle; of more, those that were seen last are kept."""
 
 
 @dataclass(frozen=True)
 class Released:
     """rows: the first event of each vector that is let in; refused: how many vectors are not, by the reason; drifting:
-    the entities that were moving away, each with the day (ms) on which the alarm rose."""
+    the entities that were moving away, each with the day (ms) on which the alarm rose; watch: for the next refresh."""
 
     rows: NDArray[np.intp]
     refused: dict[str, int]
     drifting: dict[str, int]
+    watch: Watch
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How far an entity has come. days, total, count: of the first days on which it did ENOUGH, how many there were and
+    the sum of their evidence (nats) over so many events; last: the latest day taken in; away: the cumulated sum of how
+    much farther it was than then; since: the day on which that rose over ALARM, -1 where it is not over it."""
+
+    days: int = 0
+    total: float = 0.0
+    count: int = 0
+    last: int = -1
+    away: float = 0.0
+    since: int = -1
+
+    def after(self, day: int, total: float, count: int) -> Walk:
+        """With another day; itself where that day is taken in already."""
+        if day <= self.last or count < ENOUGH:
+            return self
+        if self.days < FIRST_DAYS:
+            first, of = self.total + total, self.count + count
+            return replace(self, days=self.days + 1, total=first, count=of, last=day)
+        usual = max(1.0, self.total / self.count) * (1 + MARGIN / self.count**0.5)
+        step = min((total / count - usual) / usual * count**0.5, MOST) - ALLOWANCE
+        away = min(max(0.0, self.away + step), MOST_SUM)
+        since = day if away > ALARM and self.since < 0 else self.since if away > ALARM else -1
+        return replace(self, last=day, away=away, since=since)
+
+
+class Watch:
+    """The walks of all entities, which are kept as hashes. keys: uint64 [e]; walks: float64 [e, 6], their fields."""
+
+    def __init__(self, keys: NDArray[np.uint64] | None = None, walks: NDArray[np.float64] | None = None) -> None:
+        self._walks: dict[int, Walk] = {}
+        if keys is not None and walks is not None:
+            for key, (days, total, count, last, away, since) in zip(keys.tolist(), walks.tolist(), strict=True):
+                self._walks[key] = Walk(int(days), total, int(count), int(last), away, int(since))
+
+    def of(self, entity: str) -> Walk:
+        return self._walks.get(_key(entity), Walk())
+
+    def arrays(self) -> tuple[NDArray[np.uint64], NDArray[np.float64]]:
+        """As it is made of."""
+        latest = sorted(self._walks.items(), key=lambda each: (-each[1].last, each[0]))[:MAX_ENTITIES]
+        walks = np.array([astuple(walk) for _, walk in latest], np.float64).reshape(-1, 6)
+        return np.array([key for key, _ in latest], np.uint64), walks
+
+    def after(self, means: Mapping[str, Mapping[int, Sequence[float]]]) -> tuple[Watch, dict[str, int]]:
+        """With more days (entity -> day -> sum of its evidence and number of events), and the entities that were over
+        ALARM on any of them, each with the day (ms) on which that began."""
+        watch, found = Watch(), {}
+        watch._walks = {**self._walks}
+        for who, days in means.items():
+            walk = self.of(who)
+            since = walk.since
+            for day, (total, count) in sorted(days.items()):
+                walk = walk.after(day, total, int(count))
+                since = walk.since if since < 0 else since
+            watch._walks[_key(who)] = walk
+            if since >= 0:
+                found[who] = since * DAY_MS
+        return watch, found
+
+
+def _key(entity: str) -> int:
+    return int.from_bytes(blake2b(entity.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 @dataclass
 class Quarantine:
-    """Fill it with `hold`, in order of event time, then `release`."""
+    """Fill it with `hold`, in order of event time, then `release`. watch: as the refresh before left it."""
 
+    watch: Watch = field(default_factory=Watch)
     _first: dict[bytes, int] = field(default_factory=dict)
     _days: dict[bytes, set[int]] = field(default_factory=lambda: defaultdict(set))
     _sides: dict[bytes, set[str]] = field(default_factory=lambda: defaultdict(set))
@@ -84,26 +158,11 @@ class Quarantine:
 
     def drifting(self) -> dict[str, int]:
         """Entities that have been moving away, with the day (ms) of the alarm."""
-        found = {}
-        for who, days in self._means.items():
-            means = [(day, total / count, count) for day, (total, count) in sorted(days.items()) if count >= ENOUGH]
-            if len(means) <= FIRST_DAYS:
-                continue
-            first = sum(count for _, _, count in means[:FIRST_DAYS])
-            usual = max(1.0, sum(mean * count for _, mean, count in means[:FIRST_DAYS]) / first)
-            usual *= 1 + MARGIN / first**0.5
-            total = 0.0
-            for day, mean, count in means[FIRST_DAYS:]:
-                away = (mean - usual) / usual * count**0.5
-                total = max(0.0, total + min(away, MOST) - ALLOWANCE)
-                if total > ALARM:
-                    found[who] = day * DAY_MS
-                    break
-        return found
+        return self.watch.after(self._means)[1]
 
     def release(self) -> Released:
         """What may become normal."""
-        drifting = self.drifting()
+        watch, drifting = self.watch.after(self._means)
         brought: dict[str, int] = defaultdict(int)
         refused: dict[str, int] = defaultdict(int)
         rows = []
@@ -122,4 +181,4 @@ class Quarantine:
                 if len(sides) < SIDES:
                     for who in sides:
                         brought[who] += 1
-        return Released(np.array(rows, np.intp), dict(refused), drifting)
+        return Released(np.array(rows, np.intp), dict(refused), drifting, watch)

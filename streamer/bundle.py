@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from state.baseline import Baseline, Density
 from state.calibration import Calibration
 from state.habits import Habits
 from state.overlaps import Overlaps
+from state.quarantine import Watch
 from streamer.at_once import OverlapScorer
 from streamer.manifest import FORMAT, MANIFEST, SCHEMA, BundleError, digest_of, resolve, verify
 from streamer.scoring import RateScorer, RecordScorer, Scorer, SequenceScorer
@@ -46,7 +47,8 @@ _SEQUENCES, _BEHAVIOURS = "sequences.safetensors", "behaviours.ndjson"
 class Bundle:
     """What a detector needs. exemplars: for each vector of the baseline, the normal event that it stands for, compact
     and redacted; behaviours: for each outcome that sequences are made of, a normal event without who and where;
-    profile: how often each code of each field came in training; manifest: what `manifest.json` says."""
+    profile: how often each code of each field came in training; manifest: what `manifest.json` says; watch: how far
+    entities have come from what they did first, as of the last refresh."""
 
     encoder: Encoder
     scorer: Scorer
@@ -54,6 +56,7 @@ class Bundle:
     behaviours: list[bytes]
     profile: NDArray[np.int64]
     manifest: dict[str, Any]
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def version(self) -> str:
@@ -89,9 +92,10 @@ def save(
     behaviours: list[bytes],
     profile: NDArray[np.int64],
     training: dict[str, Any],
+    watch: Watch | None = None,
 ) -> Bundle:
     """Write a bundle; what stands at `path` is replaced only once the new one is whole."""
-    path = path.absolute()
+    path, watch = path.absolute(), watch or Watch()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -102,7 +106,9 @@ def save(
         if scorer.sequences is not None:
             tensors, config = scorer.sequences.model.state()
             save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary / _SEQUENCES)
-        save_arrays(_scorer_arrays(scorer) | {"profile": profile}, temporary / _SCORES)
+        keys, walks = watch.arrays()
+        arrays = _scorer_arrays(scorer) | {"profile": profile, "watch.keys": keys, "watch.walks": walks}
+        save_arrays(arrays, temporary / _SCORES)
         (temporary / _EXEMPLARS).write_bytes(b"".join(line + b"\n" for line in exemplars))
         (temporary / _BEHAVIOURS).write_bytes(b"".join(line + b"\n" for line in behaviours))
         files = {file.name: digest_of(file) for file in sorted(temporary.iterdir())}
@@ -124,7 +130,7 @@ def save(
         raise BundleError(f"{path} cannot be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Bundle(encoder, scorer, exemplars, behaviours, profile, manifest)
+    return Bundle(encoder, scorer, exemplars, behaviours, profile, manifest, watch)
 
 
 def _swap(new: Path, path: Path) -> None:
@@ -206,8 +212,9 @@ def load(path: Path, device: str = "cpu") -> Bundle:
             overlaps = OverlapScorer(learned, _calibrations(arrays, "overlap"))
         scorer = Scorer(record, sequences, rates, _calibrations(arrays, "event")["event"], overlaps)
         profile = arrays["profile"]
+        watch = Watch(arrays.get("watch.keys"), arrays.get("watch.walks"))
     except (SafetensorError, KeyError) as error:
         raise BundleError(f"bundle {path} does not hold what its manifest says ({error}); fit it again") from error
     exemplars = (path / _EXEMPLARS).read_bytes().splitlines()
     behaviours = (path / _BEHAVIOURS).read_bytes().splitlines()
-    return Bundle(encoder, scorer, exemplars, behaviours, profile, manifest)
+    return Bundle(encoder, scorer, exemplars, behaviours, profile, manifest, watch)

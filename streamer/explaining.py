@@ -58,12 +58,13 @@ class FieldFinding:
 class Explanation:
     """Why one event was alerted on, in the order of what mattered most.
 
-    fields: at most five; neighbours: the nearest normal events, each a compact redacted copy (path -> value), nearest
-    first; distance and usual_distance: to the nearest normal and that of a normal event; window: for a sequence, (event
-    time ms, coordinates, a normal event like it (path -> value; empty: there is none), share of its surprise that it
-    would lose without this one) of each of its events, oldest first; instead: for a sequence, normal events one
-    of which was expected in place of the newest (after a silence: after it), with their probability, likeliest first;
-    rates: of a rate, how much it was, and what else was much; else none.
+    fields: at most five; neighbours: the nearest normal events, each a compact redacted copy (path -> value, and
+    under `@event` where it stood), nearest first; distance and usual_distance: to the nearest normal and that of a
+    normal event; window: for a sequence, (event time ms, coordinates, a normal event like it (path -> value; empty:
+    there is none), share of its surprise that it would lose without this one) of each of its events, oldest first;
+    instead: for a sequence, normal events one of which was expected in place of the newest (after a silence: after
+    it), with their probability, likeliest first; rates: of a rate, how much it was, and what else was much; else
+    none.
     """
 
     fields: tuple[FieldFinding, ...]

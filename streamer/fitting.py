@@ -56,6 +56,8 @@ MAX_CODES = 80_000_000
 MAX_ENTITIES = 50_000
 """Entities whose windows are held at once while training is replayed, some 7 kB each; the longest unseen go first."""
 DAY_MS = 86_400_000
+PLACE = "@event"
+"""In an exemplar, beside the attributes of the normal event: where it stood. No attribute path begins so."""
 
 Reread = Callable[[], Iterable[Sequence[Message]]]
 """Gives the same messages each time it is called: a range of a topic."""
@@ -90,6 +92,7 @@ class _Loaded:
     entities: Entities
     acts: Acts
     records: list[bytes]
+    places: list[str]
     events: int
     rejects: int
     repairs: Counter[str]
@@ -144,7 +147,7 @@ def fit(
     event = Calibration.fit(joined(by_record, by_history), tail_from=FEW)
     scorer = Scorer(record, sequences, rates, event, overlaps)
     redactor = Redactor(redact)
-    exemplars = [loaded.records[first[place]] for place in record.baseline.members.tolist()]
+    members = first[record.baseline.members].tolist()
     span = max(int(np.ptp(loaded.time)), 60_000)
     training = {
         "events": loaded.events,
@@ -166,7 +169,9 @@ def fit(
         out,
         encoder=encoder,
         scorer=scorer,
-        exemplars=_exemplars(exemplars, loaded.schema, redactor),
+        exemplars=exemplars(
+            [loaded.records[row] for row in members], [loaded.places[row] for row in members], loaded.schema, redactor
+        ),
         behaviours=_steps(sequences, loaded, behaviours, redactor),
         profile=profile(loaded.schema, loaded.features.codes),
         training=training,
@@ -206,6 +211,7 @@ def _load(paths: Sequence[Path] | Reread, tell: Progress) -> _Loaded:
     times: list[NDArray[np.int64]] = []
     pairs: list[tuple[Entities, Acts]] = []
     records: list[bytes] = []
+    places: list[str] = []
     seen = 0
     for events, _ in _decoded(paths):
         kept = np.arange(-seen % stride, len(events), stride)
@@ -213,6 +219,7 @@ def _load(paths: Sequence[Path] | Reread, tell: Progress) -> _Loaded:
         parts.append(vectorize(events).take(kept))
         times.append(events.time[kept])
         records.extend(orjson.dumps(events.records[i]) for i in kept.tolist())
+        places.extend(events.coordinates.label(i) for i in kept.tolist())
         seen += len(events)
         tell("vectorize", seen, total, "")
     features = FeatureBatch(
@@ -228,6 +235,7 @@ def _load(paths: Sequence[Path] | Reread, tell: Progress) -> _Loaded:
         moments[order],
         *_reordered(pairs, order),
         [records[i] for i in order.tolist()],
+        [places[i] for i in order.tolist()],
         total,
         rejected,
         repairs,
@@ -405,7 +413,7 @@ def _steps(
     known = codes < sequences.model.codebook.other
     first = dict(zip(codes[known].tolist(), rows[known].tolist(), strict=True))
     named = {field.path for field in loaded.schema.fields if field.kind == "identity"}
-    events = _exemplars([loaded.records[row] for row in first.values()], loaded.schema, redactor)
+    events = exemplars([loaded.records[row] for row in first.values()], None, loaded.schema, redactor)
     told = {
         code: orjson.dumps({path: value for path, value in orjson.loads(event).items() if path not in named})
         for code, event in zip(first, events, strict=True)
@@ -413,9 +421,13 @@ def _steps(
     return [told.get(code, b"{}") for code in range(sequences.model.codebook.other)]
 
 
-def _exemplars(records: list[bytes], schema: Schema, redactor: Redactor) -> list[bytes]:
-    """Compact redacted copies of normal events, for explanations."""
-    return [orjson.dumps(redactor.record(compact(orjson.loads(record), schema)).record) for record in records]
+def exemplars(records: list[bytes], places: list[str] | None, schema: Schema, redactor: Redactor) -> list[bytes]:
+    """Compact redacted copies of normal events, for explanations; with places (`topic:partition:offset:index`), each
+    says under PLACE where it stood."""
+    copies = [redactor.record(compact(orjson.loads(record), schema)).record for record in records]
+    if places is not None:
+        copies = [{PLACE: place} | copy for place, copy in zip(places, copies, strict=True)]
+    return [orjson.dumps(copy) for copy in copies]
 
 
 def summary(fitted: Fitted) -> list[tuple[str, Any]]:

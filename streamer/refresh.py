@@ -2,7 +2,8 @@
 
 Encoder, sequences, calibration and the reference of drift stay, so that windows stay and p-values keep their meaning;
 the baseline is rebuilt beside the one that serves, and `ripcurrent bundle promote` swaps it in. What may join is
-decided by `state.quarantine`, with distances to the vectors that the first fit learned, not to those that joined since.
+decided by `state.quarantine`, with distances to the vectors that the first fit learned, not to those that joined since,
+and with how far each entity had come by the refresh before: many small ones see what one large would.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from encoder.events import EventBatch, Message, decode
 from state.baseline import Baseline
 from state.quarantine import Quarantine, Released
 from streamer.bundle import Bundle, load, save
-from streamer.detector import compact
 from streamer.errors import RipcurrentError
 from streamer.files import batches
+from streamer.fitting import exemplars
 from streamer.offline import lines_of, score_files
 from streamer.redaction import Redactor
 from streamer.scoring import NEIGHBOURS
@@ -57,22 +58,21 @@ def refresh(
     if not len(scored):
         raise RefreshError(f"{', '.join(map(str, paths))}: no events could be read")
     lines = lines_of(scored, alerts_per_day, bundle)
-    released, records, joining = _quarantined(paths, bundle, scored.p_value <= lines)
+    released, records, places, joining = _quarantined(paths, bundle, scored.p_value <= lines)
     record = bundle.scorer.record
     both = np.concatenate([record.baseline.vectors(), joining])
     baseline = Baseline.build(both, seed=int(bundle.manifest["training"]["seed"]))
     baseline.learned = np.concatenate([record.baseline.learned, np.zeros(len(joining), bool)])[baseline.members]
     schema = bundle.encoder.schema
-    redactor = Redactor(redact)
-    told = [orjson.dumps(redactor.record(compact(orjson.loads(each), schema)).record) for each in records]
-    exemplars = [*bundle.exemplars, *told]
+    told = [*bundle.exemplars, *exemplars(records, places, schema, Redactor(redact))]
     written = save(
         out,
         encoder=bundle.encoder,
         scorer=replace(bundle.scorer, record=replace(record, baseline=baseline)),
-        exemplars=[exemplars[place] for place in baseline.members.tolist()],
+        exemplars=[told[place] for place in baseline.members.tolist()],
         behaviours=bundle.behaviours,
         profile=bundle.profile,
+        watch=released.watch,
         training=bundle.manifest["training"]
         | {
             "refreshed": {
@@ -96,12 +96,13 @@ def _read(bundle: Bundle, batch: Sequence[Message]) -> tuple[EventBatch, NDArray
 
 def _quarantined(
     paths: Sequence[Path], bundle: Bundle, alert: NDArray[np.bool_]
-) -> tuple[Released, list[bytes], NDArray[np.float16]]:
-    """Everything through the quarantine: what it lets out, the events first seen with it, and their vectors."""
+) -> tuple[Released, list[bytes], list[str], NDArray[np.float16]]:
+    """Everything through the quarantine: what it lets out, the events first seen with it, where they stand, and their
+    vectors."""
     record = bundle.scorer.record
     first_fit = Baseline.build(record.baseline.vectors()[record.baseline.learned], seed=0)
     present = {vector.tobytes() for vector in record.baseline.vectors()}
-    quarantine = Quarantine()
+    quarantine = Quarantine(bundle.watch)
     done = 0
     for batch in batches(paths):
         events, vectors, entity = _read(bundle, batch)
@@ -112,12 +113,14 @@ def _quarantined(
         done += len(events)
     released = quarantine.release()
     records: list[bytes] = []
+    places: list[str] = []
     joining = [np.empty((0, bundle.dim), np.float16)]
     done = 0
     for batch in batches(paths):
         events, vectors, _ = _read(bundle, batch)
         rows = released.rows[(released.rows >= done) & (released.rows < done + len(events))] - done
         records += [orjson.dumps(events.records[row]) for row in rows.tolist()]
+        places += [events.coordinates.label(row) for row in rows.tolist()]
         joining.append(vectors[rows])
         done += len(events)
-    return released, records, np.concatenate(joining)
+    return released, records, places, np.concatenate(joining)
