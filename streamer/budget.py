@@ -19,7 +19,8 @@ DAY_H, WEEK_H = 24, 168
 BURST_H = 6
 """The hours in which half the budget may be spent."""
 ALWAYS = 0.01
-"""Of the line: a p-value at or under this share of it is an alert whatever is spent, and spends nothing."""
+"""Of the line: a p-value at or under this share of it is an alert whatever is spent, and takes nothing of what six
+hours may spend; the correction counts it."""
 CORRECTION = 3.0
 """The factor by which what was spent may move the line from what was promised."""
 PRIOR_DAYS = 1.0
@@ -52,13 +53,15 @@ class Line:
 class Tally:
     """What an hour held: events; expected: alerts that normal traffic was to cost (the sum of the lines); uncorrected:
     the same, had no line been corrected; spent: alerts, those under ALWAYS of the line and those that go on about
-    the same thing left out; latest: the latest event time of such an alert, -1 for none."""
+    the same thing left out; latest: the latest event time of such an alert, -1 for none; beyond: alerts under ALWAYS of
+    the line, without those that go on."""
 
     events: int = 0
     expected: float = 0.0
     uncorrected: float = 0.0
     spent: int = 0
     latest: int = -1
+    beyond: int = 0
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(
@@ -67,6 +70,7 @@ class Tally:
             self.uncorrected + other.uncorrected,
             self.spent + other.spent,
             max(self.latest, other.latest),
+            self.beyond + other.beyond,
         )
 
 
@@ -169,13 +173,16 @@ class Budget:
             now = self._line_at(moment)
             if p_value[row] > now.in_force:
                 continue
-            if self._goes_on(story(int(rows[row])), moment) or p_value[row] <= ALWAYS * now.p_value:
+            if self._goes_on(story(int(rows[row])), moment):
+                continue
+            if p_value[row] <= ALWAYS * now.p_value:
+                self._count(hour, Tally(beyond=1))
                 continue
             self._count(hour, Tally(spent=1, latest=moment))
             if moves:
                 self._tighten(moment)
         line = self.at(time)
-        expected = (1 - ALWAYS) * float(line.sum())
+        expected = float(line.sum())
         correction = self.lines[-1].correction if self.lines else 1.0
         self._count(hour, Tally(len(time), expected, expected / correction))
         return line
@@ -225,10 +232,10 @@ class Budget:
 
     def _correction(self, week: list[Tally], promised: float) -> float:
         """What was promised, over what uncorrected lines would have cost: so many alerts more or fewer came than were
-        expected of the lines that there were."""
+        expected of the lines that there were. Those under ALWAYS count here: they close nothing, but are read, too."""
         prior = PRIOR_DAYS * self.alerts_per_day
         expected, uncorrected = (sum(getattr(t, name) for t in week) for name in ("expected", "uncorrected"))
-        found = (prior + sum(tally.spent for tally in week)) / (prior + expected)
+        found = (prior + sum(tally.spent + tally.beyond for tally in week)) / (prior + expected)
         wanted = (prior + promised) / (prior + uncorrected) / found
         return float(f"{np.clip(wanted, 1 / CORRECTION, CORRECTION):.6g}")
 

@@ -49,6 +49,20 @@ def test_weeks_of_normal_traffic_cost_what_was_promised(alerts_per_day: int, ske
         assert not 0.5 * alerts_per_day <= fixed <= 1.5 * alerts_per_day
 
 
+@pytest.mark.parametrize("beyond", [8, 16])
+def test_what_alerts_whatever_is_spent_is_made_up_for_by_the_line(beyond: int) -> None:
+    """So many stories a day lie far under any line, such as those of something new that comes every day."""
+    time = traffic(35, 5_000)
+    generator = np.random.default_rng(4)
+    p = generator.random(len(time))
+    p[generator.random(len(time)) < beyond / 4_000] = 1e-9
+    line = run(Budget(20, 4_000), time, p)
+    assert 10 <= a_day(time, p <= line, 7, 35) <= 24
+    assert a_day(time, p <= 1e-9, 7, 35) == a_day(time, (p <= line) & (p <= 1e-9), 7, 35)
+    fixed = a_day(time, p <= 20 / 4_000, 7, 35)
+    assert fixed > 18 + beyond
+
+
 @pytest.mark.parametrize("factor", [0.2, 8])
 def test_the_budget_holds_again_after_the_rate_has_changed(factor: float) -> None:
     before, after = traffic(7, 5000), traffic(14, int(5000 * factor), seed=2, start=MONDAY + 7 * DAY_MS)

@@ -60,6 +60,18 @@ def test_no_block_is_judged_by_itself() -> None:
     assert (np.delete(over, 2) < -20).all()
 
 
+def test_a_newcomer_that_does_as_the_few_that_do_most_is_not_odd() -> None:
+    """One name in thirty belongs to who works there, the others to visitors, as with addresses."""
+    counts = np.ones((30 * 20, BLOCKS), np.int64)
+    counts[:20] = 200
+    names, levels, time, _ = a_week(counts)
+    habits, _ = Habits.fit(names, np.zeros(len(names), np.int8), levels, time, kinds=1)
+    column = LEVELS.index("failures.day")
+    new = [a_week(np.full((1, 1), many))[1] for many in (200, 4000)]
+    over = [habits.excess(["user:new"], np.zeros(1, np.int8), level).over[0, column] for level in new]
+    assert over[0] <= 0 < over[1]
+
+
 def test_a_stranger_is_measured_by_what_its_kind_seldom_exceeds_and_only_where_training_had_strangers() -> None:
     habits, _, rates = fitted(COUNTS)
     excess = habits.excess(["user:new"], np.zeros(1, np.int8), a_week(np.full((1, 1), 9))[1])
