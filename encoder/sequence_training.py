@@ -26,6 +26,9 @@ from encoder.predecessors import Predecessors, known, recent
 from encoder.sequence import AGE_MS, WIDTH, SequenceModel, SequenceNet, gap_features
 
 STEPS = 800
+MIN_ENTITIES = 20
+"""Of a kind, from which on it is known what usually comes before what: the habits of three hosts say nothing of a
+fourth."""
 BATCH = 96
 MIN_ENDINGS = 50
 """Endings of a kind of entity from which to learn how its routines end."""
@@ -206,8 +209,10 @@ def _count(
 def _preceded(
     history: _History, codes: NDArray[np.int64], places: NDArray[np.intp]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
-    """Of these places of which it is known: kind, outcome and the outcomes shortly before, as `Predecessors.fit` takes
-    them."""
+    """Of these places of which it is known, and of kinds with MIN_ENTITIES: kind, outcome and the outcomes shortly
+    before, as `Predecessors.fit` takes them."""
+    entities = np.bincount(history.kind[np.unique(history.first[places])], minlength=len(KINDS))
+    places = places[entities[history.kind[places]] >= MIN_ENTITIES]
     for part in np.array_split(places, max(1, len(places) // 16_384)):
         at, used = history.slots(part)
         times, kind = history.time[at], history.kind[part]

@@ -36,7 +36,10 @@ PIECES = ("correlation", "process", "session")
 """Kinds of entity that are one piece of work, in which small oddities add up. Those of a user or host do not: one odd
 program and the mail read meanwhile are two things."""
 SEVERAL = 4
-"""Records from which on a piece of work is more than each of them."""
+"""Different records from which on a piece of work is more than each of them."""
+LEAST_SCALE = 0.5
+"""Of the tail of what adds up, in standard deviations: that of training, where routines go all alike, can be as thin as
+a hair, and then the first that is a little different would be impossible."""
 PART_OF = 4.0
 """At most this (nats) does one event add to its piece of work: several that are odd, and not one that is very odd."""
 SHARPNESS = 3.0
@@ -147,13 +150,11 @@ class SequenceScorer:
     calibrations: dict[str, Calibration] = field(default_factory=dict)
 
     def raw(self, windows: Windows, kinds: NDArray[np.int8], *, few: bool = False) -> dict[str, NDArray[np.float64]]:
-        """The uncalibrated scores of m windows, float64 [m] by name, and how many records they have; kinds: int8 [m];
-        few: as for the model."""
+        """The uncalibrated scores of m windows, float64 [m] by name; kinds: int8 [m]; few: as for the model."""
         scores = self.model(windows.vectors[:, :, :-1], windows.times, windows.length, kinds, few=few)
         named = {"order": scores.surprise, "missing": scores.missing, "ending": scores.ending}
         found = {name: score.astype(np.float64) for name, score in named.items()}
-        found["together"] = _together(windows.vectors[:, :, -1], windows.mask)
-        return found | {"records": windows.length.astype(np.float64)}
+        return found | {"together": _together(windows.vectors, windows.mask)}
 
     def fit(
         self,
@@ -164,17 +165,15 @@ class SequenceScorer:
     ) -> None:
         """Calibrate on held-out windows; ended: bool [m], those after which nothing came for long enough; rows: int32
         [m], the event that each ends at."""
-        piece = np.isin(kinds, [KINDS.index(kind) for kind in PIECES])
-        for name, rows_of, tail_from in (
-            ("order", np.ones(len(kinds), bool), None),
-            ("together", piece & np.isfinite(raw["together"]), None),
-            ("missing", np.ones(len(kinds), bool), FEW),
-            ("ending", ended, None),
+        every, piece = np.ones(len(kinds), bool), np.isin(kinds, [KINDS.index(kind) for kind in PIECES])
+        for name, rows_of, tail in (
+            ("order", every, {}),
+            ("together", piece & (raw["together"] > 0), {"least_scale": LEAST_SCALE}),
+            ("missing", every, {"tail_from": FEW}),
+            ("ending", ended, {}),
         ):
-            like = _like(name, raw, kinds)
-            for which in np.unique(like[rows_of]).tolist():
-                mine = rows_of & (like == which)
-                self.calibrations[f"{name}.{which}"] = Calibration.fit(raw[name][mine], tail_from=tail_from)
+            for kind in np.unique(kinds[rows_of]).tolist():
+                self.calibrations[f"{name}.{kind}"] = Calibration.fit(raw[name][rows_of & (kinds == kind)], **tail)
         for name, tail_from in (("order", None), ("together", None), ("missing", FEW)):
             if (known := np.isfinite(raw[name])).any():
                 by_event = _by_event(self.evidence(name, raw, kinds)[known], rows[known])
@@ -182,12 +181,12 @@ class SequenceScorer:
 
     def evidence(self, name: str, raw: dict[str, NDArray[np.float64]], kinds: NDArray[np.int8]) -> NDArray[np.float64]:
         """float64 [m], nats: against each window by one of `raw`, of which `ending` is against its being the last. A
-        kind of entity that was not among the held-out events has none, nor has what is not known (NaN)."""
+        kind of entity that was not among the held-out events has none, nor have oddities that do not add up."""
         found = np.zeros(len(kinds))
-        known, like = np.isfinite(raw[name]), _like(name, raw, kinds)
-        for which in np.unique(like).tolist():
-            if (calibration := self.calibrations.get(f"{name}.{which}")) is not None:
-                rows = (like == which) & known
+        speaks = raw[name] > 0 if name == "together" else np.ones(len(kinds), bool)
+        for kind in np.unique(kinds).tolist():
+            if (calibration := self.calibrations.get(f"{name}.{kind}")) is not None:
+                rows = (kinds == kind) & speaks
                 found[rows] = calibration.evidence(raw[name][rows])
         if (by_event := self.calibrations.get(name)) is not None:
             found = by_event.evidence(found)
@@ -200,22 +199,23 @@ def remembered(vectors: NDArray[np.float16], record: NDArray[np.float64]) -> NDA
     return np.column_stack([vectors, record.astype(np.float16)])
 
 
-def _together(record: NDArray[np.float16], used: NDArray[np.bool_]) -> NDArray[np.float64]:
+def _together(vectors: NDArray[np.float16], used: NDArray[np.bool_]) -> NDArray[np.float64]:
     """float64 [m]: by how many standard deviations the evidence against the records of each window exceeds what that of
-    normal ones adds up to: 1 each, and varying by 1. NaN where there are not SEVERAL or it is not known of all of them.
-    record: float16 [m, W], as remembered; used: bool [m, W]."""
-    n = used.sum(1)
-    total = np.where(used, np.minimum(record.astype(np.float64), PART_OF), 0.0).sum(1)
+    normal ones adds up to: 1 each, and varying by 1. The same done again is not odd again: of like records the first
+    counts. NaN where there are not SEVERAL or it is not known of all of them. vectors: float16 [m, W, d + 1], as
+    remembered; used: bool [m, W]."""
+    record = vectors[:, :, -1].astype(np.float64)
+    behaviour = np.ascontiguousarray(vectors[:, :, :-1]).view(np.int16).astype(np.int64)
+    like = behaviour @ np.random.default_rng(0).integers(-(2**62), 2**62, behaviour.shape[2])  # wraps around: a hash
+    order = np.argsort(like, axis=1, kind="stable")
+    ordered = np.take_along_axis(like, order, axis=1)
+    again = np.zeros_like(used)
+    np.put_along_axis(again, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+    counted = used & ~again
+    n = counted.sum(1)
+    total = np.where(counted, np.minimum(record, PART_OF), 0.0).sum(1)
     excess = (total - n) / np.sqrt(np.maximum(n, 1))
     return np.where((n < SEVERAL) | (used & (record < 0)).any(1), np.nan, excess)
-
-
-def _like(name: str, raw: dict[str, NDArray[np.float64]], kinds: NDArray[np.int8]) -> NDArray[np.int64]:
-    """int64 [m]: the windows that are calibrated together have one number: those of a kind, and for `together` also of
-    about the same length, for what is odd about a program is odd about all that it does, and adds up otherwise than
-    chance does."""
-    lengths = np.log2(np.maximum(raw["records"], 1)).astype(np.int64) if name == "together" else 0
-    return kinds.astype(np.int64) + len(KINDS) * lengths
 
 
 def _by_event(evidence: NDArray[np.float64], rows: NDArray[np.int32]) -> NDArray[np.float64]:

@@ -34,7 +34,7 @@ def windows(*evidence: list[float]) -> Windows:
     for i, nats in enumerate(evidence):
         n = len(nats)
         at, none = np.arange(n, dtype=np.int64), np.zeros(n, np.int32)
-        kept = remembered(np.ones((n, 2), np.float16), np.array(nats))
+        kept = remembered(np.arange(2 * n).reshape(n, 2).astype(np.float16), np.array(nats))
         store.append(WindowEntries([f"process:{i}"] * n, at, kept, (("t", i),), none, at, none))
     return store.latest([f"process:{i}" for i in range(len(evidence))])
 
@@ -60,6 +60,14 @@ def test_several_small_oddities_are_more_than_one_great_one() -> None:
     assert several == pytest.approx(6)
     assert great == pytest.approx((PART_OF - 1) / 3)
     assert none == 0
+
+
+def test_the_same_done_again_is_not_odd_again() -> None:
+    once, again = windows([3.0] * 8), windows([3.0] * 8)
+    again.vectors[:, -4:, :-1] = again.vectors[:, -5:-4, :-1]
+    one, other = (scorer().raw(each, np.zeros(1, np.int8))["together"][0] for each in (once, again))
+    assert one == pytest.approx(16 / np.sqrt(8))
+    assert other == pytest.approx(8 / np.sqrt(4))
 
 
 def test_what_is_not_known_of_all_records_says_nothing() -> None:
