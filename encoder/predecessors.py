@@ -26,8 +26,9 @@ KEPT = 8
 """Usual predecessors of one outcome: those that were missing least."""
 _NEVER = -2
 
-_LASTING = np.isin(np.array(KINDS), COUNTED)
-"""Kinds of entity that were there before their window began; a transaction begins with its first record."""
+LASTING = np.isin(np.array(KINDS), COUNTED)
+"""Kinds of entity that do several things at once. Of a process or transaction, `outcomes` counts what came last: what
+one long-lived program hardly ever does without something before, another does all day."""
 
 
 def recent(times: NDArray[np.int64], used: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -38,11 +39,10 @@ def recent(times: NDArray[np.int64], used: NDArray[np.bool_]) -> NDArray[np.bool
     return near
 
 
-def known(times: NDArray[np.int64], used: NDArray[np.bool_], kind: NDArray[np.integer]) -> NDArray[np.bool_]:
-    """bool [m]: whether it is known what came before: the window is full, reaches back beyond SPAN_MS, or began with
-    its entity."""
+def known(times: NDArray[np.int64], used: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """bool [m]: whether it is known what came before: the window is full or reaches back beyond SPAN_MS."""
     oldest = np.where(used, times, times[:, -1:]).min(1)
-    whole: NDArray[np.bool_] = used.all(1) | (times[:, -1] - oldest > SPAN_MS) | ~_LASTING[kind]
+    whole: NDArray[np.bool_] = used.all(1) | (times[:, -1] - oldest > SPAN_MS)
     return whole
 
 

@@ -206,7 +206,7 @@ class SequenceModel:
         """As `Predecessors.missing`, of all windows: 0 and -1 also where nothing is known."""
         found, which = np.zeros(len(kinds), np.float32), np.full(len(kinds), -1, np.int64)
         rows = np.flatnonzero(self.predecessors.asked(kinds, outcome))
-        rows = rows[known(times[rows], used[rows], kinds[rows])]
+        rows = rows[known(times[rows], used[rows])]
         near = recent(times[rows], used[rows])
         before = np.full(near.shape, -1, np.int64)
         before[near] = self.codebook(vectors[rows][near])

@@ -22,7 +22,7 @@ from encoder.descent import Checkpoint, Progress, descend
 from encoder.entities import KINDS
 from encoder.events import EncoderError
 from encoder.outcomes import ORDER, Codebook, RunCounts
-from encoder.predecessors import Predecessors, known, recent
+from encoder.predecessors import LASTING, Predecessors, known, recent
 from encoder.sequence import AGE_MS, WIDTH, SequenceModel, SequenceNet, gap_features
 
 STEPS = 800
@@ -209,14 +209,14 @@ def _count(
 def _preceded(
     history: _History, codes: NDArray[np.int64], places: NDArray[np.intp]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
-    """Of these places of which it is known, and of kinds with MIN_ENTITIES: kind, outcome and the outcomes shortly
-    before, as `Predecessors.fit` takes them."""
+    """Of these places of which it is known, and of lasting kinds with MIN_ENTITIES: kind, outcome and the outcomes
+    shortly before, as `Predecessors.fit` takes them."""
     entities = np.bincount(history.kind[np.unique(history.first[places])], minlength=len(KINDS))
-    places = places[entities[history.kind[places]] >= MIN_ENTITIES]
+    places = places[(LASTING & (entities >= MIN_ENTITIES))[history.kind[places]]]
     for part in np.array_split(places, max(1, len(places) // 16_384)):
         at, used = history.slots(part)
         times, kind = history.time[at], history.kind[part]
-        whole = known(times, used, kind)
+        whole = known(times, used)
         before = np.where(recent(times, used), codes[at], -1)
         yield kind[whole], codes[part][whole], before[whole]
 

@@ -31,11 +31,9 @@ class Calibration:
     scale: float
 
     @classmethod
-    def fit(
-        cls, scores: NDArray[np.floating], *, tail_from: int | None = None, least_scale: float = 0.0
-    ) -> Calibration:
-        """tail_from: the tail begins at the score that so many exceed; by default, TAIL of them; least_scale: of the
-        tail. Raises ValueError where there are no scores or one is not finite."""
+    def fit(cls, scores: NDArray[np.floating], *, tail_from: int | None = None) -> Calibration:
+        """tail_from: the tail begins at the score that so many exceed; by default, TAIL of them. Raises ValueError
+        where there are no scores or one is not finite."""
         ordered = np.sort(scores.astype(np.float64))
         if not len(ordered) or not np.isfinite(ordered).all():
             raise ValueError(f"cannot calibrate on {len(ordered)} scores, of which {np.sum(~np.isfinite(ordered))} NaN")
@@ -44,7 +42,7 @@ class Calibration:
         excess = ordered[ordered > start] - start
         if len(excess) < MIN_TAIL:
             return cls(ordered, np.nan, np.nan)
-        return cls(ordered, start, max(float(excess.mean()), least_scale))
+        return cls(ordered, start, float(excess.mean()))
 
     def p_value(self, scores: NDArray[np.floating]) -> NDArray[np.float64]:
         """float [m] to float64 [m] in (0, 1], never rising with the score."""

@@ -190,8 +190,6 @@ class _Finding:
         record = self.record
         if kind == "sequence":
             who = wording.subject(self.entity, record)
-            if cause == "together" and len(self.window) > 1:
-                return f"Several unusual events{who}: {self.together_in_short()}"
             what = "first event" if len(self.window) == 1 else wording.sequence(cause)
             return f"Unusual {what}{who}{self.sequence_in_short()}"
         if self.rates:
@@ -232,13 +230,6 @@ class _Finding:
         told = [f"{_beside(rate, first)} ({_at_most(rate).removesuffix(' before')})" for rate in others]
         also = f"; also {' and '.join(told)}" if told else ""
         return f"about {_beside(first, None)}, {_at_most(first)}{also}"
-
-    def together_in_short(self) -> str:
-        """Of small oddities that add up: "launch of cmd.exe by winword.exe, and 11 more in 40 s"."""
-        worst = max(self.window[::-1], key=lambda entry: entry[3])
-        others = sum(entry[3] > 0 for entry in self.window) - 1
-        length = wording.duration(self.window[-1][0] - self.window[0][0])
-        return f"{wording.shorten(worst[2])}{f', and {others} more in {length}' if others > 0 else ''}"
 
     def sequence_in_short(self) -> str:
         if not self.window:  # The entity has gone on so far that its window no longer reaches back to this event.

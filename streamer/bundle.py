@@ -69,11 +69,6 @@ class Bundle:
         return self.scorer.record.baseline.dim
 
     @property
-    def window_dim(self) -> int:
-        """The length of what windows keep of an event (`scoring.remembered`)."""
-        return self.dim + 1
-
-    @property
     def encoder_hash(self) -> str:
         """Windows of vectors made by another encoder are never mixed with this one's."""
         return str(self.manifest["files"][_ENCODER])[:16]

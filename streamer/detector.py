@@ -33,7 +33,7 @@ from streamer.bundle import Bundle, load
 from streamer.drift import Drift
 from streamer.explaining import Explaining, Explanation
 from streamer.remembering import Remembering
-from streamer.scoring import DENSITY_TRUST, MISSING, ORDER, TOGETHER, Parts, RateScorer, remembered, severity, weighed
+from streamer.scoring import DENSITY_TRUST, MISSING, ORDER, Parts, RateScorer, severity, weighed
 from streamer.silences import CAUSE as SILENCE
 from streamer.silences import Watch, coordinates_of, rows_of, unpack
 
@@ -87,15 +87,14 @@ class ScoredBatch:
 class PreparedBatch:
     """n events of which all is known that does not depend on what came before.
 
-    codes: int32 [n, fields]; remembered: float16 [n, d + 1], what windows keep (`scoring.remembered`); record: float64
-    [n], nats, what each event says by itself; cause: str object [n], of which of its attributes; rejects, seconds: as
-    in `ScoredBatch`.
+    codes: int32 [n, fields]; behaviours: float16 [n, d], what windows remember; record: float64 [n], nats, what each
+    event says by itself; cause: str object [n], of which of its attributes; rejects, seconds: as in `ScoredBatch`.
     """
 
     events: EventBatch
     rejects: list[Reject]
     codes: NDArray[np.int32]
-    remembered: NDArray[np.float16]
+    behaviours: NDArray[np.float16]
     record: NDArray[np.float64]
     cause: NDArray[np.object_]
     seconds: Mapping[str, float]
@@ -166,15 +165,14 @@ class Detector:
         distinct = features.take(first)
         laps.end("vectorize")
         encoded = encoder.encode(distinct)
-        behaviours = encoder.behaviours(distinct)
+        behaviours = encoder.behaviours(distinct)[like]
         laps.end("encode")
         types = distinct.codes[:, 0].astype(np.int64)
         parts = scorer.record.parts(scorer.record.raw(encoded, types), types)
-        record = scorer.record.evidence(parts)
-        kept = remembered(behaviours, record)[like]
+        record = scorer.record.evidence(parts)[like]
         cause = self._causes[_causal_field(encoded, parts)][like]
         laps.end("compare")
-        return PreparedBatch(events, rejects, features.codes, kept, record[like], cause, laps.seconds)
+        return PreparedBatch(events, rejects, features.codes, behaviours, record, cause, laps.seconds)
 
     def judge(self, prepared: PreparedBatch) -> ScoredBatch:
         """Score what was prepared, by the histories that it is part of from now on."""
@@ -182,7 +180,7 @@ class Detector:
         events, record, cause = prepared.events, prepared.record, prepared.cause
         entities = find_entities(events)
         entity = np.array(entities.primary, object)
-        history = self._judge_windows(events, entities, prepared.remembered, laps)
+        history = self._judge_windows(events, entities, prepared.behaviours, laps)
         by_history = history.evidence > record
         p_value = self.bundle.scorer.p_value(record, history.evidence)
         self.drift.observe(events.time, prepared.codes, p_value)
@@ -205,9 +203,12 @@ class Detector:
 
     def remember(self, messages: Sequence[Message]) -> None:
         """Append a batch to the windows and timers without scoring it: to fill what was lost."""
-        prepared = self.prepare(messages)
-        events, entities = prepared.events, find_entities(prepared.events)
-        windows = self.windows.append(window_entries(events, entities, prepared.remembered)) if len(entities) else None
+        events, _ = decode(messages)
+        features = self.bundle.encoder.vectorize(events)
+        first, like = features.distinct()
+        vectors = self.bundle.encoder.behaviours(features.take(first))[like]
+        entities = find_entities(events)
+        windows = self.windows.append(window_entries(events, entities, vectors)) if len(entities) else None
         if self._watch is not None and (sequences := self.bundle.scorer.sequences) is not None:
             ending = self._watch.ending(entities)
             windows = windows.take(ending) if windows is not None and len(ending) else None
@@ -236,11 +237,11 @@ class Detector:
         overlap, sort = np.zeros(len(row)), np.zeros(len(row), np.int8)
         if (overlaps := self.bundle.scorer.overlaps) is not None:
             overlap, sort = overlaps.judge(entities.entity, kind, windows)
-        order, together, missing = (sequences.evidence(name, raw, kind) for name in ("order", "together", "missing"))
-        parts = weighed(order, together, missing, rate, overlap)
+        order, missing = (sequences.evidence(name, raw, kind) for name in ("order", "missing"))
+        parts = weighed(order, missing, rate, overlap)
         evidence = parts.max(0)
         weakest_first = np.argsort(evidence, kind="stable")
-        cause = np.choose(parts.argmax(0), [ORDER, TOGETHER, MISSING, _RATES[column], AT_ONCE[sort]])
+        cause = np.choose(parts.argmax(0), [ORDER, MISSING, _RATES[column], AT_ONCE[sort]])
         found.evidence[row[weakest_first]] = evidence[weakest_first]
         found.entity[row[weakest_first]] = np.array(entities.entity, object)[weakest_first]
         found.cause[row[weakest_first]] = cause[weakest_first]
@@ -342,7 +343,7 @@ def open_detector(settings: Settings, path: Path) -> tuple[Detector, RedisWindow
     bundle = load(path, device_of(settings))
     place: dict[str, Any] = {"tenant": settings.tenant, "timeout_s": settings.redis.timeout_s}
     place |= {"retries": settings.redis.retries, **settings.redis.client_arguments()}
-    windows = RedisWindows(settings.redis.url, encoder=bundle.encoder_hash, dim=bundle.window_dim, **place)
+    windows = RedisWindows(settings.redis.url, encoder=bundle.encoder_hash, dim=bundle.dim, **place)
     sequences = bundle.scorer.sequences
     if sequences is None or not sequences.model.silence:
         return Detector(bundle, windows, tenant=settings.tenant), windows

@@ -43,7 +43,7 @@ from streamer.drift import profile
 from streamer.errors import RipcurrentError
 from streamer.files import batches
 from streamer.redaction import Redactor
-from streamer.scoring import RateScorer, RecordScorer, Scorer, SequenceScorer, joined, remembered, weighed
+from streamer.scoring import RateScorer, RecordScorer, Scorer, SequenceScorer, joined, weighed
 
 HELD_OUT = 0.15
 """The latest share of the training events, by event time, that calibrates: of those on working days, and of those on
@@ -139,11 +139,7 @@ def fit(
     tell("baseline", 0, 0, "")
     record, by_record = _fit_record(encoder, features, weights, later, seed)
     behaviours = encoder.behaviours(loaded.features)
-    by_itself = np.full(n, -1.0)  # of what the record part was fitted to, nobody knows how odd it was
-    by_itself[held] = by_record
-    sequences, rates, overlaps, by_history, learned = _fit_history(
-        encoder, loaded, behaviours, by_itself, held, seed, kept, tell
-    )
+    sequences, rates, overlaps, by_history, learned = _fit_history(encoder, loaded, behaviours, held, seed, kept, tell)
     event = Calibration.fit(joined(by_record, by_history), tail_from=FEW)
     scorer = Scorer(record, sequences, rates, event, overlaps)
     redactor = Redactor(redact)
@@ -310,15 +306,13 @@ def _fit_history(
     encoder: Encoder,
     loaded: _Loaded,
     vectors: NDArray[np.float16],
-    record: NDArray[np.float64],
     held: NDArray[np.bool_],
     seed: int,
     kept: Path,
     tell: Progress,
 ) -> tuple[SequenceScorer | None, RateScorer | None, OverlapScorer | None, NDArray[np.float64], SequenceReport | None]:
     """The parts that judge entities by what came before (None where the held-out events, or all others, name no
-    entity), their evidence against each held-out event, and how the fit went. vectors: float16 [n, d], behaviours;
-    record: float64 [n], as `remembered` takes it."""
+    entity), their evidence against each held-out event, and how the fit went. vectors: float16 [n, d], behaviours."""
     pairs = loaded.entities
     evidence = np.zeros(len(held))
     judged = np.flatnonzero(held[pairs.row])
@@ -336,7 +330,7 @@ def _fit_history(
         progress=lambda step, steps, loss: tell("sequences", step, steps, f"loss {loss:.3f}"),
     )
     sequences = SequenceScorer(model)
-    raw, levels, overlaps, overlap = _replayed(sequences, loaded, remembered(vectors, record), held)
+    raw, levels, overlaps, overlap = _replayed(sequences, loaded, vectors, held)
     last = dict(zip(pairs.entity, range(len(pairs.entity)), strict=True))
     is_last = np.zeros(len(pairs.entity), bool)
     is_last[list(last.values())] = True
@@ -353,8 +347,8 @@ def _fit_history(
             overlaps.fit(overlap, int(held.sum()))
             by_user[kinds == JUDGED], _ = overlaps.evidence(overlap)
     rate, _ = rates.evidence(excess.take(judged), kinds)
-    order, together, missing = (sequences.evidence(name, raw, kinds) for name in ("order", "together", "missing"))
-    np.maximum.at(evidence, pairs.row[judged], weighed(order, together, missing, rate, by_user).max(0))
+    order, missing = (sequences.evidence(name, raw, kinds) for name in ("order", "missing"))
+    np.maximum.at(evidence, pairs.row[judged], weighed(order, missing, rate, by_user).max(0))
     return sequences, rates, overlaps, evidence[held], report
 
 

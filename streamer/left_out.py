@@ -40,7 +40,7 @@ def weights(
     of = np.concatenate([whole, which])
     raw = sequences.raw(both, kinds[of], few=True)
     fired = np.array(names, object)[of]
-    statistic = np.nan_to_num(np.select([fired == name for name in raw], list(raw.values())))
+    statistic = np.select([fired == name for name in raw], list(raw.values()))
     statistic[both.length == 0] = 0.0
     before, after = statistic[which], statistic[len(windows) :]
     found = np.zeros(windows.mask.shape)

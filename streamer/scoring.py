@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from encoder.entities import KINDS
 from encoder.runtime import Encoded
 from encoder.sequence import SequenceModel
 from state.baseline import Baseline, Density
@@ -32,16 +31,6 @@ four numbers among twenty names are not what makes the event."""
 SEQUENCE_DOUBT = 5.0
 """Nats of a sequence's evidence that count for nothing: the order of what a machine does varies more than what it does,
 so what one window in a hundred and fifty shows says nothing."""
-PIECES = ("correlation", "process", "session")
-"""Kinds of entity that are one piece of work, in which small oddities add up. Those of a user or host do not: one odd
-program and the mail read meanwhile are two things."""
-SEVERAL = 4
-"""Different records from which on a piece of work is more than each of them."""
-LEAST_SCALE = 0.5
-"""Of the tail of what adds up, in standard deviations: that of training, where routines go all alike, can be as thin as
-a hair, and then the first that is a little different would be impossible."""
-PART_OF = 4.0
-"""At most this (nats) does one event add to its piece of work: several that are odd, and not one that is very odd."""
 SHARPNESS = 3.0
 """Of the norm that joins density and surprise: 1 would add them up, and unlabelled attacks in training, for which
 density alone is any good, would count by half; infinity would be the stronger of the two."""
@@ -55,9 +44,8 @@ BLEND = 0.01
 MIN_ENTITIES = 20
 """From so many on a group of them tells what others may do: the habits of three hosts say nothing of a fourth."""
 NEIGHBOURS = 3
-ORDER, TOGETHER, MISSING = "sequence:order", "sequence:together", "sequence:missing"
-"""Causes: that the newest record came after those before, that they are all a little odd, and that something usual did
-not come before it."""
+ORDER, MISSING = "sequence:order", "sequence:missing"
+"""Causes: that the newest record came after those before, and that something usual did not come before it."""
 SEVERITY_PER_DECADE = 12.5
 _SURPRISES = {"odd_value": 1.0, "odd_for_actor": 1.0, "novelty": NOVELTY_TRUST}
 
@@ -141,9 +129,9 @@ class SequenceScorer:
     """The sequence score: each entity's window, judged at each event, and that nothing follows it.
 
     Calibrated by kind of entity, for a host's days are not a transaction's steps: `order` (the newest record after
-    those before), `together` (how odd its records are one by one, added up), `missing` (what usually comes shortly
-    before the newest) and `ending` (nothing after it, for kinds of entity whose routines end). All but the last are
-    calibrated again by event: one that is part of four windows has four chances to look odd.
+    those before), `missing` (what usually comes shortly before the newest) and `ending` (nothing after it, for kinds
+    of entity whose routines end). All but the last are calibrated again by event: one that is part of four windows has
+    four chances to look odd.
     """
 
     model: SequenceModel
@@ -151,10 +139,9 @@ class SequenceScorer:
 
     def raw(self, windows: Windows, kinds: NDArray[np.int8], *, few: bool = False) -> dict[str, NDArray[np.float64]]:
         """The uncalibrated scores of m windows, float64 [m] by name; kinds: int8 [m]; few: as for the model."""
-        scores = self.model(windows.vectors[:, :, :-1], windows.times, windows.length, kinds, few=few)
+        scores = self.model(windows.vectors, windows.times, windows.length, kinds, few=few)
         named = {"order": scores.surprise, "missing": scores.missing, "ending": scores.ending}
-        found = {name: score.astype(np.float64) for name, score in named.items()}
-        return found | {"together": _together(windows.vectors, windows.mask)}
+        return {name: score.astype(np.float64) for name, score in named.items()}
 
     def fit(
         self,
@@ -165,57 +152,26 @@ class SequenceScorer:
     ) -> None:
         """Calibrate on held-out windows; ended: bool [m], those after which nothing came for long enough; rows: int32
         [m], the event that each ends at."""
-        every, piece = np.ones(len(kinds), bool), np.isin(kinds, [KINDS.index(kind) for kind in PIECES])
-        for name, rows_of, tail in (
-            ("order", every, {}),
-            ("together", piece & (raw["together"] > 0), {"least_scale": LEAST_SCALE}),
-            ("missing", every, {"tail_from": FEW}),
-            ("ending", ended, {}),
-        ):
-            for kind in np.unique(kinds[rows_of]).tolist():
-                self.calibrations[f"{name}.{kind}"] = Calibration.fit(raw[name][rows_of & (kinds == kind)], **tail)
-        for name, tail_from in (("order", None), ("together", None), ("missing", FEW)):
-            if (known := np.isfinite(raw[name])).any():
-                by_event = _by_event(self.evidence(name, raw, kinds)[known], rows[known])
-                self.calibrations[name] = Calibration.fit(by_event, tail_from=tail_from)
+        every = np.ones(len(kinds), bool)
+        for name, those, tail_from in (("order", every, None), ("missing", every, FEW), ("ending", ended, None)):
+            for kind in np.unique(kinds[those]).tolist():
+                scores = raw[name][those & (kinds == kind)]
+                self.calibrations[f"{name}.{kind}"] = Calibration.fit(scores, tail_from=tail_from)
+        for name, tail_from in (("order", None), ("missing", FEW)):
+            by_event = _by_event(self.evidence(name, raw, kinds), rows)
+            self.calibrations[name] = Calibration.fit(by_event, tail_from=tail_from)
 
     def evidence(self, name: str, raw: dict[str, NDArray[np.float64]], kinds: NDArray[np.int8]) -> NDArray[np.float64]:
         """float64 [m], nats: against each window by one of `raw`, of which `ending` is against its being the last. A
-        kind of entity that was not among the held-out events has none, nor have oddities that do not add up."""
+        kind of entity that was not among the held-out events has none."""
         found = np.zeros(len(kinds))
-        speaks = raw[name] > 0 if name == "together" else np.ones(len(kinds), bool)
         for kind in np.unique(kinds).tolist():
             if (calibration := self.calibrations.get(f"{name}.{kind}")) is not None:
-                rows = (kinds == kind) & speaks
+                rows = kinds == kind
                 found[rows] = calibration.evidence(raw[name][rows])
         if (by_event := self.calibrations.get(name)) is not None:
             found = by_event.evidence(found)
         return found
-
-
-def remembered(vectors: NDArray[np.float16], record: NDArray[np.float64]) -> NDArray[np.float16]:
-    """What a window keeps of each of n events, float16 [n, d + 1]: its behaviour, [n, d], and the evidence against its
-    record, [n], in nats; negative: not known."""
-    return np.column_stack([vectors, record.astype(np.float16)])
-
-
-def _together(vectors: NDArray[np.float16], used: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """float64 [m]: by how many standard deviations the evidence against the records of each window exceeds what that of
-    normal ones adds up to: 1 each, and varying by 1. The same done again is not odd again: of like records the first
-    counts. NaN where there are not SEVERAL or it is not known of all of them. vectors: float16 [m, W, d + 1], as
-    remembered; used: bool [m, W]."""
-    record = vectors[:, :, -1].astype(np.float64)
-    behaviour = np.ascontiguousarray(vectors[:, :, :-1]).view(np.int16).astype(np.int64)
-    like = behaviour @ np.random.default_rng(0).integers(-(2**62), 2**62, behaviour.shape[2])  # wraps around: a hash
-    order = np.argsort(like, axis=1, kind="stable")
-    ordered = np.take_along_axis(like, order, axis=1)
-    again = np.zeros_like(used)
-    np.put_along_axis(again, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
-    counted = used & ~again
-    n = counted.sum(1)
-    total = np.where(counted, np.minimum(record, PART_OF), 0.0).sum(1)
-    excess = (total - n) / np.sqrt(np.maximum(n, 1))
-    return np.where((n < SEVERAL) | (used & (record < 0)).any(1), np.nan, excess)
 
 
 def _by_event(evidence: NDArray[np.float64], rows: NDArray[np.int32]) -> NDArray[np.float64]:
@@ -319,13 +275,12 @@ def beyond_doubt(sequence: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def weighed(
     order: NDArray[np.float64],
-    together: NDArray[np.float64],
     missing: NDArray[np.float64],
     rate: NDArray[np.float64],
     overlap: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """float64 [5, m], nats: the evidence of an entity's history, each part by its trust; the strongest counts."""
-    return np.stack([beyond_doubt(order), together, MISSING_TRUST * missing, rate, OVERLAP_TRUST * overlap])
+    """float64 [4, m], nats: the evidence of an entity's history, each part by its trust; the strongest counts."""
+    return np.stack([beyond_doubt(order), MISSING_TRUST * missing, rate, OVERLAP_TRUST * overlap])
 
 
 def joined(record: NDArray[np.float64], history: NDArray[np.float64]) -> NDArray[np.float64]:

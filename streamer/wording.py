@@ -181,7 +181,6 @@ _KINDS = {
 }
 _SEQUENCES = {
     "order": "order of events",
-    "together": "run of events",
     "rate": "rate of events",
     "count": "number of events",
     "silence": "silence",

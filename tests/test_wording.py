@@ -42,18 +42,6 @@ def test_what_did_not_come_is_named() -> None:
     assert "\nShortly before the last, usual is process launch msiexec.exe (99 %).\n" in finding["finding_info"]["desc"]
 
 
-def test_small_oddities_that_add_up_are_told_as_several() -> None:
-    window = tuple(
-        (WORD["time"] - 20_000 * (3 - i), f"events:3:{i}:0", {"type_uid": 100700 + i}, share)
-        for i, share in enumerate((0.0, 0.1, 0.3, 0.2))
-    )
-    finding = one(told=explanation(PORT, window=window), cause="sequence:together", entity="process:cmd.exe@pc-7")
-    title = finding["finding_info"]["title"]
-    assert title.startswith("Several unusual events of process ")
-    assert title.endswith(": process terminate, and 2 more in 60 s")
-    assert "without it 30 % less surprising" in finding["finding_info"]["desc"]
-
-
 def test_the_earlier_event_that_is_named_is_the_one_that_made_the_newest_odd() -> None:
     window = tuple(
         (WORD["time"] - 4 + i, f"events:3:{i}:0", {"type_uid": 300201, "dst_endpoint.hostname": f"PC-{i}"}, share)
