@@ -22,6 +22,7 @@ from encoder.entities import KINDS
 from encoder.events import EncoderError
 from encoder.outcomes import ORDER, Codebook, RunCounts
 from encoder.passes import Passes
+from encoder.predecessors import Predecessors, known, recent
 
 WIDTH = 32
 """Members of a window: what the network can see, and a power of two."""
@@ -122,11 +123,13 @@ class SequenceScores:
     """Of m windows, each about its newest member; nats.
 
     surprise: float32 [m], -log p(newest record | those before); ending: float32 [m], -log p(nothing follows for the
-    kind's silence), 0 for kinds that do not end: counts only once the entity has fallen silent.
+    kind's silence), 0 for kinds that do not end: counts only once the entity has fallen silent; missing: float32 [m],
+    -log p(what usually comes shortly before the newest record did not), 0 where it did.
     """
 
     surprise: NDArray[np.float32]
     ending: NDArray[np.float32]
+    missing: NDArray[np.float32]
 
 
 class SequenceModel:
@@ -140,13 +143,14 @@ class SequenceModel:
         net: SequenceNet,
         codebook: Codebook,
         counts: RunCounts,
+        predecessors: Predecessors,
         *,
         scale: float,
         novelty: Mapping[str, float],
         silence: Mapping[str, int],
     ) -> None:
         self.net = net.eval().requires_grad_(False)
-        self.codebook, self.counts = codebook, counts
+        self.codebook, self.counts, self.predecessors = codebook, counts, predecessors
         self.scale, self.novelty, self.silence = scale, dict(novelty), dict(silence)
         self._passes = Passes(self._probabilities, codebook.centres.device, size=CHUNK)
         self._few = Passes(self._probabilities, codebook.centres.device, size=FEW)
@@ -188,7 +192,42 @@ class SequenceModel:
         ending[ends] = -0.5 * (np.log(np.maximum(p_end[ends], _LEAST)) + np.log(end_count))
         new = codes[:, -1] == self.codebook.other
         surprise[new] = -np.log(self._novelty[kinds[new]])
-        return SequenceScores(surprise.astype(np.float32), ending.astype(np.float32))
+        missing, _ = self._missing(vectors, times, used_slots(length, WIDTH), kinds, codes[:, -1])
+        return SequenceScores(surprise.astype(np.float32), ending.astype(np.float32), missing)
+
+    def _missing(
+        self,
+        vectors: NDArray[np.float16],
+        times: NDArray[np.int64],
+        used: NDArray[np.bool_],
+        kinds: NDArray[np.int64],
+        outcome: NDArray[np.int64],
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """As `Predecessors.missing`, of all windows: 0 and -1 also where nothing is known."""
+        found, which = np.zeros(len(kinds), np.float32), np.full(len(kinds), -1, np.int64)
+        rows = np.flatnonzero(self.predecessors.asked(kinds, outcome))
+        rows = rows[known(times[rows], used[rows])]
+        near = recent(times[rows], used[rows])
+        before = np.full(near.shape, -1, np.int64)
+        before[near] = self.codebook(vectors[rows][near])
+        found[rows], which[rows] = self.predecessors.missing(kinds[rows], outcome[rows], before)
+        return found, which
+
+    def absent(
+        self,
+        vectors: NDArray[np.float16],
+        times: NDArray[np.int64],
+        length: NDArray[np.int32],
+        kind: NDArray[np.int8],
+    ) -> list[tuple[tuple[int, float], ...]]:
+        """Of a handful of windows, as in `__call__`: the outcome that usually comes shortly before the newest record
+        and did not, with how often it does; nothing where all came."""
+        used, newest = used_slots(length, WIDTH), self.codebook(vectors[:, -1])
+        nats, which = self._missing(vectors, times, used, kind.astype(np.int64), newest)
+        return [
+            ((code, 1 - math.exp(-seldom)),) if code >= 0 else ()
+            for code, seldom in zip(which.tolist(), nats.tolist(), strict=True)
+        ]
 
     def expected(
         self,
@@ -238,6 +277,8 @@ class SequenceModel:
         tensors["codebook.centres"], tensors["codebook.reach"] = self.codebook.centres, self.codebook.reach
         tensors["counts.keys"] = torch.from_numpy(self.counts.keys)
         tensors["counts.counts"] = torch.from_numpy(self.counts.counts)
+        for name in ("keys", "before", "nats"):
+            tensors[f"predecessors.{name}"] = torch.from_numpy(getattr(self.predecessors, name))
         config = {
             "dim": self.codebook.centres.shape[1],
             "outcomes": self.counts.outcomes,
@@ -262,9 +303,11 @@ class SequenceModel:
             counts = RunCounts(
                 tensors["counts.keys"].cpu().numpy(), tensors["counts.counts"].cpu().numpy(), int(config["outcomes"])
             )
+            keys, before, nats = (tensors[f"predecessors.{name}"].cpu().numpy() for name in ("keys", "before", "nats"))
+            predecessors = Predecessors(keys, before, nats, book.other + 1)
             scale = float(config["scale"])
             novelty = {str(kind): float(share) for kind, share in config["novelty"].items()}
             silence = {str(kind): int(ms) for kind, ms in config["silence"].items()}
         except (KeyError, TypeError, RuntimeError) as error:
             raise EncoderError(f"not the state of a sequence model ({error}); fit the bundle again") from error
-        return cls(net.to(device), book, counts, scale=scale, novelty=novelty, silence=silence)
+        return cls(net.to(device), book, counts, predecessors, scale=scale, novelty=novelty, silence=silence)

@@ -7,7 +7,7 @@ are withheld.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,9 +22,13 @@ from encoder.descent import Checkpoint, Progress, descend
 from encoder.entities import KINDS
 from encoder.events import EncoderError
 from encoder.outcomes import ORDER, Codebook, RunCounts
+from encoder.predecessors import LASTING, Predecessors, known, recent
 from encoder.sequence import AGE_MS, WIDTH, SequenceModel, SequenceNet, gap_features
 
 STEPS = 800
+MIN_ENTITIES = 20
+"""Of a kind, from which on it is known what usually comes before what: the habits of three hosts say nothing of a
+fourth."""
 BATCH = 96
 MIN_ENDINGS = 50
 """Endings of a kind of entity from which to learn how its routines end."""
@@ -141,9 +145,9 @@ def fit_sequences(
     kept = Checkpoint.of(checkpoint, [vectors, history.row, history.time, follows], STEPS, seed)
     descent = descend(net, task.loss, steps=STEPS, weight_decay=1e-2, checkpoint=kept, progress=progress)
     runs = _runs(history, codes)
-    known = (follows >= 0) & ~held
+    before_held = (follows >= 0) & ~held
     begins = learned & (history.first == np.arange(len(history)))
-    counted = _count(history, codes, follows, runs, known, begins & ~held, end + 1)
+    counted = _count(history, codes, follows, runs, before_held, begins & ~held, end + 1)
     judged = np.flatnonzero((follows >= 0) & held)[:: max(1, int(held.sum()) // 8192)]
     p_count = counted.probability(history.kind[judged], runs[judged], follows[judged])
     p_net = task.probability(judged)
@@ -154,6 +158,7 @@ def fit_sequences(
         net,
         Codebook(codebook.centres.to(device), codebook.reach.to(device)),
         everything,
+        Predecessors.fit(_preceded(history, codes, np.flatnonzero(learned)), end),
         scale=scale,
         novelty=novelty,
         silence={KINDS[kind]: ms for kind, ms in silence.items()},
@@ -199,6 +204,21 @@ def _count(
         np.concatenate([follows[known], codes[begins]]),
         outcomes,
     )
+
+
+def _preceded(
+    history: _History, codes: NDArray[np.int64], places: NDArray[np.intp]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
+    """Of these places of which it is known, and of lasting kinds with MIN_ENTITIES: kind, outcome and the outcomes
+    shortly before, as `Predecessors.fit` takes them."""
+    entities = np.bincount(history.kind[np.unique(history.first[places])], minlength=len(KINDS))
+    places = places[(LASTING & (entities >= MIN_ENTITIES))[history.kind[places]]]
+    for part in np.array_split(places, max(1, len(places) // 16_384)):
+        at, used = history.slots(part)
+        times, kind = history.time[at], history.kind[part]
+        whole = known(times, used)
+        before = np.where(recent(times, used), codes[at], -1)
+        yield kind[whole], codes[part][whole], before[whole]
 
 
 def _novelty(kind: NDArray[np.int64], new: NDArray[np.bool_]) -> dict[str, float]:

@@ -48,7 +48,8 @@ def _key(entity: str) -> int:
     return int.from_bytes(blake2b(entity.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def _keys(entities: Sequence[str]) -> NDArray[np.uint64]:
+def hashed(entities: Sequence[str]) -> NDArray[np.uint64]:
+    """uint64 [m]: entities as they are kept in bundles."""
     return np.array([_key(name) for name in entities], np.uint64)
 
 
@@ -93,7 +94,7 @@ class Habits:
         own = np.where(best[entity] == block[:, None], second[entity], most[entity])
         known = there.sum(1)[entity] > 1
         excess = _excess(levels, own, known, usual[kind])
-        keys = _keys(names.tolist())
+        keys = hashed(names.tolist())
         kept = np.argsort(-most.astype(np.int64).sum(1), kind="stable")[:MAX_ENTITIES]
         kept = kept[np.argsort(keys[kept], kind="stable")]
         return cls(keys[kept], most[kept], usual), excess
@@ -102,7 +103,7 @@ class Habits:
         """uint8 [m, 8], the highest levels of these entities in training; bool [m], whether training had them."""
         if not len(self.keys):
             return np.zeros((len(entities), len(LEVELS)), np.uint8), np.zeros(len(entities), np.bool_)
-        wanted = _keys(entities)
+        wanted = hashed(entities)
         at = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
         return self.most[at], self.keys[at] == wanted
 

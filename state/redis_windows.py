@@ -22,7 +22,7 @@ from state.tally import PARTNERS
 from state.windows import DAY_MS, MAX_SLACK, WindowEntries, Windows, is_complete, progress_of, source_id, validate
 
 _FUNCTIONS = files("state").joinpath("windows.lua").read_text()
-_HEADER, _SOURCE, _HEAD, _ENTRY = 27, 21, 30, 39
+_HEADER, _SOURCE, _HEAD, _ENTRY = 27, 21, 36, 39
 """Sizes of the records that windows.lua describes."""
 _Bytes = NDArray[np.uint8]
 
@@ -252,6 +252,7 @@ class RedisWindows:
             index=table.index[picked],
             levels=table.levels[np.where(own >= 0, picked[np.arange(len(own)), own], -1)],
             raised=np.zeros((len(own), 0, table.levels.shape[1]), np.uint8),
+            partners=table.partners[picked],
         )
 
     def _sources(self, ids: NDArray[np.int64]) -> tuple[Source, ...]:
@@ -336,8 +337,9 @@ class _Table:
     """All entries of the keys that a batch touched, as columns: one row an entry, in the order of its entity, entities
     one after another, and last a row of zeros that stands for "unused".
 
-    Of R rows: entity, number, time, source (48-bit id), offset, index, levels uint8 [R, 8], vectors float16 [R, d]. Of
-    E entities: start, end (rows), live, trimmed, ordered (row order is number order).
+    Of R rows: entity, number, time, source (48-bit id), offset, index, levels uint8 [R, 8], partners int16 [R,
+    PARTNERS], vectors float16 [R, d]. Of E entities: start, end (rows), live, trimmed, ordered (row order is number
+    order).
     """
 
     def __init__(self, replies: Sequence[Sequence[bytes]], dim: int) -> None:
@@ -356,7 +358,9 @@ class _Table:
             _uint(head[:, a:b]) for a, b in ((0, 5), (5, 11), (11, 13), (13, 19), (19, 22))
         )
         self.index = index.astype(np.int32)
-        self.levels = head[:, 22:]
+        self.levels = head[:, 22:30]
+        there = head[:, 30:31] >> np.arange(2, 2 + PARTNERS) & 1
+        self.partners = np.where(there, head[:, 31:], np.int16(-1)).astype(np.int16)
         self.vectors = np.frombuffer(vectors, np.float16).reshape(-1, dim)
         self.end = np.cumsum(kept)
         self.start = self.end - kept

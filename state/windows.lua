@@ -6,15 +6,15 @@
 --   sources     of each source: id 6, highest applied offset 6 and index 3, committed offset 6
 --   displaced   of each displaced entry, in order: the number that displaced it, 5
 --   heads       of each entry kept, in order, displaced first: number 5, time 6, place of the source 2, offset 6, index 3,
---               levels that it raised 8 (see tally.py)
+--               levels that it raised 8 (see tally.py), which partners are there 1 (flags as in ACT), partners 5
 --   vectors     of each entry kept, in the same order: fp16 x d
 --   tally       sums of the last two hours and of the day: bits 2, events 4, failures 4, bytes 6, bitmap of partners 32;
 --               buckets, by hour: hour 4, events 4, failures 4, bytes 6, bitmap 32
 
-local VERSION = 2
+local VERSION = 3
 local HEADER, HEADER_SIZE = '<I1I6I5I5I4I2I2I2', 27
 local SOURCE, SOURCE_SIZE = '<I6I6I3I6', 21
-local HEAD, HEAD_SIZE = '<I5I6I2I6I3c8', 30
+local HEAD, HEAD_SIZE = '<I5I6I2I6I3c8c1c5', 36
 local ENTRY, ENTRY_SIZE = '<I6I6I6I3I6', 39 -- and what it adds to the counts:
 local ACT, ACT_AT = '<I1I6BBBBB', 27 -- flags (counted, failed, which partners are there), bytes, partners
 local BUCKET, BUCKET_SIZE = '<I4I4I4I6I4I4I4I4I4I4I4I4', 50
@@ -289,7 +289,9 @@ local function push(keys, args)
         tally = tally or tally_of(tail > 0 and sub(state, -tail) or '')
         levels = tally.add(time, unpack(ACT, entries, (i - 1) * ENTRY_SIZE + ACT_AT + 1))
       end
-      fresh[i] = pack(HEAD, number, time, s, offset, index, levels)
+      local act = (i - 1) * ENTRY_SIZE + ACT_AT + 1
+      local flags, partners = sub(entries, act, act), sub(entries, act + 7, act + 11)
+      fresh[i] = pack(HEAD, number, time, s, offset, index, levels, flags, partners)
       if known then known[s .. ':' .. offset .. ':' .. index] = number end
       local newest = time
       local low, high = 1, #order + 1

@@ -65,7 +65,8 @@ class Windows:
     bool [m], False where members are known to be missing. Coordinates of the members: sources, with source: int32
     [m, W] (index into them, -1 unused), offset: int64 [m, W] and index: int32 [m, W]. levels: uint8 [m, 8], what the
     entry raised (`tally.LEVELS`), all 0 where it is not a member. raised: uint8 [m, W, 8], what each member raised;
-    only from `latest`, else [m, 0, 8].
+    only from `latest`, else [m, 0, 8]. partners: int16 [m, W, PARTNERS], those of each member (`tally.Acts`), -1 for
+    none.
     """
 
     vectors: NDArray[np.float16]
@@ -79,6 +80,7 @@ class Windows:
     index: NDArray[np.int32]
     levels: NDArray[np.uint8]
     raised: NDArray[np.uint8]
+    partners: NDArray[np.int16]
 
     def __len__(self) -> int:
         return len(self.length)
@@ -237,6 +239,7 @@ class MemoryWindows:
         self._index = np.zeros(1, np.int32)
         self._number = np.zeros(1, np.int64)
         self._levels = np.zeros((1, len(LEVELS)), np.uint8)
+        self._partners = np.full((1, PARTNERS), -1, np.int16)
 
     def __len__(self) -> int:
         return len(self._entities)
@@ -365,7 +368,7 @@ class MemoryWindows:
         m, size = len(entries), len(self._time)
         if len(self._free) < m:
             grown = max(2 * size, size + m, 1024)
-            for name in ("_vectors", "_time", "_source", "_offset", "_index", "_number", "_levels"):
+            for name in ("_vectors", "_time", "_source", "_offset", "_index", "_number", "_levels", "_partners"):
                 old = getattr(self, name)
                 new = np.empty((grown, *old.shape[1:]), old.dtype)
                 new[:size] = old
@@ -376,6 +379,7 @@ class MemoryWindows:
         at = np.array(slots, np.intp)
         self._vectors[at], self._time[at], self._source[at] = entries.vectors, entries.time, sources
         self._offset[at], self._index[at], self._levels[at] = entries.offset, entries.index, 0
+        self._partners[at] = -1 if entries.acts is None else entries.acts.partners
         return slots
 
     def _key(self, slot: int) -> _Key:
@@ -470,4 +474,5 @@ class MemoryWindows:
             index=self._index[picked],
             levels=self._levels[np.where(own >= 0, picked[np.arange(len(own)), own], 0)],
             raised=np.zeros((len(own), 0, len(LEVELS)), np.uint8),
+            partners=self._partners[picked],
         )

@@ -37,6 +37,14 @@ WORTH_WEIGHT = 0.01
 """Of a sequence's surprise: a record without which it would lose less is named without a figure."""
 P_FLOOR = 1e-12
 """Below this a p-value is no measurement any more: it is told as this."""
+_INSTEAD = {"sequence:silence": "After that, usual is", "sequence:missing": "Shortly before the last, usual is"}
+_PARTNERS = {
+    "address": ("src_endpoint.ip",),
+    "host": ("device.hostname", "device.name", "src_endpoint.hostname"),
+    "service": ("service.name", "actor.app_name", "app_name"),
+    "destination": ("dst_endpoint.ip", "dst_endpoint.hostname"),
+}
+"""Where an event names the partner that a cause `first:WHAT` is about."""
 _IDENTITY = ("time", "uid", "correlation_uid", "offset", "sequence")
 
 
@@ -182,13 +190,16 @@ class _Finding:
         record = self.record
         if kind == "sequence":
             who = wording.subject(self.entity, record)
-            if cause == "together" and len(self.window) > 1:
-                return f"Several unusual events{who}: {self.together_in_short()}"
             what = "first event" if len(self.window) == 1 else wording.sequence(cause)
             return f"Unusual {what}{who}{self.sequence_in_short()}"
         if self.rates:
             who = wording.subject(self.entity, {})  # What it did many times, it did not all do from here.
             return f"Unusually {wording.rate(cause)[0]}{who}: {self.how_much()}"
+        if kind == "first":
+            value = next((v for path in _PARTNERS.get(cause, ()) if (v := _at(record, path))), "")
+            return wording.first(
+                cause, wording.event_kind(record), wording.subject(self.entity, record), wording.shorten(value, 60)
+            )
         field = self.leading()
         if field is None:
             where = wording.event_kind(record)
@@ -220,13 +231,6 @@ class _Finding:
         also = f"; also {' and '.join(told)}" if told else ""
         return f"about {_beside(first, None)}, {_at_most(first)}{also}"
 
-    def together_in_short(self) -> str:
-        """Of small oddities that add up: "launch of cmd.exe by winword.exe, and 11 more in 40 s"."""
-        worst = max(self.window[::-1], key=lambda entry: entry[3])
-        others = sum(entry[3] > 0 for entry in self.window) - 1
-        length = wording.duration(self.window[-1][0] - self.window[0][0])
-        return f"{wording.shorten(worst[2])}{f', and {others} more in {length}' if others > 0 else ''}"
-
     def sequence_in_short(self) -> str:
         if not self.window:  # The entity has gone on so far that its window no longer reaches back to this event.
             return f": {wording.shorten(wording.told({path: _at(self.record, path) for path in wording.TELLING}))}"
@@ -236,6 +240,9 @@ class _Finding:
         if self.cause == "sequence:silence":
             length = wording.duration(self.window[-1][0] - self.window[0][0])
             return f": nothing after {newest}, the last of {len(self.window)} events in {length}{usual}"
+        if self.cause == "sequence:missing" and instead:
+            came, share = wording.shorten(instead[0][0]), wording.percent(instead[0][1])
+            return f": {newest} without {came}, which comes shortly before in {share}"
         if len(self.window) == 1:
             return f": {newest}{usual}"
         # The newest was least expected; the latest of equals that it would be less surprising without.
@@ -260,7 +267,7 @@ class _Finding:
             part = f"without it {wording.percent(share)} less surprising; " if share >= WORTH_WEIGHT else ""
             lines.append(f"- {wording.moment(time)}: {wording.shorten(summary)} ({part}{label}).")
         if self.instead:
-            place = "After that, usual is" if self.cause == "sequence:silence" else "In place of the last, usual is"
+            place = _INSTEAD.get(self.cause, "In place of the last, usual is")
             likely = " or ".join(f"{wording.shorten(what)} ({wording.percent(p)})" for what, p in self.instead[:3])
             lines.append(f"{place} {likely}.")
         if self.neighbours:

@@ -32,7 +32,9 @@ from encoder.training import EMBEDDING
 from state.baseline import Baseline, Density
 from state.calibration import Calibration
 from state.habits import Habits
+from state.overlaps import Overlaps
 from state.quarantine import Watch
+from streamer.at_once import OverlapScorer
 from streamer.manifest import FORMAT, MANIFEST, SCHEMA, BundleError, digest_of, resolve, verify
 from streamer.scoring import RateScorer, RecordScorer, Scorer, SequenceScorer
 
@@ -65,11 +67,6 @@ class Bundle:
     def dim(self) -> int:
         """The length of a record embedding."""
         return self.scorer.record.baseline.dim
-
-    @property
-    def window_dim(self) -> int:
-        """The length of what windows keep of an event (`scoring.remembered`)."""
-        return self.dim + 1
 
     @property
     def encoder_hash(self) -> str:
@@ -162,6 +159,10 @@ def _scorer_arrays(scorer: Scorer) -> dict[str, NDArray[Any]]:
         habits = scorer.rates.habits
         arrays |= {"habits.keys": habits.keys, "habits.most": habits.most, "habits.usual": habits.usual}
         groups["rate"] = scorer.rates.calibrations
+    if scorer.overlaps is not None:
+        overlaps = scorer.overlaps.overlaps
+        arrays |= {f"overlaps.{name}": getattr(overlaps, name) for name in ("keys", "events", "pairs", "counts")}
+        groups["overlap"] = scorer.overlaps.calibrations
     for group, calibrations in groups.items():
         for name, calibration in calibrations.items():
             arrays[f"scores.{group}/{name}"] = calibration.scores
@@ -200,7 +201,11 @@ def load(path: Path, device: str = "cpu") -> Bundle:
         if "habits.keys" in arrays:
             habits = Habits(*(arrays[f"habits.{name}"] for name in ("keys", "most", "usual")))
             rates = RateScorer(habits, _calibrations(arrays, "rate"))
-        scorer = Scorer(record, sequences, rates, _calibrations(arrays, "event")["event"])
+        overlaps = None
+        if "overlaps.keys" in arrays:
+            learned = Overlaps(*(arrays[f"overlaps.{name}"] for name in ("keys", "events", "pairs", "counts")))
+            overlaps = OverlapScorer(learned, _calibrations(arrays, "overlap"))
+        scorer = Scorer(record, sequences, rates, _calibrations(arrays, "event")["event"], overlaps)
         profile = arrays["profile"]
         watch = Watch(arrays.get("watch.keys"), arrays.get("watch.walks"))
     except (SafetensorError, KeyError) as error:

@@ -28,11 +28,12 @@ from encoder.schema import Schema
 from state.tally import LEVELS
 from state.timers import Heard, MemoryTimers, Silence, TimerStore
 from state.windows import WindowEntries, Windows, WindowStore
+from streamer.at_once import CAUSES as AT_ONCE
 from streamer.bundle import Bundle, load
 from streamer.drift import Drift
 from streamer.explaining import Explaining, Explanation
 from streamer.remembering import Remembering
-from streamer.scoring import DENSITY_TRUST, ORDER, TOGETHER, Parts, RateScorer, remembered, severity, weighed
+from streamer.scoring import DENSITY_TRUST, MISSING, ORDER, Parts, RateScorer, severity, weighed
 from streamer.silences import CAUSE as SILENCE
 from streamer.silences import Watch, coordinates_of, rows_of, unpack
 
@@ -49,13 +50,13 @@ class ScoredBatch:
 
     coordinates, time: as in `EventBatch`; p_value: float64 [n] in (0, 1], how often normal data scores at least this;
     severity: float32 [n], 0 to 100; entity: str object [n] (`kind:value`, "" where the event names none); cause: str
-    object [n] (`record:ATTRIBUTE PATH` or `sequence:WHAT`); records: the n decoded events; rejects: what could not be
-    read; repairs: how often each kind of repair was made; complete: bool [n], False where the history of an entity is
-    known to be missing (None: nothing is); line: float64 [n], the p-value at or under which each event is an alert
-    (None: whoever scored did not ask); level: uint8 [n], of a rate the level that the event raised its count to
-    (`state.tally`; None: no cause is a rate); silences: the k last events of entities that fell silent, as event time
-    moved on by these events, judged by that (None: nobody did); of those, told: intp [k], ascending, the rows here at
-    which that was clear; seconds: how long each stage took.
+    object [n] (`record:ATTRIBUTE PATH`, `sequence:WHAT`, `rate:WHAT` or `first:WHAT`); records: the n decoded events;
+    rejects: what could not be read; repairs: how often each kind of repair was made; complete: bool [n], False where
+    the history of an entity is known to be missing (None: nothing is); line: float64 [n], the p-value at or under which
+    each event is an alert (None: whoever scored did not ask); level: uint8 [n], of a rate the level that the event
+    raised its count to (`state.tally`; None: no cause is a rate); silences: the k last events of entities that fell
+    silent, as event time moved on by these events, judged by that (None: nobody did); of those, told: intp [k],
+    ascending, the rows here at which that was clear; seconds: how long each stage took.
     """
 
     coordinates: Coordinates
@@ -86,15 +87,14 @@ class ScoredBatch:
 class PreparedBatch:
     """n events of which all is known that does not depend on what came before.
 
-    codes: int32 [n, fields]; remembered: float16 [n, d + 1], what windows keep (`scoring.remembered`); record: float64
-    [n], nats, what each event says by itself; cause: str object [n], of which of its attributes; rejects, seconds: as
-    in `ScoredBatch`.
+    codes: int32 [n, fields]; behaviours: float16 [n, d], what windows remember; record: float64 [n], nats, what each
+    event says by itself; cause: str object [n], of which of its attributes; rejects, seconds: as in `ScoredBatch`.
     """
 
     events: EventBatch
     rejects: list[Reject]
     codes: NDArray[np.int32]
-    remembered: NDArray[np.float16]
+    behaviours: NDArray[np.float16]
     record: NDArray[np.float64]
     cause: NDArray[np.object_]
     seconds: Mapping[str, float]
@@ -165,15 +165,14 @@ class Detector:
         distinct = features.take(first)
         laps.end("vectorize")
         encoded = encoder.encode(distinct)
-        behaviours = encoder.behaviours(distinct)
+        behaviours = encoder.behaviours(distinct)[like]
         laps.end("encode")
         types = distinct.codes[:, 0].astype(np.int64)
         parts = scorer.record.parts(scorer.record.raw(encoded, types), types)
-        record = scorer.record.evidence(parts)
-        kept = remembered(behaviours, record)[like]
+        record = scorer.record.evidence(parts)[like]
         cause = self._causes[_causal_field(encoded, parts)][like]
         laps.end("compare")
-        return PreparedBatch(events, rejects, features.codes, kept, record[like], cause, laps.seconds)
+        return PreparedBatch(events, rejects, features.codes, behaviours, record, cause, laps.seconds)
 
     def judge(self, prepared: PreparedBatch) -> ScoredBatch:
         """Score what was prepared, by the histories that it is part of from now on."""
@@ -181,7 +180,7 @@ class Detector:
         events, record, cause = prepared.events, prepared.record, prepared.cause
         entities = find_entities(events)
         entity = np.array(entities.primary, object)
-        history = self._judge_windows(events, entities, prepared.remembered, laps)
+        history = self._judge_windows(events, entities, prepared.behaviours, laps)
         by_history = history.evidence > record
         p_value = self.bundle.scorer.p_value(record, history.evidence)
         self.drift.observe(events.time, prepared.codes, p_value)
@@ -204,9 +203,12 @@ class Detector:
 
     def remember(self, messages: Sequence[Message]) -> None:
         """Append a batch to the windows and timers without scoring it: to fill what was lost."""
-        prepared = self.prepare(messages)
-        events, entities = prepared.events, find_entities(prepared.events)
-        windows = self.windows.append(window_entries(events, entities, prepared.remembered)) if len(entities) else None
+        events, _ = decode(messages)
+        features = self.bundle.encoder.vectorize(events)
+        first, like = features.distinct()
+        vectors = self.bundle.encoder.behaviours(features.take(first))[like]
+        entities = find_entities(events)
+        windows = self.windows.append(window_entries(events, entities, vectors)) if len(entities) else None
         if self._watch is not None and (sequences := self.bundle.scorer.sequences) is not None:
             ending = self._watch.ending(entities)
             windows = windows.take(ending) if windows is not None and len(ending) else None
@@ -232,13 +234,14 @@ class Detector:
             return found
         raw = sequences.raw(windows, kind)
         rate, column = self._judge_rates(rates, entities, windows)
-        each = [weighed(sequences.evidence(name, raw, kind)) for name in ("order", "together")] + [rate]
-        evidence = np.max(each, axis=0)
+        overlap, sort = np.zeros(len(row)), np.zeros(len(row), np.int8)
+        if (overlaps := self.bundle.scorer.overlaps) is not None:
+            overlap, sort = overlaps.judge(entities.entity, kind, windows)
+        order, missing = (sequences.evidence(name, raw, kind) for name in ("order", "missing"))
+        parts = weighed(order, missing, rate, overlap)
+        evidence = parts.max(0)
         weakest_first = np.argsort(evidence, kind="stable")
-        causes = np.column_stack(
-            [np.full(len(row), ORDER, object), np.full(len(row), TOGETHER, object), _RATES[column]]
-        )
-        cause = causes[np.arange(len(row)), np.argmax(each, axis=0)]
+        cause = np.choose(parts.argmax(0), [ORDER, MISSING, _RATES[column], AT_ONCE[sort]])
         found.evidence[row[weakest_first]] = evidence[weakest_first]
         found.entity[row[weakest_first]] = np.array(entities.entity, object)[weakest_first]
         found.cause[row[weakest_first]] = cause[weakest_first]
@@ -340,7 +343,7 @@ def open_detector(settings: Settings, path: Path) -> tuple[Detector, RedisWindow
     bundle = load(path, device_of(settings))
     place: dict[str, Any] = {"tenant": settings.tenant, "timeout_s": settings.redis.timeout_s}
     place |= {"retries": settings.redis.retries, **settings.redis.client_arguments()}
-    windows = RedisWindows(settings.redis.url, encoder=bundle.encoder_hash, dim=bundle.window_dim, **place)
+    windows = RedisWindows(settings.redis.url, encoder=bundle.encoder_hash, dim=bundle.dim, **place)
     sequences = bundle.scorer.sequences
     if sequences is None or not sequences.model.silence:
         return Detector(bundle, windows, tenant=settings.tenant), windows

@@ -26,7 +26,7 @@ from state.windows import Windows, WindowStore
 from streamer import much
 from streamer.left_out import LATEST, cut, weights
 from streamer.much import RateFinding
-from streamer.scoring import NEIGHBOURS, ORDER, TOGETHER
+from streamer.scoring import MISSING, NEIGHBOURS, ORDER
 from streamer.silences import CAUSE as SILENCE
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ EXAMPLES = 32
 """Near normal events in which real examples of an expected value are looked for: the schema has it normalised."""
 WORTH_TELLING = 1.5
 """Nats: what is expected more often than one time in four or five explains nothing."""
-_STATISTICS = {ORDER: "order", TOGETHER: "together", SILENCE: "ending"}
+_STATISTICS = {ORDER: "order", MISSING: "missing", SILENCE: "ending"}
 """What of `SequenceScorer.raw` a cause rests on."""
 _TEMPLATED = re.compile(r"\{\}|#|\*")
 """What `normalise` puts where ids, hexadecimal numbers and owners of home folders stood."""
@@ -170,13 +170,13 @@ class Explaining:
         kinds = np.array([KINDS.index(entity.partition(":")[0]) for entity in entities], np.int8)
         cause = scored.cause[told]
         weight = weights(sequences, windows, kinds, [_STATISTICS[each] for each in cause])
-        expected = sequences.model.expected(
-            windows.vectors[:, :, :-1], windows.times, windows.length, kinds, cause == SILENCE
-        )
+        asked = windows.vectors, windows.times, windows.length, kinds
+        expected, absent = sequences.model.expected(*asked, cause == SILENCE), sequences.model.absent(*asked)
+        instead = {ORDER: expected, SILENCE: expected, MISSING: absent}
         return {
             row: (
                 self._timeline(windows, i, weight[i]),
-                tuple((self._like(code), p) for code, p in expected[i] if cause[i] != TOGETHER),
+                tuple((self._like(code), p) for code, p in (instead[cause[i]][i] if cause[i] in instead else ())),
             )
             for i, row in enumerate(told)
         }
@@ -186,7 +186,7 @@ class Explaining:
         slots = np.flatnonzero(windows.mask[i])[-LATEST:]
         if sequences is None or not len(slots):
             return ()
-        codes = sequences.model.codebook(windows.vectors[i, slots, :-1]).tolist()
+        codes = sequences.model.codebook(windows.vectors[i, slots]).tolist()
         return tuple(
             (int(windows.times[i, slot]), self._coordinates(windows, i, slot), self._like(code), float(weight[slot]))
             for slot, code in zip(slots.tolist(), codes, strict=True)

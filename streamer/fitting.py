@@ -34,14 +34,16 @@ from encoder.vectorize import FeatureBatch, Vectorizer
 from state.baseline import Baseline, Density
 from state.calibration import FEW, Calibration
 from state.habits import Habits
+from state.overlaps import OverlapCounts, near
 from state.windows import MemoryWindows, WindowEntries
+from streamer.at_once import JUDGED, OverlapScorer
 from streamer.bundle import Bundle, save
 from streamer.detector import compact
 from streamer.drift import profile
 from streamer.errors import RipcurrentError
 from streamer.files import batches
 from streamer.redaction import Redactor
-from streamer.scoring import RateScorer, RecordScorer, Scorer, SequenceScorer, joined, remembered, weighed
+from streamer.scoring import RateScorer, RecordScorer, Scorer, SequenceScorer, joined, weighed
 
 HELD_OUT = 0.15
 """The latest share of the training events, by event time, that calibrates: of those on working days, and of those on
@@ -137,10 +139,9 @@ def fit(
     tell("baseline", 0, 0, "")
     record, by_record = _fit_record(encoder, features, weights, later, seed)
     behaviours = encoder.behaviours(loaded.features)
-    by_itself = np.full(n, -1.0)  # of what the record part was fitted to, nobody knows how odd it was
-    by_itself[held] = by_record
-    sequences, rates, by_history, learned = _fit_history(encoder, loaded, behaviours, by_itself, held, seed, kept, tell)
-    scorer = Scorer(record, sequences, rates, Calibration.fit(joined(by_record, by_history), tail_from=FEW))
+    sequences, rates, overlaps, by_history, learned = _fit_history(encoder, loaded, behaviours, held, seed, kept, tell)
+    event = Calibration.fit(joined(by_record, by_history), tail_from=FEW)
+    scorer = Scorer(record, sequences, rates, event, overlaps)
     redactor = Redactor(redact)
     members = first[record.baseline.members].tolist()
     span = max(int(np.ptp(loaded.time)), 60_000)
@@ -305,20 +306,18 @@ def _fit_history(
     encoder: Encoder,
     loaded: _Loaded,
     vectors: NDArray[np.float16],
-    record: NDArray[np.float64],
     held: NDArray[np.bool_],
     seed: int,
     kept: Path,
     tell: Progress,
-) -> tuple[SequenceScorer | None, RateScorer | None, NDArray[np.float64], SequenceReport | None]:
+) -> tuple[SequenceScorer | None, RateScorer | None, OverlapScorer | None, NDArray[np.float64], SequenceReport | None]:
     """The parts that judge entities by what came before (None where the held-out events, or all others, name no
-    entity), their evidence against each held-out event, and how the fit went. vectors: float16 [n, d], behaviours;
-    record: float64 [n], as `remembered` takes it."""
+    entity), their evidence against each held-out event, and how the fit went. vectors: float16 [n, d], behaviours."""
     pairs = loaded.entities
     evidence = np.zeros(len(held))
     judged = np.flatnonzero(held[pairs.row])
     if len(judged) in (0, len(pairs)):
-        return None, None, evidence[held], None
+        return None, None, None, evidence[held], None
     tell("sequences", 0, 0, "")
     model, report = fit_sequences(
         vectors,
@@ -331,7 +330,7 @@ def _fit_history(
         progress=lambda step, steps, loss: tell("sequences", step, steps, f"loss {loss:.3f}"),
     )
     sequences = SequenceScorer(model)
-    raw, levels = _replayed(sequences, loaded, remembered(vectors, record), judged)
+    raw, levels, overlaps, overlap = _replayed(sequences, loaded, vectors, held)
     last = dict(zip(pairs.entity, range(len(pairs.entity)), strict=True))
     is_last = np.zeros(len(pairs.entity), bool)
     is_last[list(last.values())] = True
@@ -341,20 +340,28 @@ def _fit_history(
     sequences.fit(raw, kinds, ended[judged], pairs.row[judged])
     habits, excess = Habits.fit(pairs.entity, pairs.kind, levels, loaded.time[pairs.row], kinds=len(KINDS))
     rates = RateScorer(habits)
+    by_user = np.zeros(len(judged))
     if len(held) == loaded.events:  # Of a sample, every count would be too low.
         rates.fit(excess, pairs.kind, pairs.entity, pairs.row)
+        if len(overlap):
+            overlaps.fit(overlap, int(held.sum()))
+            by_user[kinds == JUDGED], _ = overlaps.evidence(overlap)
     rate, _ = rates.evidence(excess.take(judged), kinds)
-    for found in (*(weighed(sequences.evidence(name, raw, kinds)) for name in ("order", "together")), rate):
-        np.maximum.at(evidence, pairs.row[judged], found)
-    return sequences, rates, evidence[held], report
+    order, missing = (sequences.evidence(name, raw, kinds) for name in ("order", "missing"))
+    np.maximum.at(evidence, pairs.row[judged], weighed(order, missing, rate, by_user).max(0))
+    return sequences, rates, overlaps, evidence[held], report
 
 
 def _replayed(
-    scorer: SequenceScorer, loaded: _Loaded, vectors: NDArray[np.float16], judged: NDArray[np.intp]
-) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.uint8]]:
-    """All pairs through windows, as live: the raw scores of those to be judged with all the history that they had, and
-    of all what they raised."""
+    scorer: SequenceScorer, loaded: _Loaded, vectors: NDArray[np.float16], held: NDArray[np.bool_]
+) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.uint8], OverlapScorer, NDArray[np.float64]]:
+    """All pairs through windows, as live: the raw scores of those of held-out events with all the history that they
+    had, and of all what they raised; what the others teach of who is where at once, and how surprising that is of the
+    held-out ones that are judged by it, float64 [k, PARTNERS]."""
     pairs = loaded.entities
+    judged = np.flatnonzero(held[pairs.row])
+    counts = OverlapCounts()
+    at_once: list[tuple[list[str], NDArray[np.int16], NDArray[np.int16]]] = []
     windows = MemoryWindows(dim=vectors.shape[1], max_entities=MAX_ENTITIES)
     found: list[dict[str, NDArray[np.float64]]] = []
     levels: list[NDArray[np.uint8]] = []
@@ -377,7 +384,17 @@ def _replayed(
         here = judged[slice(*np.searchsorted(judged, (start, start + step)))] - start
         if len(here):
             found.append(scorer.raw(seen.take(here), kinds[here]))
-    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}, np.concatenate(levels)
+        for later in (False, True):
+            users = np.flatnonzero((kinds == JUDGED) & (held[rows] == later))
+            names = [pairs.entity[start + i] for i in users.tolist()]
+            if later:
+                at_once.append((names, *near(seen.take(users))))
+            else:
+                counts.add(names, *near(seen.take(users)))
+    overlaps = counts.finish()
+    surprise = np.concatenate([overlaps.surprise(*part) for part in at_once])
+    raw = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    return raw, np.concatenate(levels), OverlapScorer(overlaps), surprise
 
 
 def _steps(

@@ -48,7 +48,7 @@ class ScoredFile:
 def score_files(paths: Sequence[Path], bundle: Bundle, progress: Callable[[int], None] = lambda _: None) -> ScoredFile:
     """Score the events of files. At the end all who are waited for count as silent, and an entity's silence stands in
     the place of its last event where it is the odder of the two. `progress` hears how many are done."""
-    windows = MemoryWindows(dim=bundle.window_dim)
+    windows = MemoryWindows(dim=bundle.dim)
     timers = MemoryTimers(keeps_events=False)
     detector = Detector(bundle, windows, timers=timers)
     silences: list[ScoredBatch] = []
@@ -104,7 +104,7 @@ def write_alerts(
     """Write what the service would publish of these files, a finding a line; returns how many alerts (Creates). It
     reads them again, because what comes before an event must be at hand to explain it; and at the end all episodes
     are over. scores: of these files; lines: of each event, float64 [n]; `progress` hears how many events are done."""
-    windows = MemoryWindows(dim=bundle.window_dim)
+    windows = MemoryWindows(dim=bundle.dim)
     detector = Detector(bundle, windows)
     findings = Findings(detector, MemoryEpisodes(), bundle_version=bundle.version)
     creates = done = 0

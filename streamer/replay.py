@@ -155,7 +155,7 @@ class ReplayDetector:
         suppressing: Suppressing | None = None,
     ) -> None:
         self.version = bundle.version
-        self._windows = MemoryWindows(dim=bundle.window_dim, max_entities=MAX_ENTITIES)
+        self._windows = MemoryWindows(dim=bundle.dim, max_entities=MAX_ENTITIES)
         self._timers = MemoryTimers()
         self._detector = Detector(bundle, self._windows, tenant=tenant, timers=self._timers)
         redactor = Redactor(redact)

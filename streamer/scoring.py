@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from encoder.entities import KINDS
 from encoder.runtime import Encoded
 from encoder.sequence import SequenceModel
 from state.baseline import Baseline, Density
-from state.calibration import Calibration
+from state.calibration import FEW, Calibration
 from state.habits import GROUPS, STRANGER, Excess, Habits
 from state.tally import LEVELS
 from state.windows import Windows
+from streamer.at_once import OverlapScorer
 
 DENSITY_TRUST = 2.0
 """How much more density is trusted than surprise: it speaks only where events carry quantities, and there it is the
@@ -31,23 +31,21 @@ four numbers among twenty names are not what makes the event."""
 SEQUENCE_DOUBT = 5.0
 """Nats of a sequence's evidence that count for nothing: the order of what a machine does varies more than what it does,
 so what one window in a hundred and fifty shows says nothing."""
-PIECES = ("correlation", "process", "session")
-"""Kinds of entity that are one piece of work, in which small oddities add up. Those of a user or host do not: one odd
-program and the mail read meanwhile are two things."""
-PART_OF = 4.0
-"""At most this (nats) does one event add to its piece of work: several that are odd, and not one that is very odd."""
 SHARPNESS = 3.0
 """Of the norm that joins density and surprise: 1 would add them up, and unlabelled attacks in training, for which
 density alone is any good, would count by half; infinity would be the stronger of the two."""
 NOVELTY_TRUST = 2 / 3
 """Of the distance to the nearest, beside the two countings, which say much of the same."""
+MISSING_TRUST = 0.7
+OVERLAP_TRUST = 0.7
+"""Against the record score: measured in docs/detection.md."""
 BLEND = 0.01
 """How much the weaker of record and history adds to the stronger: an order among events that it puts level."""
 MIN_ENTITIES = 20
 """From so many on a group of them tells what others may do: the habits of three hosts say nothing of a fourth."""
 NEIGHBOURS = 3
-ORDER, TOGETHER = "sequence:order", "sequence:together"
-"""Causes: that the newest record came after those before, and that they are all a little odd."""
+ORDER, MISSING = "sequence:order", "sequence:missing"
+"""Causes: that the newest record came after those before, and that something usual did not come before it."""
 SEVERITY_PER_DECADE = 12.5
 _SURPRISES = {"odd_value": 1.0, "odd_for_actor": 1.0, "novelty": NOVELTY_TRUST}
 
@@ -131,8 +129,8 @@ class SequenceScorer:
     """The sequence score: each entity's window, judged at each event, and that nothing follows it.
 
     Calibrated by kind of entity, for a host's days are not a transaction's steps: `order` (the newest record after
-    those before), `together` (how odd its records are one by one, added up) and `ending` (nothing after it, for kinds
-    of entity whose routines end). The first two are calibrated again by event: one that is part of four windows has
+    those before), `missing` (what usually comes shortly before the newest) and `ending` (nothing after it, for kinds
+    of entity whose routines end). All but the last are calibrated again by event: one that is part of four windows has
     four chances to look odd.
     """
 
@@ -141,12 +139,9 @@ class SequenceScorer:
 
     def raw(self, windows: Windows, kinds: NDArray[np.int8], *, few: bool = False) -> dict[str, NDArray[np.float64]]:
         """The uncalibrated scores of m windows, float64 [m] by name; kinds: int8 [m]; few: as for the model."""
-        scores = self.model(windows.vectors[:, :, :-1], windows.times, windows.length, kinds, few=few)
-        return {
-            "order": scores.surprise.astype(np.float64),
-            "ending": scores.ending.astype(np.float64),
-            "together": _together(windows.vectors[:, :, -1], windows.mask),
-        }
+        scores = self.model(windows.vectors, windows.times, windows.length, kinds, few=few)
+        named = {"order": scores.surprise, "missing": scores.missing, "ending": scores.ending}
+        return {name: score.astype(np.float64) for name, score in named.items()}
 
     def fit(
         self,
@@ -157,18 +152,17 @@ class SequenceScorer:
     ) -> None:
         """Calibrate on held-out windows; ended: bool [m], those after which nothing came for long enough; rows: int32
         [m], the event that each ends at."""
-        for kind in np.unique(kinds).tolist():
-            mine = kinds == kind
-            self.calibrations[f"order.{kind}"] = Calibration.fit(raw["order"][mine])
-            if KINDS[kind] in PIECES:
-                self.calibrations[f"together.{kind}"] = Calibration.fit(raw["together"][mine])
-            if (mine & ended).any():
-                self.calibrations[f"ending.{kind}"] = Calibration.fit(raw["ending"][mine & ended])
-        for name in ("order", "together"):
-            self.calibrations[name] = Calibration.fit(_by_event(self.evidence(name, raw, kinds), rows))
+        every = np.ones(len(kinds), bool)
+        for name, those, tail_from in (("order", every, None), ("missing", every, FEW), ("ending", ended, None)):
+            for kind in np.unique(kinds[those]).tolist():
+                scores = raw[name][those & (kinds == kind)]
+                self.calibrations[f"{name}.{kind}"] = Calibration.fit(scores, tail_from=tail_from)
+        for name, tail_from in (("order", None), ("missing", FEW)):
+            by_event = _by_event(self.evidence(name, raw, kinds), rows)
+            self.calibrations[name] = Calibration.fit(by_event, tail_from=tail_from)
 
     def evidence(self, name: str, raw: dict[str, NDArray[np.float64]], kinds: NDArray[np.int8]) -> NDArray[np.float64]:
-        """float64 [m], nats: against each window by `order` or `together`, or against its being the last by `ending`. A
+        """float64 [m], nats: against each window by one of `raw`, of which `ending` is against its being the last. A
         kind of entity that was not among the held-out events has none."""
         found = np.zeros(len(kinds))
         for kind in np.unique(kinds).tolist():
@@ -178,22 +172,6 @@ class SequenceScorer:
         if (by_event := self.calibrations.get(name)) is not None:
             found = by_event.evidence(found)
         return found
-
-
-def remembered(vectors: NDArray[np.float16], record: NDArray[np.float64]) -> NDArray[np.float16]:
-    """What a window keeps of each of n events, float16 [n, d + 1]: its behaviour, [n, d], and the evidence against its
-    record, [n], in nats; negative: not known."""
-    return np.column_stack([vectors, record.astype(np.float16)])
-
-
-def _together(record: NDArray[np.float16], used: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """float64 [m]: by how many standard deviations the evidence against the records of each window exceeds what that of
-    normal ones adds up to: 1 each, and varying by 1. record: float16 [m, W], as remembered; used: bool [m, W]."""
-    known = used & (record >= 0)
-    n = known.sum(1)
-    total = np.where(known, np.minimum(record.astype(np.float64), PART_OF), 0.0).sum(1)
-    excess: NDArray[np.float64] = (total - n) / np.sqrt(np.maximum(n, 1))
-    return excess
 
 
 def _by_event(evidence: NDArray[np.float64], rows: NDArray[np.int32]) -> NDArray[np.float64]:
@@ -275,23 +253,34 @@ class RateScorer:
 class Scorer:
     """Record and history joined: the event is as unusual as the stronger of the two says, calibrated again.
 
-    sequences and rates: None where no event of training named an entity.
+    sequences and rates: None where no event of training named an entity; overlaps: None where none named a user.
     """
 
     record: RecordScorer
     sequences: SequenceScorer | None
     rates: RateScorer | None
     event: Calibration
+    overlaps: OverlapScorer | None
 
     def p_value(self, record: NDArray[np.float64], history: NDArray[np.float64]) -> NDArray[np.float64]:
         """Evidence of both, float64 [n] in nats, to p-values."""
         return self.event.p_value(joined(record, history))
 
 
-def weighed(sequence: NDArray[np.float64]) -> NDArray[np.float64]:
-    """float64, nats: what of a sequence's evidence counts against that of records and rates."""
+def beyond_doubt(sequence: NDArray[np.float64]) -> NDArray[np.float64]:
+    """float64, nats: what of the evidence of an order or an ending counts."""
     beyond: NDArray[np.float64] = np.maximum(sequence - SEQUENCE_DOUBT, 0.0)
     return beyond
+
+
+def weighed(
+    order: NDArray[np.float64],
+    missing: NDArray[np.float64],
+    rate: NDArray[np.float64],
+    overlap: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """float64 [4, m], nats: the evidence of an entity's history, each part by its trust; the strongest counts."""
+    return np.stack([beyond_doubt(order), MISSING_TRUST * missing, rate, OVERLAP_TRUST * overlap])
 
 
 def joined(record: NDArray[np.float64], history: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -181,7 +181,6 @@ _KINDS = {
 }
 _SEQUENCES = {
     "order": "order of events",
-    "together": "run of events",
     "rate": "rate of events",
     "count": "number of events",
     "silence": "silence",
@@ -497,9 +496,17 @@ def amount(of: str, x: float) -> str:
 def cause(text: str) -> str:
     """What was unusual: `record:dst_endpoint.port` is "destination port", `rate:bytes.day` "sent within a day"."""
     kind, _, what = text.partition(":")
+    if kind == "first":
+        return f"{what} within an hour of others"
     if kind == "rate":
         return rate(what)[1]
     return sequence(what) if kind == "sequence" else attribute(what)
+
+
+def first(sort: str, where: str, who: str, value: str) -> str:
+    """Of a sort of partner that is usual, but not so soon after others."""
+    named = f"{sort[0].upper()}{sort[1:]}{f' {value}' if value else ''}"
+    return f"{named} in {where}{who}, within an hour of others: usual at other times, never before so close together"
 
 
 def and_others(joined: str, n: int) -> str:

@@ -218,7 +218,7 @@ def day(tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, Told]:
 
 def explained(bundle: Bundle, lines: Sequence[bytes], each: int) -> tuple[Detector, Told]:
     """The most unusual of each batch, by record and by sequence, explained as the service does: right after scoring."""
-    detector = Detector(bundle, MemoryWindows(dim=bundle.window_dim))
+    detector = Detector(bundle, MemoryWindows(dim=bundle.dim))
     stream = [Message("events", 0, i, NOW, line) for i, line in enumerate(lines)]
     found: Told = []
     for start in range(0, len(stream), 256):

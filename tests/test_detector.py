@@ -59,7 +59,7 @@ def messages(path: Path, n: int) -> list[Message]:
 
 
 def score(bundle: Bundle, batches: Sequence[Sequence[Message]]) -> list[ScoredBatch]:
-    detector = Detector(bundle, MemoryWindows(dim=bundle.window_dim))
+    detector = Detector(bundle, MemoryWindows(dim=bundle.dim))
     return [detector.score(batch) for batch in batches]
 
 
@@ -120,7 +120,7 @@ def test_explanations_name_what_is_odd(fitted: tuple[Bundle, Path], days: tuple[
     event = orjson.loads(launches[0].value or b"")
     event["process"]["name"] = event["process"]["file"]["name"] = "mimikatz.exe"
     event["process"]["file"]["path"] = "C:\\Temp\\mimikatz.exe"
-    detector = Detector(fitted[0], MemoryWindows(dim=fitted[0].window_dim))
+    detector = Detector(fitted[0], MemoryWindows(dim=fitted[0].dim))
     scored = detector.score([Message("t", 0, 0, 1_800_000_000_000, orjson.dumps(event))])
     explanation = detector.explain(scored, np.array([0]))[0]
     assert any("mimikatz" in finding.observed for finding in explanation.fields[:3])
@@ -144,7 +144,7 @@ def restless(fitted: tuple[Bundle, Path]) -> Iterator[Bundle]:
 
 
 def silences(bundle: Bundle, batches: Sequence[Sequence[Message]], timers: MemoryTimers) -> Told:
-    detector = Detector(bundle, MemoryWindows(dim=bundle.window_dim), timers=timers)
+    detector = Detector(bundle, MemoryWindows(dim=bundle.dim), timers=timers)
     told: Told = []
     for batch in batches:
         scored = detector.score(batch)
@@ -176,7 +176,7 @@ def test_who_fell_silent_and_where_does_not_depend_on_how_the_stream_was_cut(
 def test_at_the_end_of_a_stream_all_who_are_waited_for_are_silent_once(
     restless: Bundle, days: tuple[Path, Path]
 ) -> None:
-    detector = Detector(restless, MemoryWindows(dim=restless.window_dim), timers=MemoryTimers())
+    detector = Detector(restless, MemoryWindows(dim=restless.dim), timers=MemoryTimers())
     scored = detector.score(messages(days[1], 200))
     left = detector.finish()
     assert left is not None and len(set(left.entity)) == len(left)

@@ -98,7 +98,7 @@ def test_scores_do_not_depend_on_how_the_stream_is_cut(folder: Path) -> None:
     messages = [Message("events", 0, offset, -1, value) for offset, value in enumerate(events)]
     scores = []
     for size in (1, 7, 512):
-        detector = Detector(bundle, MemoryWindows(dim=bundle.window_dim))
+        detector = Detector(bundle, MemoryWindows(dim=bundle.dim))
         parts = [detector.score(messages[start : start + size]) for start in range(0, len(messages), size)]
         scores.append(np.concatenate([part.p_value for part in parts]))
     np.testing.assert_allclose(scores[0], scores[2], rtol=0, atol=1e-6)

@@ -71,7 +71,7 @@ def test_what_was_odd_about_an_incident_is_named_first(tmp_path: Path) -> None:
     days = list(simulate(seed=3, days=21, incidents=schedule(21)))
     write(days[:7], tmp_path / "week.ndjson")
     bundle = fit([tmp_path / "week.ndjson"], tmp_path / "bundle").bundle
-    detector = Detector(bundle, MemoryWindows(dim=bundle.window_dim), timers=MemoryTimers())
+    detector = Detector(bundle, MemoryWindows(dim=bundle.dim), timers=MemoryTimers())
     told = list(first_alerts(detector, days[7:], sum(len(day.events) for day in days[:7])))
     wrong = [
         (label.sequence, cause)

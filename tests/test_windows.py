@@ -55,6 +55,7 @@ def members(windows: Windows, row: int) -> list[tuple[int, tuple[str, int], int]
     """(time, source, offset) of a window's members, oldest first; checks that vectors and unused slots agree."""
     used = windows.mask[row]
     assert not windows.vectors[row][~used].any()
+    assert (windows.partners[row][~used] == -1).all()
     assert not windows.times[row][~used].any()
     assert (windows.source[row][~used] == -1).all()
     found = []
@@ -63,6 +64,8 @@ def members(windows: Windows, row: int) -> list[tuple[int, tuple[str, int], int]
         time, offset = int(windows.times[row, slot]), int(windows.offset[row, slot])
         expected = np.array([SOURCES.index(source) + 1, offset, time % 4096, 1], np.float16)
         np.testing.assert_array_equal(windows.vectors[row, slot], expected)
+        partners = acts_of([("", time, SOURCES.index(source), offset)]).partners[0]
+        np.testing.assert_array_equal(windows.partners[row, slot], partners)
         found.append((time, source, offset))
     return found
 
@@ -164,6 +167,20 @@ def test_a_redelivered_event_gets_the_window_that_it_got_first(make: Make) -> No
         assert members(again, i) == (members(first, 10 + i) if i < 10 else members(second, i - 10))
     assert again.complete.all()
     assert members(store.latest(["user:a"]), 0) == model(rows)[-1]
+
+
+def test_members_keep_their_partners_also_where_nothing_is_counted(make: Make) -> None:
+    """`members` compares those of every window of every test with what the entries had."""
+    store = make()
+    rows = [(name, 10 * (i ^ 1), 0, 3 * i + k) for i in range(6) for k, name in enumerate(("user:a", "host:b"))]
+    windows = store.append(entries(rows))
+    assert windows.partners.dtype == np.int16
+    assert {int(p) for p in windows.partners[windows.mask][:, 3]} > {-1, 0}
+    whole = [members(windows, i) for i in range(len(rows))]
+    again = store.append(entries(rows))
+    assert [members(again, i) for i in range(len(rows))] == whole
+    bare = replace(entries([("user:c", 5, 0, 99)]), acts=None)
+    assert (store.append(bare).partners == -1).all()
 
 
 def test_a_redelivery_that_can_no_longer_be_answered_says_so(make: Make) -> None:

@@ -30,16 +30,16 @@ def test_a_sequence_tells_what_came_after_what_and_what_was_expected_instead() -
     assert silent["finding_info"]["title"] == f"Unusual silence of {who}: {last}"
 
 
-def test_small_oddities_that_add_up_are_told_as_several() -> None:
-    window = tuple(
-        (WORD["time"] - 20_000 * (3 - i), f"events:3:{i}:0", {"type_uid": 100700 + i}, share)
-        for i, share in enumerate((0.0, 0.1, 0.3, 0.2))
+def test_what_did_not_come_is_named() -> None:
+    window = (
+        (WORD["time"] - 60_000, "events:3:0:0", {"type_uid": 300201}, 0.0),
+        (WORD["time"], "events:3:1:0", {"type_uid": 100601}, 0.9),
     )
-    finding = one(told=explanation(PORT, window=window), cause="sequence:together", entity="process:cmd.exe@pc-7")
-    title = finding["finding_info"]["title"]
-    assert title.startswith("Several unusual events of process ")
-    assert title.endswith(": process terminate, and 2 more in 60 s")
-    assert "without it 30 % less surprising" in finding["finding_info"]["desc"]
+    instead = (({"type_uid": 100701, "process.file.name": "msiexec.exe"}, 0.99),)
+    finding = one(told=explanation(window=window, instead=instead), cause="sequence:missing", entity="host:PC-7")
+    told = "scheduled job activity without process launch msiexec.exe, which comes shortly before in 99 %"
+    assert finding["finding_info"]["title"].endswith(told)
+    assert "\nShortly before the last, usual is process launch msiexec.exe (99 %).\n" in finding["finding_info"]["desc"]
 
 
 def test_the_earlier_event_that_is_named_is_the_one_that_made_the_newest_odd() -> None:
@@ -207,3 +207,12 @@ def test_rarity_and_confidence_in_words() -> None:
     assert wording.one_in(100.0) == "less than 1 in a billion"
     assert wording.one_in(float("nan")) == "every time"
     assert [confidence(p, 1e-4) for p in (1e-4, 5e-5, 1e-5, 0.0, 1.0)] == [0, 50, 90, 99, 0]
+
+
+def test_a_place_too_soon_after_another_is_named_with_what_is_odd_about_it() -> None:
+    event = {**WORD, "src_endpoint": {"ip": "203.0.113.20"}}
+    finding = check(alerts(scored([event], "first:address", "user:bob"), [explanation(PORT)])[0])["finding_info"]
+    assert finding["title"].startswith("Address 203.0.113.20 in network activity of process winword.exe of user bob")
+    assert finding["title"].endswith("within an hour of others: usual at other times, never before so close together")
+    assert finding["analytic"]["uid"] == "ripcurrent-first"
+    assert wording.cause("first:address") == "address within an hour of others"
