@@ -27,7 +27,7 @@ AGE = "#age"
 DERIVED = (FOLDER, WORD, NETWORK, AGE)
 
 _GUID = re.compile(r"\{?[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f-]{18,}\}?")
-_HEX = re.compile(r"\b(0x)?(?=[0-9a-f]*\d)[0-9a-f]{8,}\b")
+_HEX = re.compile(r"\b(0x)?(?=[0-9a-f]*\d)([0-9a-f]{8,}|(?=\d*[a-f])[0-9a-f]{6,7})\b")
 _DIGITS = re.compile(r"\d+")
 _PROFILE = re.compile(r"(\\users\\|/home/|/users/|documents and settings\\)[^\\/]+")
 _EXACT = re.compile(r"(^|[._])(code|id|ip|ips|mac|port|version|cidr)$")

@@ -506,7 +506,9 @@ def cause(text: str) -> str:
 def first(sort: str, where: str, who: str, value: str) -> str:
     """Of a sort of partner that is usual, but not so soon after others."""
     named = f"{sort[0].upper()}{sort[1:]}{f' {value}' if value else ''}"
-    return f"{named} in {where}{who}, within an hour of others: usual at other times, never before so close together"
+    others = f"another {sort}" if value else "another"
+    whom = f" by{who.removeprefix(' of')}" if who.startswith(" of") else who
+    return f"{named} within an hour of {others}{whom} ({where}): both usual, never before so close together"
 
 
 def and_others(joined: str, n: int) -> str:

@@ -20,6 +20,8 @@ from encoder.values import AGE, DERIVED, FOLDER, NETWORK, WORD, ages, derived, f
         ("/home/ann/x1", "p", "/home/*/x0"),
         ("pid 4711 of {0B5AD3F5-65AF-5F5D-6E00-000000000C00}", "p", "pid 0 of {}"),
         ("deadbeef1 and 0xdeadbeef1", "p", "# and #"),
+        ("/srv/reports-b4e2bc.out", "p", "/srv/reports-#.out"),
+        ("facade 123456 ab12f", "p", "facade 0 ab0f"),
         (443, "dst_endpoint.port", "443"),
         (49152, "dst_endpoint.port", "ephemeral"),
         (1.0, "p", "1"),

@@ -212,7 +212,9 @@ def test_rarity_and_confidence_in_words() -> None:
 def test_a_place_too_soon_after_another_is_named_with_what_is_odd_about_it() -> None:
     event = {**WORD, "src_endpoint": {"ip": "203.0.113.20"}}
     finding = check(alerts(scored([event], "first:address", "user:bob"), [explanation(PORT)])[0])["finding_info"]
-    assert finding["title"].startswith("Address 203.0.113.20 in network activity of process winword.exe of user bob")
-    assert finding["title"].endswith("within an hour of others: usual at other times, never before so close together")
+    assert finding["title"] == (
+        "Address 203.0.113.20 within an hour of another address by process winword.exe of user bob on host PC-7"
+        " (network activity): both usual, never before so close together"
+    )
     assert finding["analytic"]["uid"] == "ripcurrent-first"
     assert wording.cause("first:address") == "address within an hour of others"
