@@ -70,18 +70,24 @@ class ContextRarity:
     def fit(cls, schema: Schema, features: FeatureBatch, weights: NDArray[np.float64]) -> ContextRarity:
         """features: distinct rows; weights: float64 [n], how many training events each stands for."""
         rarity = cls(schema, torch.empty(0, dtype=torch.int64), torch.empty(0), _groups(schema, features))
-        keys = []
-        counts = []
+        keys: list[NDArray[np.int64]] = []
+        counts: list[NDArray[np.float64]] = []
         for context in _contexts(features):
+            whole = rarity._keys(features, context, [-1])[:, 0]
             for column in range(-1, len(rarity.columns)):
-                k = rarity._keys(features, context, [column])
-                distinct, inverse = np.unique(k, return_inverse=True)
+                k = rarity._keys(features, context, [column])[:, 0]
+                distinct, first, inverse = np.unique(k, return_index=True, return_inverse=True)
+                count = np.bincount(inverse, weights=weights, minlength=len(distinct)).astype(np.float64)
+                if column >= 0:
+                    # Good-Turing: a value never seen is as likely as all those together that were seen once.
+                    once, times = np.unique(whole[first[count == 1]], return_counts=True)
+                    keys.append(rarity._unknown(once, column))
+                    counts.append(times.astype(np.float64))
                 keys.append(distinct)
-                counts.append(np.bincount(inverse.ravel(), weights=weights, minlength=len(distinct)))
-        all_keys = np.concatenate(keys)
-        order = np.argsort(all_keys, kind="stable")
-        rarity.keys = torch.from_numpy(all_keys[order])
-        rarity.counts = torch.from_numpy(np.concatenate(counts)[order].astype(np.float32))
+                counts.append(count)
+        all_keys, inverse = np.unique(np.concatenate(keys), return_inverse=True)
+        rarity.keys = torch.from_numpy(all_keys)
+        rarity.counts = torch.from_numpy(np.bincount(inverse, weights=np.concatenate(counts)).astype(np.float32))
         return rarity
 
     def _keys(self, features: FeatureBatch, context: NDArray[np.int32], columns: Sequence[int]) -> NDArray[np.int64]:
@@ -91,6 +97,12 @@ class ContextRarity:
         whole = np.column_stack([context, np.zeros((len(features), 2), np.int32)])
         keys = row_hash(whole)[:, None] + self._parts[self._starts[asked] + np.column_stack(values)]
         found: NDArray[np.int64] = keys.view(np.int64)
+        return found
+
+    def _unknown(self, contexts: NDArray[np.int64], column: int) -> NDArray[np.int64]:
+        """int64 [c]: of the keys of contexts alone, those of a value never seen."""
+        of_unknown = self._parts[self._starts[[column + 1]] + UNKNOWN]
+        found: NDArray[np.int64] = (contexts.view(np.uint64) - self._parts[:1] + of_unknown).view(np.int64)
         return found
 
     def _count(self, keys: NDArray[np.int64]) -> Tensor:
