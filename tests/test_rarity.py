@@ -90,6 +90,16 @@ def test_a_new_name_alone_costs_little_and_a_known_one_in_a_new_place_more() -> 
     assert new == NEW_NAME_SURPRISE and misplaced == pytest.approx(expected(0, 100))
 
 
+def test_a_value_never_seen_is_as_likely_as_those_seen_once() -> None:
+    """Where new values come all the time, one more says little."""
+    letters = "bcdfghjklmnp"
+    _, vectorizer, rarity = fitted([event("read")] * 50 + [event(f"job-{letter}") for letter in letters])
+    found = rarity(vectorizer(decoded([event("job-z"), event("job-b")])))
+    by_type = found.by_type[:, rarity.names.index("unmapped.action")].tolist()
+    total = 50 + len(letters)
+    assert by_type == pytest.approx([expected(len(letters), total), expected(1, total)])
+
+
 def test_weights_are_counts() -> None:
     rows = VECTORIZER(decoded(TRAINING))
     one_by_one = ContextRarity.fit(SCHEMA, rows, np.ones(len(rows)))
