@@ -19,7 +19,8 @@ NOW = 1_763_000_000_000
 
 @pytest.fixture
 def topics(kafka: str, unique: Callable[[str], str]) -> Topics:
-    return create(kafka, unique("range"), partitions=2)
+    # What is as old as NOW, Kafka would delete whenever it looks.
+    return create(kafka, unique("range"), partitions=2, config={"retention.ms": "-1"})
 
 
 @pytest.mark.parametrize(

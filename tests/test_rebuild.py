@@ -182,7 +182,7 @@ def test_two_workers_that_share_lost_windows_fill_each_their_own(
     first, second = (service_for(topics, valkey, **{"kafka.instance_id": name}) for name in ("a", "b"))
     with ExitStack() as stack:
         raised = [stack.enter_context(running(service)) for service in (first, second)]
-        until(lambda: len(first._source.owned()) == len(second._source.owned()) == 2)
+        until(lambda: len(first._source.owned()) == len(second._source.owned()) == 2, 90)
         topics.wait_until_read(1200)
         wipe(valkey)
         until(lambda: all(service.metrics.losses._value.get() for service in (first, second)), 15)
