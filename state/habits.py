@@ -55,10 +55,16 @@ def hashed(entities: Sequence[str]) -> NDArray[np.uint64]:
 
 class Habits:
     """keys: uint64 [e], ascending; most: uint8 [e, 8], the highest level of each count; usual: uint8 [kinds, 8], what a
-    stranger of each kind is measured by."""
+    stranger of each kind is measured by; kinds: int8 [e], of what kind each is (None: it was not kept)."""
 
-    def __init__(self, keys: NDArray[np.uint64], most: NDArray[np.uint8], usual: NDArray[np.uint8]) -> None:
-        self.keys, self.most, self.usual = keys, most, usual
+    def __init__(
+        self,
+        keys: NDArray[np.uint64],
+        most: NDArray[np.uint8],
+        usual: NDArray[np.uint8],
+        kinds: NDArray[np.int8] | None = None,
+    ) -> None:
+        self.keys, self.most, self.usual, self.kinds = keys, most, usual, kinds
 
     @classmethod
     def fit(
@@ -97,7 +103,7 @@ class Habits:
         keys = hashed(names.tolist())
         kept = np.argsort(-most.astype(np.int64).sum(1), kind="stable")[:MAX_ENTITIES]
         kept = kept[np.argsort(keys[kept], kind="stable")]
-        return cls(keys[kept], most[kept], usual), excess
+        return cls(keys[kept], most[kept], usual, of_kind[kept]), excess
 
     def own(self, entities: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """uint8 [m, 8], the highest levels of these entities in training; bool [m], whether training had them."""
@@ -106,6 +112,14 @@ class Habits:
         wanted = hashed(entities)
         at = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
         return self.most[at], self.keys[at] == wanted
+
+    def others(self, entity: str, kind: int) -> NDArray[np.uint8]:
+        """uint8 [o, 8]: the highest levels of the entities of this kind in training, but for this one; none where kinds
+        were not kept."""
+        if self.kinds is None:
+            return self.most[:0]
+        found: NDArray[np.uint8] = self.most[(self.kinds == kind) & (self.keys != np.uint64(_key(entity)))]
+        return found
 
     def excess(self, entities: Sequence[str], kind: NDArray[np.int8], levels: NDArray[np.uint8]) -> Excess:
         """How far beyond what is known of them m events of entities go; arrays as in `fit`."""

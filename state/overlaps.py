@@ -9,6 +9,7 @@ and says nothing of one that training had not, nor of a partner that is not well
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,21 @@ class Overlaps:
         together = self._count(entity, sort, now, then) + self._count(entity, sort, then, now)
         np.maximum.at(found, (rows, sort), np.log((by_chance + 0.5) / (together + 0.5)))
         return found
+
+    def changing(self, entity: str, sort: int) -> tuple[int, int]:
+        """Of the other entities: how many went from one partner of this sort that they know well to another within an
+        hour, and how many had a partner of this sort at all."""
+        others = self.keys != hashed([entity])[0]
+        return int((self._changed[:, sort] & others).sum()), int(((self.events[:, sort] > 0) & others).sum())
+
+    @cached_property
+    def _changed(self) -> NDArray[np.bool_]:
+        """bool [e, PARTNERS]: which entities changed between two partners of a sort."""
+        base, then = np.divmod(self.pairs, _BASE)
+        base, now = np.divmod(base, _BASE)
+        changed = np.zeros(self.events.size, np.bool_)
+        changed[base[(now != _ANY) & (then != _ANY) & (now != then)]] = True
+        return changed.reshape(self.events.shape)
 
     def _count(
         self, entity: NDArray[np.intp], sort: NDArray[np.intp], now: _Places, then: _Places

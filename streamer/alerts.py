@@ -8,14 +8,15 @@ alert, nor what is one story: a `Decision` says so where there is one. `docs/ale
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from encoder.entities import RULES
 from state.episodes import CREATE, Decision, Episode
 from streamer import wording
 from streamer.detector import ScoredBatch
@@ -23,7 +24,8 @@ from streamer.explaining import Explanation, FieldFinding
 from streamer.finding import Alert, Frame, confidence, finding_uid
 from streamer.much import RateFinding
 from streamer.observables import DEVICE, evidence, fit, observables
-from streamer.redaction import Redactor
+from streamer.others import CHANGE, COUNT, EVENT, LESS, MORE, Others
+from streamer.redaction import Redactor, mask_text
 
 MAX_RAW = 16 * 1024
 """Characters of the event's JSON kept as `raw_data`."""
@@ -121,6 +123,7 @@ class _Finding:
         ]
         self.distance, self.usual_distance = float(explanation.distance), float(explanation.usual_distance)
         self.rates = explanation.rates
+        self.others = explanation.others and _masked(explanation.others, redactor)
         likely = ((self._like(like, redactor), float(p)) for like, p in explanation.instead if like)
         self.instead = [(what, p) for what, p in likely if WORTH_EXPECTING <= p <= 1]
         self.window = [
@@ -188,6 +191,8 @@ class _Finding:
     def what(self) -> str:
         kind, _, cause = self.cause.partition(":")
         record = self.record
+        if self.cause == "sequence:missing":
+            return self.missing_in_short()
         if kind == "sequence":
             who = wording.subject(self.entity, record)
             what = "first event" if len(self.window) == 1 else wording.sequence(cause)
@@ -197,20 +202,17 @@ class _Finding:
             return f"Unusually {wording.rate(cause)[0]}{who}: {self.how_much()}"
         if kind == "first":
             value = next((v for path in _PARTNERS.get(cause, ()) if (v := _at(record, path))), "")
-            return wording.first(
-                cause, wording.event_kind(record), wording.subject(self.entity, record), wording.shorten(value, 60)
-            )
+            return wording.first(self.doing("", {value}), cause, wording.shorten(value, 60))
         field = self.leading()
         if field is None:
             where = wording.event_kind(record)
             return f"Unusual {where}{wording.subject(self.entity, record)}: like none seen before"
-        where = wording.doing(record, field.path, {field.observed})
-        who = wording.subject(self.entity, record, field.path, {field.given, field.observed})
-        if " of " in where:  # What was launched is "of" it already.
-            who = f"{' on' if who.startswith(' of host') else ' by'}{who.removeprefix(' of')}"
         name, shown = wording.attribute(field.path), wording.value(field.path, field.observed, record)
         usual = wording.usually(field.path, field.observed, field.expected, record)
-        told = "" if field.path in ("class_uid", "type_uid") else f" in {where}"
+        if field.path in ("class_uid", "type_uid"):
+            where = wording.subject(self.entity, record, field.path, {field.given, field.observed})
+        else:
+            where = f" in {self.doing(field.path, {field.given, field.observed})}"
         shown = f": {shown}" if shown in ("yes", "no") else f" {shown}"
         if field.observed in wording.MISSING:
             what = f"No {name}"
@@ -222,7 +224,14 @@ class _Finding:
             what = f"Unusual {name}{shown}"
         if field.given:
             what = f"{wording.shorten(field.given, 60)} does not usually do this: {what[0].lower()}{what[1:]}"
-        return f"{what}{told}{who}{f'; {usual}' if usual else ''}"
+        return f"{what}{where}{f'; {usual}' if usual else ''}"
+
+    def doing(self, but: str, said: Collection[str]) -> str:
+        """What was done, and by whom: "launch of cmd.exe by user bob"; but and said: as for `wording.doing`."""
+        what, who = wording.doing(self.record, but, said), wording.subject(self.entity, self.record, but, said)
+        if " of " in what:  # What was launched is "of" it already.
+            who = f"{' on' if who.startswith(' of host') else ' by'}{who.removeprefix(' of')}"
+        return f"{what}{who}"
 
     def how_much(self) -> str:
         """Of a rate: "about 23 within two hours, never more than 3 before; also 35 events (never more than 19)"."""
@@ -240,9 +249,6 @@ class _Finding:
         if self.cause == "sequence:silence":
             length = wording.duration(self.window[-1][0] - self.window[0][0])
             return f": nothing after {newest}, the last of {len(self.window)} events in {length}{usual}"
-        if self.cause == "sequence:missing" and instead:
-            came, share = wording.shorten(instead[0][0]), wording.percent(instead[0][1])
-            return f": {newest} without {came}, which comes shortly before in {share}"
         if len(self.window) == 1:
             return f": {newest}{usual}"
         # The newest was least expected; the latest of equals that it would be less surprising without.
@@ -250,11 +256,22 @@ class _Finding:
         before = others if others[3] >= WORTH_NAMING else self.window[-2]
         return f": {newest} after {wording.shorten(before[2])}{usual}"
 
+    def missing_in_short(self) -> str:
+        """What was done without what usually comes shortly before it."""
+        newest = self.window[-1][2] if self.window else self._told(self.coordinates, {}, Redactor())
+        who = wording.subject(self.entity, self.record)
+        who = f" by{who.removeprefix(' of')}" if who.startswith(" of ") else who
+        title = f"Missing step before {wording.shorten(newest)}{who}"
+        if not self.instead:
+            return f"{title}: what usually comes shortly before did not"
+        came, share = wording.shorten(self.instead[0][0]), wording.percent(self.instead[0][1])
+        return f"{title}: no {came}, which comes shortly before in {share} of cases"
+
     def description(self) -> str:
         record = self.record
         lines = [f"{wording.moment(self.time)}: {wording.event_kind(record)}{wording.subject(self.entity, record)}."]
         # By itself each event of a sequence may be ordinary: its own attributes would mislead.
-        lines += [f"- {_much(rate)}." for rate in self.rates]
+        lines += [f"- {_much(rate, self.entity.partition(':')[0])}." for rate in self.rates]
         for f in () if self.window or self.rates else self.fields:
             shown = wording.value(f.path, f.observed, record)
             usual = wording.usually(f.path, f.observed, f.expected, record)
@@ -270,6 +287,8 @@ class _Finding:
             place = _INSTEAD.get(self.cause, "In place of the last, usual is")
             likely = " or ".join(f"{wording.shorten(what)} ({wording.percent(p)})" for what, p in self.instead[:3])
             lines.append(f"{place} {likely}.")
+        if known := self.known_of_others():
+            lines.append(known)
         if self.neighbours:
             differs = self.differences(self.neighbours[0])
             lines.append(
@@ -286,6 +305,23 @@ class _Finding:
         lines.append(f"Of normal events, {rare} would look as unusual as this; alerts begin at {limit}.")
         lines.append(f"Event {self.coordinates}, judged by {self.bundle}.")
         return "\n".join(lines)
+
+    def known_of_others(self) -> str:
+        """What others of the same kind did in training, in a sentence; of counts that stands beside them."""
+        others = self.others
+        if others is None or others.what == COUNT or not (others.count or others.itself or others.what == CHANGE):
+            return ""
+        if others.what == CHANGE:
+            did = wording.of_others(others.kind, others.count, others.among)
+            return f"In training {did} went from one usual {others.of} to another within an hour."
+        what = "events like it"
+        if others.what != EVENT:
+            observed = next((f.observed for f in self.fields if f.path == others.of), "")
+            shown = wording.value(others.of, observed, self.record)
+            limit = {MORE: " or more", LESS: " or less"}.get(others.what, "")
+            what = f"{wording.attribute(others.of)} {shown}{limit} in such events"
+        known = others.kind, others.count, others.among, others.names
+        return wording.known_with(what, *known, itself=others.itself, at_least=others.at_least)
 
     def story(self) -> str:
         """The episode so far."""
@@ -409,6 +445,8 @@ class _Finding:
         }
         if not self.complete:
             found["history_complete"] = False
+        if (others := self.others) is not None:
+            found["peers"] = {**asdict(others), "names": list(others.names)}
         if self.neighbours:
             found["nearest_normal"] = self.neighbours
         if self.window:
@@ -436,8 +474,9 @@ def _counted(rate: RateFinding) -> str:
     return wording.rate(f"{rate.count}.{rate.span}")[1]
 
 
-def _much(rate: RateFinding) -> str:
-    return f"about {wording.amount(rate.count, rate.observed)} {_counted(rate)}; {_at_most(rate)}"
+def _much(rate: RateFinding, kind: str) -> str:
+    reached = f"; reached in training by {wording.of_others(kind, rate.reached, rate.among)}" if rate.among else ""
+    return f"about {wording.amount(rate.count, rate.observed)} {_counted(rate)}; {_at_most(rate)}{reached}"
 
 
 def _beside(rate: RateFinding, first: RateFinding | None) -> str:
@@ -456,6 +495,12 @@ def _at_most(rate: RateFinding) -> str:
         return "none before" if rate.own else "others like it seldom have any"
     most = wording.amount(rate.count, rate.usual)
     return f"never more than {most} before" if rate.own else f"others like it seldom more than {most}"
+
+
+def _masked(others: Others, redactor: Redactor) -> Others:
+    """What may be shown: no names where one of the attributes that names of this kind come from is listed."""
+    hidden = any(redactor.lists(path) for rule in RULES if rule.kind == others.kind for path in rule.paths)
+    return replace(others, names=() if hidden else tuple(mask_text(name) for name in others.names))
 
 
 def _share(x: float) -> float:

@@ -46,7 +46,8 @@ _SEQUENCES, _BEHAVIOURS = "sequences.safetensors", "behaviours.ndjson"
 @dataclass(frozen=True)
 class Bundle:
     """What a detector needs. exemplars: for each vector of the baseline, the normal event that it stands for, compact
-    and redacted; behaviours: for each outcome that sequences are made of, a normal event without who and where;
+    and redacted; codes: uint16 [fields, exemplars], their features (None: an older bundle did not keep them);
+    behaviours: for each outcome that sequences are made of, a normal event without who and where;
     profile: how often each code of each field came in training; manifest: what `manifest.json` says; watch: how far
     entities have come from what they did first, as of the last refresh."""
 
@@ -57,6 +58,7 @@ class Bundle:
     profile: NDArray[np.int64]
     manifest: dict[str, Any]
     watch: Watch = field(default_factory=Watch)
+    codes: NDArray[np.uint16] | None = None
 
     @property
     def version(self) -> str:
@@ -88,6 +90,7 @@ def save(
     profile: NDArray[np.int64],
     training: dict[str, Any],
     watch: Watch | None = None,
+    codes: NDArray[np.uint16] | None = None,
 ) -> Bundle:
     """Write a bundle; what stands at `path` is replaced only once the new one is whole."""
     path, watch = path.absolute(), watch or Watch()
@@ -103,6 +106,8 @@ def save(
             save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary / _SEQUENCES)
         keys, walks = watch.arrays()
         arrays = _scorer_arrays(scorer) | {"profile": profile, "watch.keys": keys, "watch.walks": walks}
+        if codes is not None:
+            arrays["exemplars.codes"] = np.ascontiguousarray(codes)
         save_arrays(arrays, temporary / _SCORES)
         (temporary / _EXEMPLARS).write_bytes(b"".join(line + b"\n" for line in exemplars))
         (temporary / _BEHAVIOURS).write_bytes(b"".join(line + b"\n" for line in behaviours))
@@ -125,7 +130,7 @@ def save(
         raise BundleError(f"{path} cannot be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Bundle(encoder, scorer, exemplars, behaviours, profile, manifest, watch)
+    return Bundle(encoder, scorer, exemplars, behaviours, profile, manifest, watch, codes)
 
 
 def _swap(new: Path, path: Path) -> None:
@@ -158,6 +163,8 @@ def _scorer_arrays(scorer: Scorer) -> dict[str, NDArray[Any]]:
     if scorer.rates is not None:
         habits = scorer.rates.habits
         arrays |= {"habits.keys": habits.keys, "habits.most": habits.most, "habits.usual": habits.usual}
+        if habits.kinds is not None:
+            arrays["habits.kinds"] = habits.kinds
         groups["rate"] = scorer.rates.calibrations
     if scorer.overlaps is not None:
         overlaps = scorer.overlaps.overlaps
@@ -199,7 +206,8 @@ def load(path: Path, device: str = "cpu") -> Bundle:
             sequences = SequenceScorer(model, _calibrations(arrays, "sequence"))
         rates = None
         if "habits.keys" in arrays:
-            habits = Habits(*(arrays[f"habits.{name}"] for name in ("keys", "most", "usual")))
+            keys, most, usual = (arrays[f"habits.{name}"] for name in ("keys", "most", "usual"))
+            habits = Habits(keys, most, usual, arrays.get("habits.kinds"))
             rates = RateScorer(habits, _calibrations(arrays, "rate"))
         overlaps = None
         if "overlaps.keys" in arrays:
@@ -212,4 +220,4 @@ def load(path: Path, device: str = "cpu") -> Bundle:
         raise BundleError(f"bundle {path} does not hold what its manifest says ({error}); fit it again") from error
     exemplars = (path / _EXEMPLARS).read_bytes().splitlines()
     behaviours = (path / _BEHAVIOURS).read_bytes().splitlines()
-    return Bundle(encoder, scorer, exemplars, behaviours, profile, manifest, watch)
+    return Bundle(encoder, scorer, exemplars, behaviours, profile, manifest, watch, arrays.get("exemplars.codes"))

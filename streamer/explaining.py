@@ -18,14 +18,16 @@ from numpy.typing import NDArray
 from encoder.entities import KINDS
 from encoder.events import EventBatch, Message, decode
 from encoder.rarity import Surprise
-from encoder.schema import UNKNOWN, Field
+from encoder.schema import FIRST, UNKNOWN, Field
 from encoder.values import FOLDER, WORD, derived, normalise
 from encoder.vectorize import FeatureBatch
 from state.tally import LEVELS
 from state.windows import Windows, WindowStore
-from streamer import much
+from streamer import much, others
+from streamer.at_once import CAUSES as AT_ONCE
 from streamer.left_out import LATEST, cut, weights
 from streamer.much import RateFinding
+from streamer.others import Others
 from streamer.scoring import MISSING, NEIGHBOURS, ORDER
 from streamer.silences import CAUSE as SILENCE
 
@@ -64,7 +66,7 @@ class Explanation:
     there is none), share of its surprise that it would lose without this one) of each of its events, oldest first;
     instead: for a sequence, normal events one of which was expected in place of the newest (after a silence: after
     it), with their probability, likeliest first; rates: of a rate, how much it was, and what else was much; else
-    none.
+    none; others: what others of the same kind did in training (None: that is not known).
     """
 
     fields: tuple[FieldFinding, ...]
@@ -74,12 +76,15 @@ class Explanation:
     window: Timeline = ()
     instead: Likely = ()
     rates: tuple[RateFinding, ...] = ()
+    others: Others | None = None
 
 
 EXPLAINED_FIELDS = 5
 EXPLAINED_NEIGHBOURS = 3
 EXAMPLES = 32
 """Near normal events in which real examples of an expected value are looked for: the schema has it normalised."""
+FEW = 8
+"""Any examples of an expected value, where none is near."""
 WORTH_TELLING = 1.5
 """Nats: what is expected more often than one time in four or five explains nothing."""
 _STATISTICS = {ORDER: "order", MISSING: "missing", SILENCE: "ending"}
@@ -97,12 +102,17 @@ class _Event:
     surprise: Surprise
     row: int
 
-    def value(self, path: str) -> str:
-        """What stands at an attribute path, as text; "" where nothing does."""
+    def raw(self, path: str) -> Any:
+        """What stands at an attribute path; None where nothing does."""
         column = self.events.columns.get(path)
         at = int(np.searchsorted(column.rows, self.row)) if column is not None else 0
         there = column is not None and at < len(column.rows) and column.rows[at] == self.row
-        return _shown(column.values[at]) if column is not None and there else ""
+        return column.values[at] if column is not None and there else None
+
+    def value(self, path: str) -> str:
+        """The same as text; "" where nothing stands."""
+        found = self.raw(path)
+        return "" if found is None else _shown(found)
 
 
 class Explaining:
@@ -127,20 +137,59 @@ class Explaining:
         distances, places = record.baseline.search(encoder.vectors(features), EXAMPLES)
         usual = float(np.median(record.calibrations["novelty"].scores))
         timelines, rates = self._timelines(scored, rows), self._rates(scored, rows)
+        named = others.names_in(events)
         found = []
         for i, row in enumerate(rows.tolist()):
             near = [orjson.loads(self.bundle.exemplars[place]) for place in places[i].tolist()]
+            alike = near[: int((distances[i] <= usual).sum())]
+            event, cause, entity = (
+                _Event(events, features, surprise, i),
+                str(scored.cause[row]),
+                str(scored.entity[row]),
+            )
+            fields, much_ = self._fields(event, near, cause), rates.get(row, ())
             found.append(
                 Explanation(
-                    self._fields(_Event(events, features, surprise, i), near, str(scored.cause[row])),
+                    fields,
                     tuple(near[:EXPLAINED_NEIGHBOURS]),
                     float(distances[i, :NEIGHBOURS].mean()),
                     usual,
                     *timelines.get(row, ((), ())),
-                    rates.get(row, ()),
+                    much_,
+                    self._others(event, cause, entity, named[i], fields, alike, much_),
                 )
             )
         return found
+
+    def _others(
+        self,
+        event: _Event,
+        cause: str,
+        entity: str,
+        names: others.Names,
+        fields: tuple[FieldFinding, ...],
+        alike: list[dict[str, Any]],
+        rates: tuple[RateFinding, ...],
+    ) -> Others | None:
+        """What others of the same kind did: as much, with the same value, or the same change."""
+        kind, _, what = cause.partition(":")
+        if kind == "rate":
+            of_kind, first = entity.partition(":")[0], rates[0] if rates else None
+            if first is None or not first.among:
+                return None
+            return Others(others.COUNT, f"{first.count}.{first.span}", of_kind, first.reached, first.among)
+        if kind == "first" and (overlaps := self.bundle.scorer.overlaps) is not None:
+            changed, among = overlaps.overlaps.changing(entity, AT_ONCE.tolist().index(cause))
+            return Others(others.CHANGE, what, entity.partition(":")[0], changed, among) if among else None
+        if cause == SILENCE:  # That its last event is usual is not the point.
+            return None
+        field = next((f for f in fields if f.path == what), fields[0] if fields else None) if kind == "record" else None
+        path = field.path if field is not None and field.path != "type_uid" else ""
+        codes = event.features.codes[event.row]
+        new = field is not None and field.new
+        return others.find(
+            self.bundle, others.Asked(entity, names, codes, path, event.raw(path), new, alike, len(alike) < EXAMPLES)
+        )
 
     def _rates(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> dict[int, tuple[RateFinding, ...]]:
         """Of those rows that a rate made alerts, the counts that their entity had raised beyond its habits by then."""
@@ -241,31 +290,56 @@ class Explaining:
             new = code == UNKNOWN and not field_.left_out
             # What the rarest word usually is explains no text.
             usual = e.expected if field_.derives != WORD else ()
-            expected = tuple((_example(field_, text, near), p) for text, p in usual)
+            expected = tuple((self._example(e.field, text, near), p) for text, p in usual)
             findings.append(FieldFinding(field_.path, observed, expected, told[e.field], given, new))
             if len(findings) == EXPLAINED_FIELDS:
                 break
         return tuple(findings)
 
+    def _example(self, place: int, normalised: str, near: list[dict[str, Any]]) -> str:
+        """What a value that is expected of a field (by its place) looks like before it is normalised: what near
+        examples have in common, else any; else "…" stands for what stands for many values."""
+        field = self.bundle.encoder.schema.fields[place]
+        in_folder = field.derives == FOLDER
+        if field.kind in ("number", "presence") or not normalised or (field.derives and not in_folder):
+            return normalised
 
-def _example(field: Field, normalised: str, near: list[dict[str, Any]]) -> str:
-    """A real value, of a normal event nearby, that looks like this once normalised; else what stands for many values
-    becomes "…". Of a folder it is the folder."""
-    in_folder = field.derives == FOLDER
-    if field.kind in ("number", "presence") or not normalised or (field.derives and not in_folder):
-        return normalised
-    for event in near:
-        value = event.get(field.path)
-        if value is None:
-            continue
-        text = normalise(value, field.path)
-        if not in_folder and text == normalised:
-            return _shown(value)
-        if in_folder and derived(text, FOLDER) == (normalised,):
-            end = max(_shown(value).rfind("/"), _shown(value).rfind("\\"))
-            return f"{_shown(value)[: end + 1]}…"
-    text = _TEMPLATED.sub("…", normalised)
-    return f"{text}/…" if in_folder else text
+        def alike(examples: list[dict[str, Any]]) -> list[str]:
+            values = {_shown(value): value for example in examples if (value := example.get(field.path)) is not None}
+            texts = ((shown, normalise(value, field.path)) for shown, value in values.items())
+            return [
+                shown
+                for shown, text in texts
+                if (derived(text, FOLDER) == (normalised,) if in_folder else text == normalised)
+            ]
+
+        found = alike(near)
+        if not found and self.bundle.codes is not None and normalised in field.values:
+            code = FIRST + field.values.index(normalised)
+            found = alike(others.read(self.bundle, np.flatnonzero(self.bundle.codes[place] == code), FEW))
+        if found:
+            return _common(field, found)
+        text = _TEMPLATED.sub("…", normalised)
+        return f"{text}/…" if in_folder else text
+
+
+def _common(field: Field, texts: list[str]) -> str:
+    """What values that are one once normalised have in common, with "…" for what varies; of a folder it is that."""
+    if field.derives == FOLDER:
+        ends = [max(text.rfind("/"), text.rfind("\\")) for text in texts]
+        texts = [text[: end + 1] for text, end in zip(texts, ends, strict=True)]
+    before = _beginning(texts)
+    if field.derives == FOLDER or len(set(texts)) == 1:
+        return f"{before}…" if field.derives == FOLDER else before
+    before = before.rstrip("0123456789")
+    after = _beginning([text[len(before) :][::-1] for text in texts])[::-1].lstrip("0123456789")
+    return f"{before}…{after}"
+
+
+def _beginning(texts: list[str]) -> str:
+    """What all of these begin with."""
+    first, last = min(texts), max(texts)
+    return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
 
 
 def _shown(value: Any) -> str:

@@ -27,7 +27,7 @@ from encoder.entities import entities as find_entities
 from encoder.events import EventBatch, Message, decode
 from encoder.rarity import ContextRarity
 from encoder.runtime import Encoder
-from encoder.schema import Schema, SchemaLearner
+from encoder.schema import MISSING, Schema, SchemaLearner
 from encoder.sequence_training import SequenceReport, fit_sequences
 from encoder.training import train
 from encoder.vectorize import FeatureBatch, Vectorizer
@@ -171,6 +171,7 @@ def fit(
         behaviours=_steps(sequences, loaded, behaviours, redactor),
         profile=profile(loaded.schema, loaded.features.codes),
         training=training,
+        codes=shown_codes(loaded.features.codes[members], loaded.schema, redactor),
     )
     shutil.rmtree(kept, ignore_errors=True)
     seconds = time.monotonic() - started
@@ -422,6 +423,14 @@ def exemplars(records: list[bytes], places: list[str] | None, schema: Schema, re
     if places is not None:
         copies = [{PLACE: place} | copy for place, copy in zip(places, copies, strict=True)]
     return [orjson.dumps(copy) for copy in copies]
+
+
+def shown_codes(codes: NDArray[np.int32], schema: Schema, redactor: Redactor) -> NDArray[np.uint16]:
+    """uint16 [fields, n], the features of examples, from int32 [n, fields]; those of attributes that examples hold
+    masked whole are missing here, too."""
+    shown = np.ascontiguousarray(codes.T.astype(np.uint16))
+    shown[[redactor.lists(field.path) for field in schema.fields]] = MISSING
+    return shown
 
 
 def summary(fitted: Fitted) -> list[tuple[str, Any]]:

@@ -27,13 +27,16 @@ WORTH_TELLING = 2.3
 @dataclass(frozen=True)
 class RateFinding:
     """How much an entity did: count, span: of `tally.COUNTS` and `tally.SPANS`; observed: at least so many; usual:
-    what it never exceeded in training or, where training had no such entity (own: False), what its kind seldom did."""
+    what it never exceeded in training or, where training had no such entity (own: False), what its kind seldom did;
+    reached: how many others of its kind ever reached as much in training, of `among` (0: not known)."""
 
     count: str
     span: str
     observed: float
     usual: float
     own: bool
+    reached: int = 0
+    among: int = 0
 
 
 def levels(windows: Windows, time: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -60,13 +63,15 @@ def findings(
     evidence[reached <= most] = 0.0
     found = []
     for i, first in enumerate(causal):
-        others = [c for c in np.argsort(-evidence[i], kind="stable").tolist() if evidence[i, c] >= WORTH_TELLING]
+        beside = [c for c in np.argsort(-evidence[i], kind="stable").tolist() if evidence[i, c] >= WORTH_TELLING]
+        others = rates.habits.others(entities[i], int(kinds[i]))
         named: dict[str, RateFinding] = {}
-        for column in [first, *others]:
+        for column in [first, *beside]:
             what, _, span = LEVELS[column].partition(".")
             # A level is all counts up to where the next one begins.
             usual = float(count(int(most[i, column]) + 1)) - 1 if most[i, column] else 0.0
             seen = float(count(int(reached[i, column])))
-            named.setdefault(what, RateFinding(what, span, seen, usual, bool(known[i])))
+            as_much = int((others[:, column] >= reached[i, column]).sum())
+            named.setdefault(what, RateFinding(what, span, seen, usual, bool(known[i]), as_much, len(others)))
         found.append(tuple(named.values())[:TOLD])
     return found

@@ -23,7 +23,7 @@ from state.quarantine import Quarantine, Released
 from streamer.bundle import Bundle, load, save
 from streamer.errors import RipcurrentError
 from streamer.files import batches
-from streamer.fitting import exemplars
+from streamer.fitting import exemplars, shown_codes
 from streamer.offline import lines_of, score_files
 from streamer.redaction import Redactor
 from streamer.scoring import NEIGHBOURS
@@ -58,13 +58,17 @@ def refresh(
     if not len(scored):
         raise RefreshError(f"{', '.join(map(str, paths))}: no events could be read")
     lines = lines_of(scored, alerts_per_day, bundle)
-    released, records, places, joining = _quarantined(paths, bundle, scored.p_value <= lines)
+    released, records, places, joining, features = _quarantined(paths, bundle, scored.p_value <= lines)
     record = bundle.scorer.record
     both = np.concatenate([record.baseline.vectors(), joining])
     baseline = Baseline.build(both, seed=int(bundle.manifest["training"]["seed"]))
     baseline.learned = np.concatenate([record.baseline.learned, np.zeros(len(joining), bool)])[baseline.members]
     schema = bundle.encoder.schema
-    told = [*bundle.exemplars, *exemplars(records, places, schema, Redactor(redact))]
+    redactor = Redactor(redact)
+    told = [*bundle.exemplars, *exemplars(records, places, schema, redactor)]
+    codes = None
+    if bundle.codes is not None:
+        codes = np.concatenate([bundle.codes, shown_codes(features, schema, redactor)], axis=1)[:, baseline.members]
     written = save(
         out,
         encoder=bundle.encoder,
@@ -72,6 +76,7 @@ def refresh(
         exemplars=[told[place] for place in baseline.members.tolist()],
         behaviours=bundle.behaviours,
         profile=bundle.profile,
+        codes=codes,
         watch=released.watch,
         training=bundle.manifest["training"]
         | {
@@ -86,26 +91,29 @@ def refresh(
     return Refreshed(written, released)
 
 
-def _read(bundle: Bundle, batch: Sequence[Message]) -> tuple[EventBatch, NDArray[np.float16], list[str]]:
-    """A batch's events, their vectors (float16 [n, d]) and who each is about."""
+def _read(
+    bundle: Bundle, batch: Sequence[Message]
+) -> tuple[EventBatch, NDArray[np.float16], NDArray[np.int32], list[str]]:
+    """A batch's events, their vectors (float16 [n, d]) and features (int32 [n, fields]), and who each is about."""
     events, _ = decode(batch)
     features = bundle.encoder.vectorize(events)
     first, like = features.distinct()
-    return events, bundle.encoder.encode(features.take(first)).vectors[like], list(find_entities(events).primary)
+    vectors = bundle.encoder.encode(features.take(first)).vectors[like]
+    return events, vectors, features.codes, list(find_entities(events).primary)
 
 
 def _quarantined(
     paths: Sequence[Path], bundle: Bundle, alert: NDArray[np.bool_]
-) -> tuple[Released, list[bytes], list[str], NDArray[np.float16]]:
-    """Everything through the quarantine: what it lets out, the events first seen with it, where they stand, and their
-    vectors."""
+) -> tuple[Released, list[bytes], list[str], NDArray[np.float16], NDArray[np.int32]]:
+    """Everything through the quarantine: what it lets out, the events first seen with it, where they stand, their
+    vectors and their features."""
     record = bundle.scorer.record
     first_fit = Baseline.build(record.baseline.vectors()[record.baseline.learned], seed=0)
     present = {vector.tobytes() for vector in record.baseline.vectors()}
     quarantine = Quarantine(bundle.watch)
     done = 0
     for batch in batches(paths):
-        events, vectors, entity = _read(bundle, batch)
+        events, vectors, _, entity = _read(bundle, batch)
         distance = first_fit.search(vectors, NEIGHBOURS)[0].mean(1).astype(np.float64)
         novelty = record.calibrations["novelty"].evidence(distance)
         known = np.array([vector.tobytes() in present for vector in vectors], bool)
@@ -115,12 +123,14 @@ def _quarantined(
     records: list[bytes] = []
     places: list[str] = []
     joining = [np.empty((0, bundle.dim), np.float16)]
+    features = [np.empty((0, len(bundle.encoder.schema.fields)), np.int32)]
     done = 0
     for batch in batches(paths):
-        events, vectors, _ = _read(bundle, batch)
+        events, vectors, codes, _ = _read(bundle, batch)
         rows = released.rows[(released.rows >= done) & (released.rows < done + len(events))] - done
         records += [orjson.dumps(events.records[row]) for row in rows.tolist()]
         places += [events.coordinates.label(row) for row in rows.tolist()]
         joining.append(vectors[rows])
+        features.append(codes[rows])
         done += len(events)
-    return released, records, places, np.concatenate(joining)
+    return released, records, places, np.concatenate(joining), np.concatenate(features)

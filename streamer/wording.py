@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,6 +16,8 @@ MISSING = frozenset({"", "∅", "MISSING", "<missing>", "(missing)", "missing", 
 """How an absent value is written in findings."""
 MAX_SHOWN = 80
 """Characters of a value shown within a sentence."""
+MAX_NAMED = 3
+"""Others that are named in a sentence."""
 
 CLASSES = {
     1001: "file activity",
@@ -184,7 +186,7 @@ _SEQUENCES = {
     "rate": "rate of events",
     "count": "number of events",
     "silence": "silence",
-    "missing": "gap in the events",
+    "missing": "lack of an earlier step",
 }
 
 
@@ -270,6 +272,9 @@ _ACTS = {
     201002: ("registry value", ""),
 }
 """Of an event class: what is acted on, and the word that joins whom or what it reached."""
+_CONNECTED = {"close": "closed", "reset": "reset", "fail": "failed", "refuse": "refused", "listen": "awaited"}
+"""What became of a connection; that it was opened is not worth saying."""
+_NO_CONNECTION = ("failed", "refused")
 _SAID_BY_NOUN = (1008, 4003, 6003)
 """Classes of which the activity adds nothing to the noun and the name."""
 
@@ -280,15 +285,18 @@ def told(flat: Mapping[str, Any]) -> str:
     class_uid = int(kind) // 100 if kind.isdecimal() and len(kind) < 12 else 0
     activity = _activity(class_uid, int(kind) % 100) if class_uid else ""
     noun, joined = _ACTS.get(class_uid, (CLASSES.get(class_uid, ""), ""))
-    if class_uid in _SAID_BY_NOUN or (class_uid == 4001 and activity in ("open", "traffic")):
+    failed = flat.get("status_id") in (2, "2")
+    how = _CONNECTED.get(activity, "") if class_uid == 4001 else ""
+    if class_uid in (*_SAID_BY_NOUN, 4001):
         activity = ""
     elif noun and not activity and class_uid in _ACTS:
         activity = "activity"
-    words = [*(["failed"] if flat.get("status_id") in (2, "2") else []), noun, activity]
+    words = [*(["failed"] if failed and how not in _NO_CONNECTION else []), how, noun, activity]
     names: list[str] = []
     for path in TELLING[2:]:
         name = str(flat.get(path) or "")
-        again = path == "dst_endpoint.ip" and names  # the same place by its address
+        again = path == "dst_endpoint.ip" and bool(names)  # the same place by its address
+        again = again or (class_uid == 4003 and path.startswith("dst_endpoint."))  # who was asked, not for what
         where = again or (path in _WHERE and (names or class_uid in (1001, 1005, 1007)))
         if name not in ("", "-") and not where and not any(name.lower() in other.lower() for other in names):
             names.append(f"port {name}" if path == "dst_endpoint.port" else name)
@@ -401,11 +409,12 @@ def one_in(nats: float) -> str:
 def usually(path: str, observed: str, expected: tuple[tuple[str, float], ...], record: Mapping[str, Any]) -> str:
     """ "usually 443 (92 %)", "usually 443 (48 %) or 80 (31 %)", or nothing where no value is usual."""
     here = value(path, observed, record)
-    others = [(text, p) for text, p in expected if value(path, text, record) != here and p >= 0.1][:2]
+    others = [(value(path, text, record), p) for text, p in expected]
+    others = [(text if text != "…" else "another", p) for text, p in others if text != here and p >= 0.1][:2]
     if sum(p for _, p in others) < 0.3:
         return ""
     shown = others[:1] if others[0][1] >= 0.6 else others
-    return "usually " + " or ".join(f"{value(path, text, record)} ({percent(p)})" for text, p in shown)
+    return "usually " + " or ".join(f"{text} ({percent(p)})" for text, p in shown)
 
 
 def _at(record: Mapping[str, Any], path: str) -> str:
@@ -503,12 +512,32 @@ def cause(text: str) -> str:
     return sequence(what) if kind == "sequence" else attribute(what)
 
 
-def first(sort: str, where: str, who: str, value: str) -> str:
-    """Of a sort of partner that is usual, but not so soon after others."""
-    named = f"{sort[0].upper()}{sort[1:]}{f' {value}' if value else ''}"
-    others = f"another {sort}" if value else "another"
-    whom = f" by{who.removeprefix(' of')}" if who.startswith(" of") else who
-    return f"{named} within an hour of {others}{whom} ({where}): both usual, never before so close together"
+def first(what: str, sort: str, value: str) -> str:
+    """Of a sort of partner that is usual, but not so soon after others. what: what was done, and by whom."""
+    where = f"{sort} {value}" if value else f"a usual {sort}"
+    told = f"{what} at {where} within an hour of another {sort}: each is usual, but never so close together"
+    return f"{told[0].upper()}{told[1:]}"
+
+
+def of_others(kind: str, n: int, among: int) -> str:
+    """How many others did: "3 of 211 other users", "none of 9,811 other addresses"."""
+    name = _KINDS.get(kind, kind.replace("_", " "))
+    plural = "" if among == 1 else "es" if name.endswith("s") else "s"
+    return f"{f'{n:,}' if n else 'none'} of {among:,} other {name}{plural}"
+
+
+def known_with(what: str, kind: str, n: int, among: int, names: Sequence[str], *, itself: bool, at_least: bool) -> str:
+    """Of whom something is known: "3 of 65 other users are known from training with port 22 (anna, ben and 1 more); so
+    is this one"."""
+    who = f"{'at least ' if at_least else ''}{of_others(kind, n, among)}"
+    known = f"{who[0].upper()}{who[1:]} {'are' if n > 1 else 'is'} known from training with {what}"
+    if not n:
+        return f"{known}; this one is." if itself else f"{known}."
+    *before, last = ["", *(shorten(name, 40) for name in names[:MAX_NAMED])]
+    if before and n > MAX_NAMED:
+        before, last = [*before, last], f"{n - MAX_NAMED:,} more"
+    shown = f"{', '.join(before[1:])} and {last}" if before[1:] else last
+    return f"{known}{f' ({shown})' if shown else ''}; {'so is this one' if itself else 'this one is not'}."
 
 
 def and_others(joined: str, n: int) -> str:
