@@ -80,18 +80,18 @@ class Asked:
 
 
 def find(bundle: Bundle, asked: Asked) -> Others | None:
-    """Who had the odd value, else who had such events; None where no example tells."""
-    if asked.path and (kind := kind_of(asked.entity, asked.names, asked.path)):
-        mine = asked.names[kind]
+    """Who had the odd value, or where no value is odd, such events; None where no example tells."""
+    kind = kind_of(asked.entity, asked.names, asked.path)
+    if not kind:
+        return None
+    mine = asked.names[kind]
+    if asked.path:  # What is odd about an event is not in those that are like it.
         if asked.new:
             return Others(VALUE, asked.path, kind, 0, n) if (n := _number_of_others(bundle, mine)) else None
         what, examples, whole = with_value(bundle, asked.codes, asked.path, asked.value)
-        if (found := _among(bundle, what, asked.path, mine, examples, whole)) is not None:
-            return found
-    if kind := kind_of(asked.entity, asked.names):
-        kin = [example for example in asked.near if str(example.get("type_uid")) == _type_of(bundle, asked.codes)]
-        return _among(bundle, EVENT, "", asked.names[kind], kin, asked.all_near)
-    return None
+        return _among(bundle, what, asked.path, mine, examples, whole)
+    kin = [example for example in asked.near if str(example.get("type_uid")) == _type_of(bundle, asked.codes)]
+    return _among(bundle, EVENT, "", mine, kin, asked.all_near)
 
 
 def _number_of_others(bundle: Bundle, mine: str) -> int:

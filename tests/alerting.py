@@ -65,7 +65,9 @@ def scored(records: Iterable[Json], cause: str = "record:dst_endpoint.port", ent
 
 
 def explanation(*fields: FieldFinding, **more: Any) -> Explanation:
-    return Explanation(fields, more.get("neighbours", ()), 3.0, 0.5, more.get("window", ()), more.get("instead", ()))
+    known = ("neighbours", "window", "instead", "rates")
+    neighbours, window, instead, rates = (more.get(name, ()) for name in known)
+    return Explanation(fields, neighbours, 3.0, 0.5, window, instead, rates, more.get("others"))
 
 
 def alerts(

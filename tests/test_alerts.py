@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 
 import encoder.sequence_training
 import encoder.training
+from encoder.entities import KINDS
 from encoder.events import Message
 from state.episodes import CREATE, UPDATE, Decision, Episode
 from state.windows import MemoryWindows
@@ -40,6 +41,7 @@ from streamer.detector import Detector
 from streamer.explaining import Explanation, FieldFinding
 from streamer.fitting import fit
 from streamer.observables import EVIDENCE, Leaf, Shape
+from streamer.others import Others
 from streamer.peers import flatten
 from streamer.redaction import Redactor
 from streamer.simulate import schedule, simulate, write
@@ -110,11 +112,13 @@ def test_every_part_that_an_analyst_needs_is_there() -> None:
     assert json.loads(finding["raw_data"])["device"]["hostname"] == "PC-7"
 
 
+OTHERS = Others("value", "dst_endpoint.port", "host", 2, 211, ("pc-9", "build01"), at_least=True)
+
+
 def test_the_documented_alert_is_the_one_that_comes_out() -> None:
     page = (Path(__file__).parent.parent / "docs" / "alerts.md").read_text()
-    finding = one(
-        told=explanation(PORT, neighbours=({"dst_endpoint.port": "443", "actor.process.name": "winword.exe"},))
-    )
+    neighbours = ({"dst_endpoint.port": "443", "actor.process.name": "winword.exe"},)
+    finding = one(told=explanation(PORT, neighbours=neighbours, others=OTHERS))
     finding["metadata"]["product"]["version"] = "0.1.0"
     assert json.loads(page.split("```json\n")[1].split("```")[0]) == finding
     undocumented = [name for name in finding if f"`{name}" not in page]
@@ -242,9 +246,11 @@ def test_a_fitted_detector_explains_in_words(day: tuple[Detector, Told]) -> None
             assert field.observed not in [text for text, _ in field.expected], "what was expected did happen"
             assert not any(set("{}#*") & set(text) for text, _ in field.expected if field.path != "process.cmd_line")
         assert "a rare value" not in info["desc"]
+        assert why.others is None or why.others.names == tuple(check(alert)["unmapped"]["peers"]["names"])
         assert len(info["title"]) < 400
         assert not why.window or batch.cause[row].startswith("sequence:")
     assert any(why.window for _, _, why in told)
+    assert sum(why.others is not None for _, _, why in told) > len(told) / 4
 
 
 def test_explaining_an_alert_takes_milliseconds(day: tuple[Detector, Told]) -> None:
@@ -385,6 +391,18 @@ EXPLANATIONS = st.builds(
         ),
         max_size=3,
     ).map(tuple),
+    others=st.none()
+    | st.builds(
+        Others,
+        st.sampled_from(["count", "value", "more", "less", "event", "change"]),
+        st.sampled_from(["", "dst_endpoint.port", "bytes.hour"]) | st.text(max_size=8),
+        st.sampled_from(KINDS) | st.text(max_size=8),
+        st.integers(0, 2**53),
+        st.integers(0, 2**53),
+        st.lists(st.text(max_size=8), max_size=5).map(tuple),
+        st.booleans(),
+        st.booleans(),
+    ),
 )
 
 

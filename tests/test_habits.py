@@ -103,6 +103,17 @@ def test_half_of_what_is_normal_says_little() -> None:
     assert (evidence > 4).mean() < 0.05
 
 
+def test_others_are_of_the_same_kind_and_not_the_one_itself() -> None:
+    names, levels, time, _ = a_week(COUNTS)
+    kind = np.array([int(name.removeprefix("user:")) % 2 for name in names], np.int8)
+    habits, _ = Habits.fit(names, kind, levels, time, kinds=2)
+    failures = LEVELS.index("failures.day")
+    others = np.sort(habits.others("user:2", 0)[:, failures])
+    assert others.tolist() == sorted(level_of(int(COUNTS[i].max())) for i in range(PEOPLE) if i % 2 == 0 and i != 2)
+    assert len(habits.others("user:new", 1)) == PEOPLE // 2
+    assert len(Habits(habits.keys, habits.most, habits.usual).others("user:2", 0)) == 0, "kinds were not kept"
+
+
 def test_what_stays_within_the_habits_is_no_evidence() -> None:
     habits, _, rates = fitted(COUNTS)
     name = "user:1"

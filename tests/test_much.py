@@ -57,3 +57,19 @@ def test_the_cause_is_named_first_and_then_what_else_is_beyond_the_habits() -> N
         assert f"{told[0].count}.{told[0].span}" == cause
         assert {rate.count for rate in told} == {"events", "failures"}, "partners and bytes were not raised"
         assert all(rate.own and rate.observed > rate.usual for rate in told)
+        assert all(rate.among == 0 for rate in told), "there is nobody else"
+
+
+def test_of_those_of_its_kind_it_is_told_how_many_reached_as_much() -> None:
+    most = {"user:bob": 6, "user:ann": level_of(30), "user:eve": level_of(20), "user:joe": 0, "host:pc": 255}
+    names, kinds = list(most), np.array([KINDS.index(name.partition(":")[0]) for name in most], np.int8)
+    reached = np.repeat(np.array(list(most.values()), np.uint8)[:, None], len(LEVELS), axis=1)
+    habits, _ = Habits.fit(names * 2, np.tile(kinds, 2), np.tile(reached, (2, 1)), np.arange(10) * HOUR, kinds=8)
+    rates = RateScorer(habits)
+    now = np.full((1, len(LEVELS)), level_of(30), np.uint8)
+    for who, count, among in (("user:bob", 1, 3), ("user:new", 1, 4), ("user:ann", 0, 3)):
+        (told,) = findings(rates, [who], now, [LEVELS.index("failures.hour")])
+        assert (told[0].reached, told[0].among) == (count, among), who
+    unknown = RateScorer(Habits(habits.keys, habits.most, habits.usual))
+    (told,) = findings(unknown, ["user:bob"], now, [0])
+    assert told[0].among == 0, "a bundle of before kept no kinds"

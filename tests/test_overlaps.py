@@ -96,6 +96,16 @@ def test_nothing_is_said_of_strangers_and_of_places_that_are_not_well_known() ->
     assert not surprise(OverlapCounts().finish(), [("user:ann", 1, HERE), ("user:ann", 2, THERE)]).any()
 
 
+def test_how_many_others_change_within_the_hour_is_counted() -> None:
+    learned = learn(weeks())
+    assert learned.changing("user:cleo", ADDRESS) == (2, 2), "Ann goes to her phone and back, Ben to both"
+    assert learned.changing("user:ben", ADDRESS) == (1, 1)
+    assert learned.changing("user:cleo", ADDRESS + 1) == (0, 0)
+    stays = [(user, time, place) for user, time, place in weeks() if user == "user:ben" or place == HERE]
+    assert learn(stays).changing("user:cleo", ADDRESS) == (1, 2)
+    assert learn(stays).changing("user:ben", ADDRESS) == (0, 1)
+
+
 def test_counting_in_parts_is_counting_in_one() -> None:
     whole, parts = learn(weeks()), learn(weeks(), 5, 6, 300)
     for name in ("keys", "events", "pairs", "counts"):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from whole import short_training
 
 from encoder.events import Message, decode
+from encoder.schema import FIRST
 from state.baseline import Baseline
 from state.quarantine import CAP, DAY_MS, MIN_DAYS, Quarantine, Released
 from streamer.bundle import Bundle, load
@@ -148,6 +149,11 @@ def test_a_refreshed_bundle_keeps_the_windows_and_knows_more(folder: Path, tmp_p
     assert {orjson.loads(line)[PLACE].split(":")[0] for line in before.exemplars} == {"train.ndjson"}
     sources = [orjson.loads(line)[PLACE].split(":")[0] for line in after.exemplars]
     assert sources.count("later.ndjson") == joined
+    types = after.encoder.schema.fields[0].values
+    assert after.codes is not None
+    assert [types[code - FIRST] for code in after.codes[0].tolist()] == [
+        str(orjson.loads(line)["type_uid"]) for line in after.exemplars
+    ], "each has its own features still"
     again = refresh([tmp_path / "later.ndjson"], tmp_path / "new", tmp_path / "third", alerts_per_day=20)
     assert len(again.released.rows) < joined  # What has joined is known; what was capped may come now.
     assert again.bundle.scorer.record.baseline.learned.sum() == len(before.scorer.record.baseline)

@@ -9,6 +9,7 @@ from streamer import wording
 from streamer.explaining import FieldFinding
 from streamer.finding import confidence
 from streamer.much import RateFinding
+from streamer.others import Others
 
 
 def test_a_sequence_tells_what_came_after_what_and_what_was_expected_instead() -> None:
@@ -37,9 +38,14 @@ def test_what_did_not_come_is_named() -> None:
     )
     instead = (({"type_uid": 100701, "process.file.name": "msiexec.exe"}, 0.99),)
     finding = one(told=explanation(window=window, instead=instead), cause="sequence:missing", entity="host:PC-7")
-    told = "scheduled job activity without process launch msiexec.exe, which comes shortly before in 99 %"
-    assert finding["finding_info"]["title"].endswith(told)
+    who = "process winword.exe of user bob on host PC-7"
+    title = f"Missing step before scheduled job activity by {who}: "
+    came = "no process launch msiexec.exe, which comes shortly before in 99 % of cases"
+    assert finding["finding_info"]["title"] == title + came
     assert "\nShortly before the last, usual is process launch msiexec.exe (99 %).\n" in finding["finding_info"]["desc"]
+    alone = one(told=explanation(), cause="sequence:missing", entity="host:PC-7")["finding_info"]["title"]
+    told = "connection to 203.0.113.9 port 4444"
+    assert alone == f"Missing step before {told} by {who}: what usually comes shortly before did not"
 
 
 def test_the_earlier_event_that_is_named_is_the_one_that_made_the_newest_odd() -> None:
@@ -185,6 +191,12 @@ def test_numbers_have_units_and_names_stay_as_they_are() -> None:
     assert wording.told({"type_uid": 400101, "dst_endpoint.ip": "192.0.2.1", "dst_endpoint.port": 443}) == (
         "connection to 192.0.2.1 port 443"
     )
+    closed = {"type_uid": 400102, "dst_endpoint.hostname": "db01", "dst_endpoint.port": 5432}
+    assert wording.told(closed) == "closed connection to db01 port 5432"
+    assert wording.told(closed | {"type_uid": 400104, "status_id": 2}) == "failed connection to db01 port 5432"
+    lookup = {"type_uid": 400301, "dst_endpoint.ip": "192.0.2.1", "dst_endpoint.port": 53}
+    assert wording.told(lookup) == "name lookup"
+    assert wording.told(lookup | {"query.hostname": "example.org"}) == "name lookup of example.org"
     launch = {"type_uid": 100701, "process.cmd_line": "/bin/render --pdf", "process.file.name": "render"}
     assert wording.told({**launch, "device.hostname": "app01"}) == "process launch /bin/render --pdf"
     assert wording.told({"type_uid": 100899, "metadata.event_code": "E5"}) == "log event E5"
@@ -199,6 +211,7 @@ def test_two_usual_values_are_named_and_rare_ones_are_not() -> None:
     assert usual(("443", 0.48), ("80", 0.31), ("53", 0.1)) == "usually 443 (48 %) or 80 (31 %)"
     assert usual(("443", 0.998)) == "usually 443 (over 99 %)"
     assert usual(("4444", 0.9), ("443", 0.04)) == ""
+    assert usual(("", 0.5), ("…", 0.3)) == "usually none (50 %) or another (30 %)"
 
 
 def test_rarity_and_confidence_in_words() -> None:
@@ -210,11 +223,49 @@ def test_rarity_and_confidence_in_words() -> None:
 
 
 def test_a_place_too_soon_after_another_is_named_with_what_is_odd_about_it() -> None:
-    event = {**WORD, "src_endpoint": {"ip": "203.0.113.20"}}
-    finding = check(alerts(scored([event], "first:address", "user:bob"), [explanation(PORT)])[0])["finding_info"]
+    def told(event: Json, cause: str) -> Json:
+        finding: Json = check(alerts(scored([event], cause, "user:bob"), [explanation(PORT)])[0])["finding_info"]
+        return finding
+
+    logon = {**WORD, "class_uid": 3002, "activity_id": 1, "src_endpoint": {"ip": "203.0.113.20"}}
+    finding = told(logon, "first:address")
     assert finding["title"] == (
-        "Address 203.0.113.20 within an hour of another address by process winword.exe of user bob on host PC-7"
-        " (network activity): both usual, never before so close together"
+        "Logon of process winword.exe of user bob on host PC-7 at address 203.0.113.20 within an hour of another"
+        " address: each is usual, but never so close together"
     )
     assert finding["analytic"]["uid"] == "ripcurrent-first"
+    at_host = told(logon, "first:host")["title"]
+    assert at_host.startswith("Logon of process winword.exe of user bob at host PC-7 within an hour of another host:")
+    nameless = told({**logon, "service": None}, "first:service")["title"]
+    assert " at a usual service within an hour of another service:" in nameless
     assert wording.cause("first:address") == "address within an hour of others"
+
+
+def test_what_is_known_of_others_is_one_sentence() -> None:
+    def known(n: int, *names: str, itself: bool = False, at_least: bool = False, kind: str = "user") -> str:
+        return wording.known_with("port 22", kind, n, 65, names, itself=itself, at_least=at_least)
+
+    assert known(1, "anna") == "1 of 65 other users is known from training with port 22 (anna); this one is not."
+    three = "3 of 65 other users are known from training with port 22 (anna, ben and eve); so is this one."
+    assert known(3, "anna", "ben", "eve", itself=True) == three
+    many = "At least 9 of 65 other hosts are known from training with port 22 (a, b, c and 6 more); this one is not."
+    assert known(9, "a", "b", "c", "d", kind="host", at_least=True) == many
+    masked = "9 of 65 other addresses are known from training with port 22; this one is not."
+    assert known(9, kind="address") == masked
+    assert known(0, itself=True) == "None of 65 other users is known from training with port 22; this one is."
+
+
+def test_how_many_others_is_told_of_counts_and_changes() -> None:
+    rate = RateFinding("failures", "day", 23.4, 3.0, own=True, reached=3, among=211)
+    others = Others("count", "failures.day", "user", 3, 211)
+    told = replace(explanation(PORT, others=others), rates=(rate, replace(rate, count="events", reached=0)))
+    finding = check(alerts(scored([WORD], "rate:failures.day", "user:bob"), [told])[0])
+    desc = finding["finding_info"]["desc"]
+    assert "never more than 3 before; reached in training by 3 of 211 other users.\n" in desc
+    assert "events within a day; never more than 3 before; reached in training by none of 211 other users.\n" in desc
+    assert finding["unmapped"]["peers"]["count"] == 3
+    change = explanation(PORT, others=Others("change", "address", "user", 40, 57))
+    finding = check(alerts(scored([WORD], "first:address", "user:bob"), [change])[0])["finding_info"]
+    went = "\nIn training 40 of 57 other users went from one usual address to another within an hour.\n"
+    assert went in finding["desc"]
+    assert RateFinding("failures", "day", 23.4, 3.0, own=True).among == 0, "an older bundle does not know: not told"
