@@ -150,6 +150,7 @@ _PARTS = {
     "pid": "process number",
     "reg_key": "registry key",
     "reg_value": "registry value",
+    "resources": "resource",
     "src_endpoint": "source",
     "svc_name": "service",
     "uid": "id",
@@ -482,7 +483,7 @@ def sequence(what: str) -> str:
 _COUNTS = {
     "events": ("many events", "events", ""),
     "failures": ("many failures", "failures", ""),
-    "partners": ("many peers", "different users, hosts, addresses and services", "different ones"),
+    "partners": ("many contacts", "different users, hosts, addresses and services", "different ones"),
     "bytes": ("much data", "sent", "sent"),
 }
 """Of a count: what there was much of, what is counted, and how that is said beside the first."""
@@ -512,11 +513,15 @@ def cause(text: str) -> str:
     return sequence(what) if kind == "sequence" else attribute(what)
 
 
+_AT = {"address": "from", "host": "on", "service": "at", "destination": "to"}
+"""How a partner of each sort is joined to what was done."""
+
+
 def first(what: str, sort: str, value: str) -> str:
     """Of a sort of partner that is usual, but not so soon after others. what: what was done, and by whom."""
     where = f"{sort} {value}" if value else f"a usual {sort}"
-    told = f"{what} at {where} within an hour of another {sort}: each is usual, but never so close together"
-    return f"{told[0].upper()}{told[1:]}"
+    told = f"{what} {_AT.get(sort, 'at')} {where} within an hour of another {sort}"
+    return f"{told[0].upper()}{told[1:]}: each is usual, but never so close together"
 
 
 def of_others(kind: str, n: int, among: int) -> str:

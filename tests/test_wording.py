@@ -100,6 +100,7 @@ TITLES = [
         4001,
         "Unusual bytes sent 43.1 MB in network activity of",
     ),
+    (FieldFinding("resources[].name", "eve", (), 5), 6003, "Unusual resource name eve in API activity"),
     (FieldFinding("unmapped.serror_rate", "1", (), 5), 4001, "Unusual serror rate 1 in network activity"),
     (
         FieldFinding("actor.user.name", "", (("bob", 0.7),), 5),
@@ -230,12 +231,12 @@ def test_a_place_too_soon_after_another_is_named_with_what_is_odd_about_it() -> 
     logon = {**WORD, "class_uid": 3002, "activity_id": 1, "src_endpoint": {"ip": "203.0.113.20"}}
     finding = told(logon, "first:address")
     assert finding["title"] == (
-        "Logon of process winword.exe of user bob on host PC-7 at address 203.0.113.20 within an hour of another"
+        "Logon of process winword.exe of user bob on host PC-7 from address 203.0.113.20 within an hour of another"
         " address: each is usual, but never so close together"
     )
     assert finding["analytic"]["uid"] == "ripcurrent-first"
     at_host = told(logon, "first:host")["title"]
-    assert at_host.startswith("Logon of process winword.exe of user bob at host PC-7 within an hour of another host:")
+    assert at_host.startswith("Logon of process winword.exe of user bob on host PC-7 within an hour of another host:")
     nameless = told({**logon, "service": None}, "first:service")["title"]
     assert " at a usual service within an hour of another service:" in nameless
     assert wording.cause("first:address") == "address within an hour of others"
@@ -268,4 +269,7 @@ def test_how_many_others_is_told_of_counts_and_changes() -> None:
     finding = check(alerts(scored([WORD], "first:address", "user:bob"), [change])[0])["finding_info"]
     went = "\nIn training 40 of 57 other users went from one usual address to another within an hour.\n"
     assert went in finding["desc"]
-    assert RateFinding("failures", "day", 23.4, 3.0, own=True).among == 0, "an older bundle does not know: not told"
+    contacts = replace(explanation(PORT), rates=(replace(rate, count="partners", among=0),))
+    finding = check(alerts(scored([WORD], "rate:partners.day", "user:bob"), [contacts])[0])["finding_info"]
+    assert finding["title"].startswith("Unusually many contacts of user bob: about 23 different ones within a day, ")
+    assert "reached in training" not in finding["desc"], "of an older bundle it is not known"
