@@ -16,7 +16,7 @@ from torch import Tensor
 
 from encoder.events import EncoderError
 from encoder.passes import Passes, device_memory
-from encoder.rarity import ContextRarity
+from encoder.rarity import TENSORS, ContextRarity
 from encoder.resnet import TabularResNet
 from encoder.schema import FIRST, MISSING, UNKNOWN, Field, Schema
 from encoder.training import DEPTH, EMBEDDING, WIDTH, network_codes, network_sizes
@@ -81,7 +81,7 @@ class Encoder:
         weights = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
         try:
             net.load_state_dict(weights)
-            rarity = ContextRarity(schema, *(state[f"rarity.{name}"] for name in ("keys", "counts", "groups")))
+            rarity = ContextRarity(schema, *(state[f"rarity.{name}"] for name in TENSORS))
         except (RuntimeError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise EncoderError(f"the weights do not fit the feature schema ({reason}); fit the bundle again") from error
@@ -90,7 +90,7 @@ class Encoder:
     def state(self) -> dict[str, Tensor]:
         """Tensors that, with the schema, make the encoder again."""
         tensors = {f"net.{name}": value.cpu().contiguous() for name, value in self.net.state_dict().items()}
-        return tensors | {f"rarity.{name}": getattr(self.rarity, name).cpu() for name in ("keys", "counts", "groups")}
+        return tensors | {f"rarity.{name}": getattr(self.rarity, name).cpu() for name in TENSORS}
 
     def encode(self, features: FeatureBatch) -> Encoded:
         """Vectors and surprises of n events. Meant for distinct rows: see `FeatureBatch.distinct`."""

@@ -80,7 +80,8 @@ class Field:
     it; values: the vocabulary, most common first, code of values[i] is i + 2; grid: of a number, up to 1024 sorted
     training values on the signed log scale (its mid-rank in the grid is the encoding); edges: of a number, the borders
     of its bins; left_out: how many distinct values of training (to 3 % where there were many) have no code of their own
-    and count as unknown.
+    and count as unknown; later: values that only events had that nothing was fitted to (they calibrate): no news, but
+    they count as unknown, too, as those of tomorrow will.
     """
 
     name: str
@@ -92,11 +93,19 @@ class Field:
     grid: tuple[float, ...] = ()
     edges: tuple[float, ...] = ()
     left_out: int = 0
+    later: tuple[str, ...] = ()
 
     @property
     def derives(self) -> str:
         """The suffix of what is derived from the attribute, or nothing."""
         return self.name[len(self.path) :]
+
+    def came_later(self, value: Any) -> bool:
+        """Whether the value is one of `later`."""
+        text = normalise(value, self.path)
+        return bool(self.later) and not set(derived(text, self.derives) if self.derives else (text,)).isdisjoint(
+            self.later
+        )
 
     @property
     def size(self) -> int:
@@ -171,6 +180,7 @@ def _field_from_json(raw: dict[str, Any]) -> Field:
         grid=tuple(float(value) for value in raw["grid"]),
         edges=tuple(float(value) for value in raw["edges"]),
         left_out=int(raw.get("left_out", 0)),
+        later=tuple(str(value) for value in raw.get("later", ())),
     )
 
 

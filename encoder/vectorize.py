@@ -6,7 +6,7 @@ in whatever batches the events come. It knows nothing of what the codes are used
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from encoder.events import Column, EventBatch
 from encoder.schema import FIRST, MISSING, UNKNOWN, UNSEEN_PATHS, Field, Schema
-from encoder.values import AGE, ages, derived, normalise, number
+from encoder.values import AGE, FOLDER, ages, derived, normalise, number
 
 _CACHE_LIMIT = 32_768
 _CACHED_LENGTH = 1024
@@ -169,13 +169,14 @@ class Vectorizer:
                 unseen[column.rows] += 1
         codes[:, 0] = self._code_types(events.type_uid)
         codes[:, -1] = FIRST + np.searchsorted(_UNSEEN_STEPS, unseen, side="right")
-        return FeatureBatch(codes, quantiles, self._code_actors(codes))
+        return FeatureBatch(codes, quantiles, self.actors(codes))
 
     def _code_types(self, type_uid: NDArray[np.int32]) -> NDArray[np.int32]:
         at = np.minimum(np.searchsorted(self._types, type_uid), len(self._types) - 1)
         return np.where(self._types[at] == type_uid, self._type_codes[at], UNKNOWN).astype(np.int32)
 
-    def _code_actors(self, codes: NDArray[np.int32]) -> NDArray[np.int64]:
+    def actors(self, codes: NDArray[np.int32]) -> NDArray[np.int64]:
+        """int64 [n]: who acts in events of these codes."""
         actor = np.zeros(len(codes), np.int64)
         for rank, position in reversed(list(enumerate(self._actors))):
             present = codes[:, position] != MISSING
@@ -205,3 +206,26 @@ class Vectorizer:
         codes[rows, position] = np.where(readable, FIRST + np.searchsorted(edges, x), UNKNOWN)
         rank = (np.searchsorted(grid, x, "left") + np.searchsorted(grid, x, "right")) / (2 * max(len(grid), 1))
         quantiles[rows, place] = np.where(readable, rank, 0.5)
+
+
+def fitted_to(schema: Schema, features: FeatureBatch, rows: NDArray[np.intp]) -> tuple[Schema, FeatureBatch]:
+    """The schema with the vocabulary of these rows alone, and all features by it.
+
+    Other values are kept as `Field.later` and count as unknown: what nothing was learned of must look the same when it
+    calibrates as it will when it is new. Words and networks are left as they are: of several, a code tells but the
+    rarest.
+    """
+    codes = features.codes.copy()
+    fields = list(schema.fields)
+    for position, field in enumerate(schema.fields[1:-1], 1):
+        if field.kind not in ("category", "identity") or field.derives not in ("", FOLDER):
+            continue
+        had = np.bincount(features.codes[rows, position], minlength=field.size)[FIRST:] > 0
+        if had.all():
+            continue
+        values = np.array(field.values, object)
+        fields[position] = replace(field, values=tuple(values[had]), later=tuple(values[~had]))
+        recoded = np.concatenate([[MISSING, UNKNOWN], np.where(had, FIRST - 1 + np.cumsum(had), UNKNOWN)])
+        codes[:, position] = recoded[codes[:, position]]
+    narrowed = replace(schema, fields=tuple(fields))
+    return narrowed, FeatureBatch(codes, features.quantiles, Vectorizer(narrowed).actors(codes))

@@ -287,7 +287,7 @@ class Explaining:
             observed = event.value(field_.path)
             by_whom = by_actor.get(e.field, 0.0) > max(by_type.get(e.field, 0.0) + 1, e.surprise)
             given = actor if by_whom and actor != observed else ""
-            new = code == UNKNOWN and not field_.left_out
+            new = code == UNKNOWN and not field_.left_out and not field_.came_later(event.raw(field_.path))
             # What the rarest word usually is explains no text.
             usual = e.expected if field_.derives != WORD else ()
             expected = tuple((self._example(e.field, text, near), p) for text, p in usual)

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,12 @@ from encoder.descent import Descent
 from encoder.entities import KINDS, Entities
 from encoder.entities import entities as find_entities
 from encoder.events import EventBatch, Message, decode
-from encoder.rarity import ContextRarity
+from encoder.rarity import BLOCKS, ContextRarity
 from encoder.runtime import Encoder
 from encoder.schema import MISSING, Schema, SchemaLearner
 from encoder.sequence_training import SequenceReport, fit_sequences
 from encoder.training import train
-from encoder.vectorize import FeatureBatch, Vectorizer
+from encoder.vectorize import FeatureBatch, Vectorizer, fitted_to
 from state.baseline import Baseline, Density
 from state.calibration import FEW, Calibration
 from state.habits import Habits
@@ -120,10 +120,13 @@ def fit(
     loaded = _load(paths, tell)
     n = len(loaded.features)
     held = _held_out(loaded.time)
-    first, weights = _distinct(loaded.features, np.flatnonzero(~held))
+    schema, recoded = fitted_to(loaded.schema, loaded.features, np.flatnonzero(~held))
+    loaded = replace(loaded, schema=schema, features=recoded)
+    first, in_block = _distinct(loaded.features, np.flatnonzero(~held))
+    weights = in_block.sum(1)
     features, later = loaded.features.take(first), loaded.features.take(np.flatnonzero(held))
     tell("train", 0, 0, f"{len(features):,} distinct events of {n - len(later):,}")
-    rarity = ContextRarity.fit(loaded.schema, features, weights)
+    rarity = ContextRarity.fit(loaded.schema, features, in_block)
     where = torch.device(device)
     net, report = train(
         loaded.schema,
@@ -274,9 +277,12 @@ def _held_out(time: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def _distinct(features: FeatureBatch, rows: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """Of these rows the first of each kind, and how many it stands for."""
+    """Of these rows, in order of time, the first of each kind, and how many of each block it stands for: float64
+    [kinds, BLOCKS]."""
     first, like = features.take(rows).distinct()
-    return rows[first], np.bincount(like, minlength=len(first)).astype(np.float64)
+    block = np.arange(len(rows)) * BLOCKS // len(rows)
+    counts = np.bincount(like * BLOCKS + block, minlength=len(first) * BLOCKS)
+    return rows[first], counts.reshape(-1, BLOCKS).astype(np.float64)
 
 
 def _fit_record(

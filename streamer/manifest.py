@@ -12,7 +12,7 @@ import orjson
 from encoder.schema import Schema
 from streamer.errors import RipcurrentError
 
-FORMAT = 4
+FORMAT = 5
 """Changes with what a bundle holds."""
 MANIFEST, SCHEMA = "manifest.json", "schema.json"
 CURRENT, VERSIONS = "current", "versions"

@@ -22,7 +22,8 @@ def schema_table(schema: Schema) -> Table:
     table.add_column("most common, and what was done with the rest", overflow="fold")
     for field in schema.fields:
         actor = " (who acts)" if field.name in schema.actors else ""
-        values = f"{len(field.values) + field.left_out:,}" if field.kind != "number" else f"{len(field.edges) + 1} bins"
+        known = len(field.values) + len(field.later) + field.left_out
+        values = f"{known:,}" if field.kind != "number" else f"{len(field.edges) + 1} bins"
         present = f"{field.present / max(schema.events, 1):.1%}"
         table.add_row(escape(field.name) + actor, field.kind, present, values, escape(_words(field)))
     for path, reason in schema.set_aside.items():
@@ -40,6 +41,8 @@ def _words(field: Field) -> str:
     parts = [shown] + ([f"{more:,} more"] if more > 0 else [])
     if len(field.values) == 1 and field.name != "type_uid":
         parts.append("never another in training: a surprise where it changes")
+    if field.later:
+        parts.append(f"{len(field.later):,} that came only while it was calibrated count as unknown")
     if field.left_out:
         parts.append(f"the {field.left_out:,} rarest count as unknown")
     return "; ".join(parts)

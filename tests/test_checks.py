@@ -27,7 +27,7 @@ def checked(events: Sequence[dict[str, Any]], scale: float = 1.0) -> EmbeddingCh
     fit_identity(net, schema, features, weights)
     for buffer in (net.identity_codes, net.identity_numbers, net.identity_bias):
         buffer.mul_(scale)
-    encoder = Encoder(schema, net, ContextRarity.fit(schema, features, weights), torch.device("cpu"))
+    encoder = Encoder(schema, net, ContextRarity.fit(schema, features, weights[:, None]), torch.device("cpu"))
     return check_embedding(encoder, features, seed=0)
 
 

@@ -1,4 +1,5 @@
-"""The promises of conditional rarity: exact counts, the surprise that they imply, new names that alone do not alarm."""
+"""The promises of conditional rarity: how often a value is no likelier, judged by other times; what comes often is
+usual; new names alone do not alarm."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from test_schema import decoded, learn
 
-from encoder.rarity import NEW_NAME_SURPRISE, ContextRarity
+from encoder.rarity import ENOUGH, NEW_NAME_SURPRISE, TENSORS, ContextRarity
 from encoder.schema import Schema
 from encoder.vectorize import FeatureBatch, Vectorizer
 
@@ -32,14 +33,23 @@ TRAINING = (
     + [event("erase")] * 10
     + [event("read", activity=2)] * 7
 )
+DAYS = 3
 
 
-def fitted(training: Sequence[dict[str, Any]] = TRAINING) -> tuple[Schema, Vectorizer, ContextRarity]:
-    schema = learn(training)
+def fitted(training: Sequence[dict[str, Any]] = TRAINING, days: int = DAYS) -> tuple[Schema, Vectorizer, ContextRarity]:
+    """Of so many days, each of which was the same."""
+    return over([training] * days)
+
+
+def over(days: Sequence[Sequence[dict[str, Any]]]) -> tuple[Schema, Vectorizer, ContextRarity]:
+    whole = [e for day in days for e in day]
+    schema = learn(whole)
     vectorizer = Vectorizer(schema)
-    features = vectorizer(decoded(training))
+    features = vectorizer(decoded(whole))
     first, like = features.distinct()
-    return schema, vectorizer, ContextRarity.fit(schema, features.take(first), np.bincount(like).astype(np.float64))
+    weights = np.zeros((len(first), len(days)))
+    np.add.at(weights, (like, np.repeat(np.arange(len(days)), [len(day) for day in days])), 1)
+    return schema, vectorizer, ContextRarity.fit(schema, features.take(first), weights)
 
 
 SCHEMA, VECTORIZER, RARITY = fitted()
@@ -55,11 +65,12 @@ def surprise(name: str, *events: dict[str, Any]) -> tuple[list[float], list[floa
     return found.by_type[:, at].tolist(), found.by_actor[:, at].tolist()
 
 
-def expected(hits: int, seen: int) -> float:
-    return -log((hits + 0.5) / (seen + 5))
+def expected(no_likelier: int, seen: int) -> float:
+    """Of one day's counts."""
+    return -log((DAYS * no_likelier + 0.5) / (DAYS * seen + 5))
 
 
-def test_surprise_is_that_of_the_counts_given_type_and_given_actor() -> None:
+def test_surprise_is_how_often_a_value_is_no_likelier_given_type_and_given_actor() -> None:
     by_type, by_actor = surprise(
         "unmapped.action",
         event("read"),
@@ -70,11 +81,29 @@ def test_surprise_is_that_of_the_counts_given_type_and_given_actor() -> None:
         event("erase", activity=2),
     )
     assert by_type == pytest.approx(
-        [expected(60, 100), expected(30, 100), expected(30, 100), expected(10, 100), expected(0, 100), expected(0, 7)]
+        [expected(100, 100), expected(40, 100), expected(40, 100), expected(10, 100), expected(0, 100), expected(0, 7)],
+        abs=1e-6,
     )
     assert by_actor == pytest.approx(
-        [expected(60, 70), expected(0, 70), expected(30, 30), expected(10, 70), expected(0, 70), expected(0, 7)]
+        [expected(70, 70), expected(0, 70), expected(30, 30), expected(10, 70), expected(0, 70), expected(0, 7)],
+        abs=1e-6,
     )
+
+
+def test_what_comes_often_is_usual_beside_what_comes_far_more_often() -> None:
+    rare = int(ENOUGH)
+    _, vectorizer, rarity = fitted([event("read")] * 20 * rare + [event("erase")] * rare + [event("wipe")] * 2)
+    found = rarity(vectorizer(decoded([event("read"), event("erase"), event("wipe")])))
+    usual, rarely, seldom = found.by_type[:, rarity.names.index("unmapped.action")].tolist()
+    assert usual == rarely == pytest.approx(0, abs=0.01)
+    assert seldom > 6
+
+
+def test_where_every_value_is_rare_another_rare_one_is_nothing() -> None:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    _, vectorizer, rarity = fitted([event(f"job-{a}{b}") for a in letters for b in letters])
+    found = rarity(vectorizer(decoded([event("job-qx")])))
+    assert found.by_type[:, rarity.names.index("unmapped.action")].item() == pytest.approx(0, abs=0.01)
 
 
 def test_a_type_never_seen_has_nothing_to_be_surprised_by() -> None:
@@ -90,19 +119,29 @@ def test_a_new_name_alone_costs_little_and_a_known_one_in_a_new_place_more() -> 
     assert new == NEW_NAME_SURPRISE and misplaced == pytest.approx(expected(0, 100))
 
 
-def test_a_value_never_seen_is_as_likely_as_those_seen_once() -> None:
-    """Where new values come all the time, one more says little."""
-    letters = "bcdfghjklmnp"
-    _, vectorizer, rarity = fitted([event("read")] * 50 + [event(f"job-{letter}") for letter in letters])
-    found = rarity(vectorizer(decoded([event("job-z"), event("job-b")])))
-    by_type = found.by_type[:, rarity.names.index("unmapped.action")].tolist()
-    total = 50 + len(letters)
-    assert by_type == pytest.approx([expected(len(letters), total), expected(1, total)])
+def test_a_name_that_came_lately_is_no_odder_than_one_that_is_new() -> None:
+    usual = [event("read")] * 500
+    days = [usual, usual, [*usual, *[event("read", user="bob")] * 10]]
+    _, vectorizer, rarity = over(days)
+    found = rarity(vectorizer(decoded([event("read", user="bob"), event("read", user="carol")])))
+    lately, new = found.by_type[:, rarity.names.index("user.name")].tolist()
+    assert lately == new == NEW_NAME_SURPRISE
+
+
+def test_a_value_never_seen_is_as_likely_as_what_came_in_one_block_alone() -> None:
+    """Where each day brings something new, which then goes on for hours, another news says little."""
+    usual = [event("read")] * 60
+    steady = [[*usual, *[event("list")] * 20]] * DAYS
+    restless = [[*usual, *[event(f"job-{letter}")] * 20] for letter in "bcd"]
+    for days, news in ((steady, 0), (restless, 20)):
+        _, vectorizer, rarity = over(days)
+        found = rarity(vectorizer(decoded([event("job-z")])))
+        assert found.by_type[:, rarity.names.index("unmapped.action")].tolist() == pytest.approx([expected(news, 80)])
 
 
 def test_weights_are_counts() -> None:
     rows = VECTORIZER(decoded(TRAINING))
-    one_by_one = ContextRarity.fit(SCHEMA, rows, np.ones(len(rows)))
+    one_by_one = ContextRarity.fit(SCHEMA, rows, np.ones((len(rows), DAYS)))
     assert torch.equal(one_by_one.keys, RARITY.keys) and torch.equal(one_by_one.counts, RARITY.counts)
 
 
@@ -147,6 +186,6 @@ def test_one_thing_said_in_other_words_is_one_thing_where_training_says_so() -> 
 
 
 def test_it_is_the_same_after_a_journey_through_arrays() -> None:
-    again = ContextRarity(SCHEMA, *(torch.from_numpy(a.numpy()) for a in (RARITY.keys, RARITY.counts, RARITY.groups)))
+    again = ContextRarity(SCHEMA, *(torch.from_numpy(getattr(RARITY, name).numpy()) for name in TENSORS))
     rows = features(event("read"), event("never"))
     assert torch.equal(again(rows).by_type, RARITY(rows).by_type)

@@ -22,7 +22,7 @@ from encoder import vectorize as vectorize_module
 from encoder.events import Message, decode
 from encoder.schema import FIRST, MISSING, UNKNOWN, UNSEEN_PATHS, Schema
 from encoder.values import AGE, FOLDER, NETWORK, WORD
-from encoder.vectorize import FeatureBatch, Vectorizer, row_hash
+from encoder.vectorize import FeatureBatch, Vectorizer, fitted_to, row_hash
 
 DATA = os.environ.get("RIPCURRENT_EVAL_DATA")
 SCHEMA = learn(feed())
@@ -216,6 +216,30 @@ def test_who_acts_is_the_first_that_an_event_names() -> None:
         [{"actor": {"process": {"name": "explorer.exe"}}}, {}, {"actor": {"process": {"name": "new"}}}]
     ).actor.tolist()
     assert nobody == 0 and by_process not in (0, other)
+
+
+def test_what_none_of_the_fitted_events_had_counts_as_unknown() -> None:
+    """As the news of tomorrow will, also in who acts; words, of which a code tells but the rarest, stay."""
+
+    def event(tool: str, text: str) -> dict[str, Any]:
+        return {"actor": {"process": {"name": tool}}, "unmapped": {"tool": tool}, "message": f"ran {text} to its end"}
+
+    events = [event(tool, text) for tool, text in zip("abacab" * 5, "xyxyxz" * 5, strict=True)]
+    events += [event("new", "w")] * 5
+    schema = learn(events)
+    before = features(events, Vectorizer(schema))
+    narrowed, after = fitted_to(schema, before, np.arange(30))
+    assert same(after, features(events, Vectorizer(narrowed)))
+    fields = {field.name: field for field in narrowed.fields}
+    tool = fields["unmapped.tool"]
+    assert set(tool.values) == {"a", "b", "c"} and tool.later == ("new",)
+    assert tool.came_later("New") and not tool.came_later("a") and not tool.came_later("never")
+    assert code("unmapped.tool", event("new", "x"), narrowed) == UNKNOWN
+    assert code("unmapped.tool", event("b", "x"), narrowed) >= FIRST
+    assert after.actor[30] == features([event("never", "x")], Vectorizer(narrowed)).actor[0]
+    words = f"message{WORD}"
+    assert fields[words] == next(field for field in schema.fields if field.name == words)
+    assert Schema.from_json(narrowed.to_json()) == narrowed and narrowed.hash != schema.hash
 
 
 def test_equal_rows_are_found_and_stand_for_each_other() -> None:
