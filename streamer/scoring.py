@@ -39,10 +39,15 @@ NOVELTY_TRUST = 2 / 3
 MISSING_TRUST = 0.7
 OVERLAP_TRUST = 0.7
 """Against the record score: measured in docs/detection.md."""
+HISTORY_TRUST = 4 / 3
+"""How much more all that history says is trusted than what a record says: every day brings odd records, and few odd
+histories. Measured there, too."""
 BLEND = 0.01
 """How much the weaker of record and history adds to the stronger: an order among events that it puts level."""
 MIN_ENTITIES = 20
 """From so many on a group of them tells what others may do: the habits of three hosts say nothing of a fourth."""
+ALIKE = 0.1
+"""Nats: held-out events that lie so near to the strongest are one story with it."""
 NEIGHBOURS = 3
 ORDER, MISSING = "sequence:order", "sequence:missing"
 """Causes: that the newest record came after those before, and that something usual did not come before it."""
@@ -263,8 +268,18 @@ class Scorer:
     overlaps: OverlapScorer | None
 
     def p_value(self, record: NDArray[np.float64], history: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Evidence of both, float64 [n] in nats, to p-values."""
-        return self.event.p_value(joined(record, history))
+        """Evidence of both, float64 [n] in nats, to p-values.
+
+        Beyond the sample they fall no faster than the evidence, and not before it is stronger than the sample can say:
+        a story that nobody saw may well have as many events as the strongest of those that were held out.
+        """
+        evidence = joined(record, history)
+        held_out = self.event.scores
+        alike = len(held_out) - np.searchsorted(held_out, held_out[-1] - ALIKE)
+        # A little less for more evidence, so that the order stays.
+        as_rare = (1 + alike) / (len(held_out) + 1) * np.exp(-0.001 * evidence)
+        found: NDArray[np.float64] = np.maximum(self.event.p_value(evidence), np.minimum(as_rare, np.exp(-evidence)))
+        return found
 
 
 def beyond_doubt(sequence: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -280,7 +295,7 @@ def weighed(
     overlap: NDArray[np.float64],
 ) -> NDArray[np.float64]:
     """float64 [4, m], nats: the evidence of an entity's history, each part by its trust; the strongest counts."""
-    return np.stack([beyond_doubt(order), MISSING_TRUST * missing, rate, OVERLAP_TRUST * overlap])
+    return HISTORY_TRUST * np.stack([beyond_doubt(order), MISSING_TRUST * missing, rate, OVERLAP_TRUST * overlap])
 
 
 def joined(record: NDArray[np.float64], history: NDArray[np.float64]) -> NDArray[np.float64]:

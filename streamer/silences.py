@@ -20,7 +20,7 @@ from encoder.events import Coordinates, EventBatch
 from state.errors import Source
 from state.timers import TICK_MS, Heard, Silence, Span, Tick, TimerStore
 from state.windows import Windows
-from streamer.scoring import Scorer, SequenceScorer, beyond_doubt
+from streamer.scoring import HISTORY_TRUST, Scorer, SequenceScorer, beyond_doubt
 
 CAUSE = "sequence:silence"
 MAX_EVENT = 16 * 1024
@@ -54,7 +54,7 @@ class Watch:
         if windows is not None and len(pairs):
             kinds = entities.kind[pairs]
             evidence = self._sequences.evidence("ending", {"ending": raw["ending"]}, kinds)
-            p_value = self._scorer.p_value(np.zeros(len(pairs)), beyond_doubt(evidence))
+            p_value = self._scorer.p_value(np.zeros(len(pairs)), HISTORY_TRUST * beyond_doubt(evidence))
             newest = windows.own == windows.times.shape[1] - 1
             columns = (entities.row[pairs], self._quiet[kinds], p_value, windows.complete, newest)
             names = [entities.entity[pair] for pair in pairs.tolist()]
