@@ -2,9 +2,9 @@
 
 For events of 1 KB and of 3 KB: events/s of the real service on a real Kafka and a real Valkey; the same with each batch
 prepared only when the one before is done; events/s of the same process when it only consumes the same topic and parses
-it; and where the service's time goes. `bench.py far` puts both servers 2 ms away (1 KB alone). The topic is full before
-the clock starts, so that nothing else competes for the machine. Promises ratios that mean something on other machines;
-the rates themselves are this machine's.
+it; where the service's time goes; and how fast the two networks are trained and run. `bench.py far` puts both servers
+2 ms away (1 KB alone). The topic is full before the clock starts, so that nothing else competes for the machine.
+Promises ratios that mean something on other machines; the rates themselves are this machine's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import orjson
 import torch
 from confluent_kafka import Consumer, Producer, TopicPartition
@@ -47,7 +49,10 @@ import streamer.publishing
 import streamer.scoring
 import streamer.service
 import streamer.source
+from encoder.events import Message, decode
+from encoder.sequence import WIDTH
 from streamer import servers
+from streamer.bundle import Bundle
 from streamer.cli import configure_logging
 from streamer.fitting import fit
 from streamer.kafka import consumer_properties
@@ -61,6 +66,8 @@ STEPS = 100
 """Of training, in place of 1,500 and 800: a network runs as fast whatever it learned."""
 RUNS = 2
 """Of the service, each way; the floor is taken before and after each."""
+WINDOWS = 10_000
+"""Given to the sequence network at once."""
 AWAY_S = 0.001
 """How long a byte takes to a server that is far, and as long back: 2 ms to and fro, as between sites of a region."""
 
@@ -268,7 +275,8 @@ def measure(size: int, folder: Path, bootstrap: str, redis_url: str) -> None:
     history.write_bytes(b"\n".join(event for day in padded_days[:FIT_DAYS] for event in day))
     events = [event for day in padded_days[FIT_DAYS:] for event in day][:EVENTS]
     print(f"{size} bytes: {len(events):,} events", file=sys.stderr)
-    fields = len(fit([history], folder / f"bundle-{size}").bundle.encoder.schema.fields)
+    trained, bundle = train(history, folder / f"bundle-{size}")
+    fields = len(bundle.encoder.schema.fields)
     name = f"bench-{size}-{uuid.uuid4().hex[:6]}"
     fill(bootstrap, name, events)
 
@@ -295,6 +303,46 @@ def measure(size: int, folder: Path, bootstrap: str, redis_url: str) -> None:
         runs.append(serve(settings(run), len(events), ahead=run % 2 == 0))
         floors.append(only_consume_and_parse(settings(0), len(events)))
     report(size, len(events), fields, floors, runs)
+    report_networks(trained, bundle, events)
+
+
+def train(history: Path, out: Path) -> tuple[dict[str, float], Bundle]:
+    """Fit, and say for each network how many events or windows a second of CPU it was trained on."""
+    rates = {}
+    with ExitStack() as patches:
+        for name, where in (("record", encoder.training), ("sequence", encoder.sequence_training)):
+
+            def timed(
+                *arguments: Any, name: str = name, where: Any = where, call: Any = where.descend, **named: Any
+            ) -> Any:
+                began = time.process_time()
+                found = call(*arguments, **named)
+                rates[name] = found.steps * where.BATCH / (time.process_time() - began)
+                return found
+
+            patches.enter_context(patch.object(where, "descend", timed))
+        return rates, fit([history], out).bundle
+
+
+def report_networks(trained: dict[str, float], bundle: Bundle, events: Sequence[bytes]) -> None:
+    """Rows a second of CPU of each network, in training and in serving; no two rows are taken for one."""
+    batch, _ = decode([Message("bench", 0, i, -1, event) for i, event in enumerate(events)])
+    features, sequences = bundle.encoder.vectorize(batch), bundle.scorer.sequences
+    began = time.process_time()
+    vectors = bundle.encoder.vectors(features)
+    served = {"record": len(vectors) / (time.process_time() - began)}
+    print("\n| network | trained, rows a second of CPU | run |\n|---|---|---|")
+    if sequences is not None:
+        rows = np.arange(WINDOWS * WIDTH) % len(vectors)
+        windows = vectors[rows].reshape(WINDOWS, WIDTH, -1)
+        times = np.tile(np.arange(WIDTH, dtype=np.int64) * 1000, (WINDOWS, 1))
+        length, kinds = np.full(WINDOWS, WIDTH, np.int32), np.zeros(WINDOWS, np.int8)
+        began = time.process_time()
+        sequences.model(windows, times, length, kinds)
+        served["sequence"] = WINDOWS / (time.process_time() - began)
+    for name, rate in trained.items():
+        print(f"| {name} | {rate:,.0f} | {served.get(name, 0):,.0f} |")
+    sys.stdout.flush()
 
 
 def report(size: int, events: int, fields: int, floors: Sequence[tuple[float, float]], runs: Sequence[Run]) -> None:
