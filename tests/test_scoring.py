@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from state.calibration import FEW, Calibration
-from streamer.scoring import SEQUENCE_DOUBT, Parts, Scorer, beyond_doubt
+from streamer.scoring import SEQUENCE_DOUBT, Parts, Scorer, SequenceScorer, beyond_doubt
 
 NATS = st.floats(0, 600, allow_nan=False)
 
@@ -50,3 +50,16 @@ def test_what_is_stronger_than_the_sample_is_at_first_no_rarer_than_its_stronges
 def test_more_evidence_never_has_a_larger_p_value(sample: list[float], evidence: list[float]) -> None:
     p = p_values(np.array(sample), np.sort(evidence))
     assert np.all(p > 0) and np.all(p <= 1) and np.all(np.diff(p) <= 0)
+
+
+def test_a_silence_is_no_rarer_than_the_models_say() -> None:
+    """All routines ended as expected, to a hundredth of a nat: one that ends a little oddly is not one in a billion."""
+    model: Any = None  # Not asked.
+    scorer = SequenceScorer(model)
+    kinds = np.zeros(1_000, np.int8)
+    usual = np.random.default_rng(0).normal(0.3, 0.01, 1_000).clip(0)
+    raw = {"order": usual, "missing": usual, "ending": usual}
+    scorer.fit(raw, kinds, np.ones(1_000, bool), np.arange(1_000, dtype=np.int32))
+    evidence = scorer.evidence("ending", {"ending": np.array([0.3, 2.2, 12.0])}, kinds[:3])
+    assert evidence.tolist() == pytest.approx([min(evidence[0], 0.6), 4.4, 24.0])
+    assert beyond_doubt(evidence).tolist() == pytest.approx([0, 0, 24 - SEQUENCE_DOUBT])
