@@ -176,8 +176,8 @@ class SequenceScorer:
                 found[rows] = calibration.evidence(raw[name][rows])
         if (by_event := self.calibrations.get(name)) is not None:
             found = by_event.evidence(found)
-        # Routines end alike to the last nat, so what is a little out of the way would pass for impossible. It is no rarer
-        # than network and counts say together; `raw` is the mean of the two.
+        # Routines end alike to the last nat, so what is a little out of the way would pass for impossible. It is no
+        # rarer than network and counts say together; `raw` is the mean of the two.
         return np.minimum(found, 2 * raw[name]) if name == "ending" else found
 
 
