@@ -214,16 +214,17 @@ class _Finding:
         else:
             where = f" in {self.doing(field.path, {field.given, field.observed})}"
         shown = f": {shown}" if shown in ("yes", "no") else f" {shown}"
-        if field.observed in wording.MISSING:
+        level = wording.compared(field.path, field.observed, field.expected)
+        if field.given:
+            of = f"no {name}" if field.observed in wording.MISSING else f"{level} {name}{shown}".lstrip()
+            new = ", never seen before," if field.new else ""
+            what = f"Unusual for {wording.shorten(field.given, 60)}: {of}{new}"
+        elif field.observed in wording.MISSING:
             what = f"No {name}"
         elif field.new:
             what = f"Never seen before: {name}{shown}"
-        elif level := wording.compared(field.path, field.observed, field.expected):
-            what = f"Unusually {level} {name}{shown}"
         else:
-            what = f"Unusual {name}{shown}"
-        if field.given:
-            what = f"{wording.shorten(field.given, 60)} does not usually do this: {what[0].lower()}{what[1:]}"
+            what = f"{f'Unusually {level}' if level else 'Unusual'} {name}{shown}"
         return f"{what}{where}{f'; {usual}' if usual else ''}"
 
     def doing(self, but: str, said: Collection[str]) -> str:

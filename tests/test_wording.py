@@ -130,7 +130,7 @@ def test_titles_speak_of_things_not_of_paths(field: FieldFinding, class_uid: int
     assert len(title) < 320
 
 
-ODD = "rundll32.exe does not usually do this: unusual destination port 4444 in network activity of process winword.exe"
+ODD = "Unusual for rundll32.exe: destination port 4444 in network activity of process winword.exe"
 LAUNCH: Json = {"class_uid": 1007, "activity_id": 1, "process": {"name": "cmd.exe"}}
 DOINGS = [
     (FieldFinding("actor.process.name", "winword.exe", (), 5), LAUNCH, "launch of cmd.exe by user bob on host PC-7"),
@@ -156,6 +156,15 @@ def test_titles_say_what_was_done(field: FieldFinding, event: Json, told: str) -
 
 MORE_TITLES = [
     (FieldFinding("dst_endpoint.port", "4444", (), 7, given="rundll32.exe"), ODD),
+    (
+        FieldFinding("process.cmd_line", "cmd.exe /c whoami", (), 7, given="powershell.exe", new=True),
+        "Unusual for powershell.exe: command line cmd.exe /c whoami, never seen before, in network activity",
+    ),
+    (
+        FieldFinding("traffic.bytes_out", "559000", (("304 to 24700", 0.9),), 6, given="rundll32.exe"),
+        "Unusual for rundll32.exe: high bytes sent 559 kB in network activity",
+    ),
+    (FieldFinding("user.name", "", (("bob", 0.9),), 6, given="rundll32.exe"), "Unusual for rundll32.exe: no target user in"),
     (
         FieldFinding("actor.process.name", "winword.exe", (), 7, new=True),
         "Never seen before: acting process winword.exe in network activity of user bob on host PC-7",
