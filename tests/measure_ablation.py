@@ -46,8 +46,8 @@ VARIANTS: dict[str, Patches] = {
 def records_alone(patches: Patches) -> Iterator[None]:
     """No sequences and no rates: these are other lines of the table."""
 
-    def no_history(_: Any, loaded: Any, __: Any, held: Any, *___: Any) -> tuple[None, None, Any, None]:
-        return None, None, np.zeros(int(held.sum())), None
+    def no_history(_: Any, loaded: Any, __: Any, held: Any, *___: Any) -> tuple[None, None, None, Any, None]:
+        return None, None, None, np.zeros(int(held.sum())), None
 
     replaced = [patch.object(fitting, "_fit_history", no_history), *(patch.object(*each) for each in patches)]
     for each in replaced:

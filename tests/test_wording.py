@@ -164,7 +164,10 @@ MORE_TITLES = [
         FieldFinding("traffic.bytes_out", "559000", (("304 to 24700", 0.9),), 6, given="rundll32.exe"),
         "Unusual for rundll32.exe: high bytes sent 559 kB in network activity",
     ),
-    (FieldFinding("user.name", "", (("bob", 0.9),), 6, given="rundll32.exe"), "Unusual for rundll32.exe: no target user in"),
+    (
+        FieldFinding("user.name", "", (("bob", 0.9),), 6, given="rundll32.exe"),
+        "Unusual for rundll32.exe: no target user in",
+    ),
     (
         FieldFinding("actor.process.name", "winword.exe", (), 7, new=True),
         "Never seen before: acting process winword.exe in network activity of user bob on host PC-7",
