@@ -56,7 +56,9 @@ class ScoredBatch:
     each event is an alert (None: whoever scored did not ask); level: uint8 [n], of a rate the level that the event
     raised its count to (`state.tally`; None: no cause is a rate); silences: the k last events of entities that fell
     silent, as event time moved on by these events, judged by that (None: nobody did); of those, told: intp [k],
-    ascending, the rows here at which that was clear; seconds: how long each stage took.
+    ascending, the rows here at which that was clear; windows: of the rows of which a sequence is the cause that window
+    as it was then (it may have moved on when it is explained); in_sequence: intp [s], ascending, those rows; seconds:
+    how long each stage took.
     """
 
     coordinates: Coordinates
@@ -73,6 +75,8 @@ class ScoredBatch:
     level: NDArray[np.uint8] | None = None
     silences: ScoredBatch | None = None
     told: NDArray[np.intp] | None = None
+    windows: Windows | None = None
+    in_sequence: NDArray[np.intp] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -118,14 +122,16 @@ _RATES = np.array([f"rate:{name}" for name in LEVELS], object)
 @dataclass(frozen=True)
 class _History:
     """Of n events: the strongest evidence of a window or count of theirs (float64, nats, weighed), whose it is, which
-    it is, whether no history of theirs is missing, and of a count the level it was raised to (uint8); and who fell
-    silent meanwhile."""
+    it is, whether no history of theirs is missing, of a count the level it was raised to (uint8), and which of the
+    windows it is (intp); and who fell silent meanwhile."""
 
     evidence: NDArray[np.float64]
     entity: NDArray[np.object_]
     cause: NDArray[np.object_]
     complete: NDArray[np.bool_]
     level: NDArray[np.uint8]
+    window: NDArray[np.intp]
+    windows: Windows | None = None
     silent: list[Silence] = field(default_factory=list)
 
 
@@ -183,6 +189,7 @@ class Detector:
         history = self._judge_windows(events, entities, prepared.behaviours, laps)
         by_history = history.evidence > record
         p_value = self.bundle.scorer.p_value(record, history.evidence)
+        in_sequence = np.flatnonzero(by_history & np.isin(history.cause, (ORDER, MISSING)))
         self.drift.observe(events.time, prepared.codes, p_value)
         laps.end("sequences")
         return ScoredBatch(
@@ -198,6 +205,8 @@ class Detector:
             history.complete,
             level=np.where(by_history, history.level, 0).astype(np.uint8),
             silences=self._silences(history.silent, events) if history.silent else None,
+            windows=history.windows.take(history.window[in_sequence]) if history.windows is not None else None,
+            in_sequence=in_sequence,
             seconds=laps.seconds,
         )
 
@@ -221,12 +230,15 @@ class Detector:
         """Append the events to the windows of their entities, and judge each by the histories that it is part of."""
         n, kind, row = len(events), entities.kind, entities.row
         nothing = np.full(n, "", object)
-        found = _History(np.zeros(n), nothing, nothing.copy(), np.ones(n, bool), np.zeros(n, np.uint8))
+        found = _History(
+            np.zeros(n), nothing, nothing.copy(), np.ones(n, bool), np.zeros(n, np.uint8), np.zeros(n, np.intp)
+        )
         if not len(row):
             if self._watch is not None:
                 found.silent.extend(self._watch.advance(events, entities, self._watch.ending(entities), None, {}))
             return found
         windows = self.windows.append(window_entries(events, entities, vectors))
+        found = replace(found, windows=windows)
         laps.end("windows")
         np.logical_and.at(found.complete, row, windows.complete)
         sequences, rates = self.bundle.scorer.sequences, self.bundle.scorer.rates
@@ -245,6 +257,7 @@ class Detector:
         found.evidence[row[weakest_first]] = evidence[weakest_first]
         found.entity[row[weakest_first]] = np.array(entities.entity, object)[weakest_first]
         found.cause[row[weakest_first]] = cause[weakest_first]
+        found.window[row[weakest_first]] = weakest_first
         level = windows.levels[np.arange(len(row)), column]
         found.level[row[weakest_first]] = level[weakest_first]
         if self._watch is not None:

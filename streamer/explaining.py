@@ -212,10 +212,12 @@ class Explaining:
         if sequences is None or not told:
             return {}
         entities = [str(scored.entity[row]) for row in told]
-        windows = self.windows.latest(entities)
-        upto = windows.mask & (windows.times <= scored.time[told][:, None])
-        ends = np.where(upto.any(1), upto.shape[1] - 1 - upto[:, ::-1].argmax(1), -1)
-        windows = cut(windows, ends)
+        if scored.windows is not None and scored.in_sequence is not None:
+            windows = scored.windows.take(np.searchsorted(scored.in_sequence, told))
+        else:  # A silence is of an event that may lie long back.
+            windows = self.windows.latest(entities)
+            upto = windows.mask & (windows.times <= scored.time[told][:, None])
+            windows = cut(windows, np.where(upto.any(1), upto.shape[1] - 1 - upto[:, ::-1].argmax(1), -1))
         kinds = np.array([KINDS.index(entity.partition(":")[0]) for entity in entities], np.int8)
         cause = scored.cause[told]
         weight = weights(sequences, windows, kinds, [_STATISTICS[each] for each in cause])

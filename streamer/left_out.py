@@ -73,6 +73,6 @@ def _moved(windows: Windows, place: NDArray[np.intp]) -> Windows:
         source=np.where(inside, windows.source[rows, at], -1),
         offset=np.where(inside, windows.offset[rows, at], 0),
         index=np.where(inside, windows.index[rows, at], 0),
-        raised=np.where(inside[:, :, None], windows.raised[rows, at], np.uint8(0)),
+        raised=windows.raised[:, :0],
         partners=np.where(inside[:, :, None], windows.partners[rows, at], np.int16(-1)),
     )

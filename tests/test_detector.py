@@ -128,6 +128,17 @@ def test_explanations_name_what_is_odd(fitted: tuple[Bundle, Path], days: tuple[
     assert scored.p_value[0] < np.median(score(fitted[0], [launches])[0].p_value)
 
 
+def test_a_sequence_is_explained_by_its_window_as_it_was(fitted: tuple[Bundle, Path], days: tuple[Path, Path]) -> None:
+    """Of a busy entity it has moved on by the end of a large batch."""
+    (scored,) = score(fitted[0], [messages(days[1], 3000)])
+    rows = np.flatnonzero(np.isin(scored.cause, ("sequence:order", "sequence:missing")))
+    nothing = MemoryWindows(dim=fitted[0].dim)
+    told = Detector(fitted[0], nothing).explain(scored, rows)
+    assert len(rows) > 5
+    for row, why in zip(rows.tolist(), told, strict=True):
+        assert scored.coordinates.label(row) in [where for _, where, _, _ in why.window]
+
+
 Told = list[tuple[int, str, int, str, float]]
 """(offset at which a silence was clear, entity, offset of its last event, type of that, p-value)"""
 

@@ -67,6 +67,7 @@ def first_alerts(detector: Detector, days: list[Day], before: int) -> Iterator[t
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_what_was_odd_about_an_incident_is_named_first(tmp_path: Path) -> None:
     days = list(simulate(seed=3, days=21, incidents=schedule(21)))
     write(days[:7], tmp_path / "week.ndjson")

@@ -51,11 +51,11 @@ def seconds_an_event(service: Service, topics: Topics, events: list[bytes]) -> f
 def test_a_hundred_thousand_anomalies_are_a_handful_of_alerts(
     kafka: str, unique: Callable[[str], str], tmp_path: Path, redis_url: str
 ) -> None:
-    days = list(simulate(seed=9, days=3))
-    write(days[:1], tmp_path / "day.ndjson")
+    days = list(simulate(seed=9, days=5))
+    write(days[:3], tmp_path / "days.ndjson")
     with short_training():
-        fit([tmp_path / "day.ndjson"], tmp_path / "bundle")
-    normal = [event for day in days[1:] for event in day.events][:NORMAL]
+        fit([tmp_path / "days.ndjson"], tmp_path / "bundle")
+    normal = [event for day in days[3:] for event in day.events][:NORMAL]
     launch = next(event for event in normal if b'"process"' in event and orjson.loads(event)["type_uid"] == 100701)
     begins = orjson.loads(normal[-1])["time"] + 1000
     storming = storm(launch, begins)
