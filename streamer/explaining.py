@@ -206,20 +206,33 @@ class Explaining:
     def _timelines(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> dict[int, tuple[Timeline, Likely]]:
         """Of those rows that a sequence made alerts, the last records of its window up to the event, each told by the
         normal event that it is most like, with what the window would lose without it; and what was expected instead.
-        One pass for all."""
-        sequences = self.bundle.scorer.sequences
+        """
         told = [row for row in rows.tolist() if str(scored.cause[row]).startswith("sequence:")]
-        if sequences is None or not told:
+        if not told:
             return {}
-        entities = [str(scored.entity[row]) for row in told]
-        if scored.windows is not None and scored.in_sequence is not None:
-            windows = scored.windows.take(np.searchsorted(scored.in_sequence, told))
-        else:  # A silence is of an event that may lie long back.
-            windows = self.windows.latest(entities)
-            upto = windows.mask & (windows.times <= scored.time[told][:, None])
-            windows = cut(windows, np.where(upto.any(1), upto.shape[1] - 1 - upto[:, ::-1].argmax(1), -1))
-        kinds = np.array([KINDS.index(entity.partition(":")[0]) for entity in entities], np.int8)
-        cause = scored.cause[told]
+        kept = np.isin(told, scored.in_sequence) if scored.in_sequence is not None else np.zeros(len(told), np.bool_)
+        kept &= scored.cause[told] != SILENCE
+        found = {}
+        if kept.any() and scored.windows is not None and scored.in_sequence is not None:
+            rows = np.array(told)[kept]
+            found = self._told(scored, rows, scored.windows.take(np.searchsorted(scored.in_sequence, rows)))
+        if not kept.all():  # A silence is of an event that may lie long back.
+            rows = np.array(told)[~kept]
+            windows = self.windows.latest([str(entity) for entity in scored.entity[rows]])
+            upto = windows.mask & (windows.times <= scored.time[rows][:, None])
+            ends = np.where(upto.any(1), upto.shape[1] - 1 - upto[:, ::-1].argmax(1), -1)
+            found |= self._told(scored, rows, cut(windows, ends))
+        return found
+
+    def _told(
+        self, scored: ScoredBatch, rows: NDArray[np.intp], windows: Windows
+    ) -> dict[int, tuple[Timeline, Likely]]:
+        """The same of some rows, with the windows as they were at these."""
+        sequences = self.bundle.scorer.sequences
+        if sequences is None:
+            return {}
+        kinds = np.array([KINDS.index(str(entity).partition(":")[0]) for entity in scored.entity[rows]], np.int8)
+        cause = scored.cause[rows]
         weight = weights(sequences, windows, kinds, [_STATISTICS[each] for each in cause])
         asked = windows.vectors, windows.times, windows.length, kinds
         expected, absent = sequences.model.expected(*asked, cause == SILENCE), sequences.model.absent(*asked)
@@ -229,7 +242,7 @@ class Explaining:
                 self._timeline(windows, i, weight[i]),
                 tuple((self._like(code), p) for code, p in (instead[cause[i]][i] if cause[i] in instead else ())),
             )
-            for i, row in enumerate(told)
+            for i, row in enumerate(rows.tolist())
         }
 
     def _timeline(self, windows: Windows, i: int, weight: NDArray[np.float64]) -> Timeline:

@@ -21,7 +21,7 @@ from streamer.simulate import Day, Label, schedule, simulate, write
 CAUSES: dict[str, tuple[str, ...]] = {
     "admin_from_new_place": ("src_endpoint.ip", "src_endpoint.location."),
     "exfiltration_drip": ("rate:bytes", "rate:events"),
-    "impossible_travel": ("src_endpoint.ip", "src_endpoint.location."),
+    "impossible_travel": ("src_endpoint.ip", "src_endpoint.location.", "first:address"),
     "night_deletion": ("file.", "rate:events", "sequence:"),
     "password_spray": ("rate:failures", "rate:partners"),
     "persistence_after_logon": ("job.", "sequence:"),
@@ -36,8 +36,8 @@ CAUSES: dict[str, tuple[str, ...]] = {
 
 
 def named(cause: str, why: Explanation) -> list[str]:
-    """What an alert names first, at most three: its sequence, its counts or its fields."""
-    if cause.startswith("sequence:"):
+    """What an alert names first, at most three: its sequence, its two places, its counts or its fields."""
+    if cause.startswith(("sequence:", "first:")):
         return [cause]
     if why.rates:
         return [f"rate:{rate.count}.{rate.span}" for rate in why.rates[:3]]
