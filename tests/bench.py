@@ -48,6 +48,7 @@ import streamer.findings
 import streamer.publishing
 import streamer.scoring
 import streamer.service
+import streamer.silences
 import streamer.source
 from encoder.events import Message, decode
 from encoder.sequence import WIDTH
@@ -84,6 +85,7 @@ STAGES: Sequence[tuple[str, Any, tuple[str, ...]]] = (
     ("windows (Redis)", state.redis_windows.RedisWindows, ("append", "prepare", "committed", "check_epoch")),
     ("encode and score sequences", streamer.scoring.SequenceScorer, ("raw", "evidence")),
     ("score rates", streamer.scoring.RateScorer, ("evidence",)),
+    ("timers of silence", streamer.silences.Watch, ("advance",)),
     ("rest of the detector", streamer.detector.Detector, ("prepare", "judge")),
     ("explain, build alerts", streamer.service.Service, ("_alerts",)),
     ("produce and commit", streamer.publishing.TransactionalPublisher, ("publish",)),
