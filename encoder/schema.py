@@ -102,10 +102,11 @@ class Field:
 
     def came_later(self, value: Any) -> bool:
         """Whether the value is one of `later`."""
-        text = normalise(value, self.path)
-        return bool(self.later) and not set(derived(text, self.derives) if self.derives else (text,)).isdisjoint(
-            self.later
-        )
+        return bool(self.later) and not set(self.parts(normalise(value, self.path))).isdisjoint(self.later)
+
+    def parts(self, text: str) -> tuple[str, ...]:
+        """What a normalised text is to this field: itself, or what is derived from it."""
+        return derived(text, self.derives) if self.derives else (text,)
 
     @property
     def size(self) -> int:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from encoder.events import Column, EventBatch
 from encoder.schema import FIRST, MISSING, UNKNOWN, UNSEEN_PATHS, Field, Schema
-from encoder.values import AGE, FOLDER, ages, derived, normalise, number
+from encoder.values import AGE, FOLDER, ages, normalise, number
 
 _CACHE_LIMIT = 32_768
 _CACHED_LENGTH = 1024
@@ -86,8 +86,7 @@ class _CategoryColumn:
             if field.kind == "presence":
                 codes.append(FIRST)
             else:
-                parts = derived(text, field.derives) if field.derives else (text,)
-                known = [vocabulary.get(part, UNKNOWN) for part in parts]
+                known = [vocabulary.get(part, UNKNOWN) for part in field.parts(text)]
                 codes.append(
                     UNKNOWN if UNKNOWN in known else max(known)
                 )  # the rarest: vocabularies begin with the common

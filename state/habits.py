@@ -55,14 +55,10 @@ def hashed(entities: Sequence[str]) -> NDArray[np.uint64]:
 
 class Habits:
     """keys: uint64 [e], ascending; most: uint8 [e, 8], the highest level of each count; usual: uint8 [kinds, 8], what a
-    stranger of each kind is measured by; kinds: int8 [e], of what kind each is (None: it was not kept)."""
+    stranger of each kind is measured by; kinds: int8 [e], of what kind each is."""
 
     def __init__(
-        self,
-        keys: NDArray[np.uint64],
-        most: NDArray[np.uint8],
-        usual: NDArray[np.uint8],
-        kinds: NDArray[np.int8] | None = None,
+        self, keys: NDArray[np.uint64], most: NDArray[np.uint8], usual: NDArray[np.uint8], kinds: NDArray[np.int8]
     ) -> None:
         self.keys, self.most, self.usual, self.kinds = keys, most, usual, kinds
 
@@ -114,10 +110,7 @@ class Habits:
         return self.most[at], self.keys[at] == wanted
 
     def others(self, entity: str, kind: int) -> NDArray[np.uint8]:
-        """uint8 [o, 8]: the highest levels of the entities of this kind in training, but for this one; none where kinds
-        were not kept."""
-        if self.kinds is None:
-            return self.most[:0]
+        """uint8 [o, 8]: the highest levels of the entities of this kind in training, but for this one."""
         found: NDArray[np.uint8] = self.most[(self.kinds == kind) & (self.keys != np.uint64(_key(entity)))]
         return found
 

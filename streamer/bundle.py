@@ -41,12 +41,13 @@ from streamer.scoring import RateScorer, RecordScorer, Scorer, SequenceScorer
 _ENCODER = "encoder.safetensors"
 _INDEX, _SCORES, _EXEMPLARS = "baseline.hnsw", "scores.safetensors", "exemplars.ndjson"
 _SEQUENCES, _BEHAVIOURS = "sequences.safetensors", "behaviours.ndjson"
+_HABITS = ("keys", "most", "usual", "kinds")
 
 
 @dataclass(frozen=True)
 class Bundle:
     """What a detector needs. exemplars: for each vector of the baseline, the normal event that it stands for, compact
-    and redacted; codes: uint16 [fields, exemplars], their features (None: an older bundle did not keep them);
+    and redacted; codes: uint16 [fields, exemplars], their features;
     behaviours: for each outcome that sequences are made of, a normal event without who and where;
     profile: how often each code of each field came in training; manifest: what `manifest.json` says; watch: how far
     entities have come from what they did first, as of the last refresh."""
@@ -57,8 +58,8 @@ class Bundle:
     behaviours: list[bytes]
     profile: NDArray[np.int64]
     manifest: dict[str, Any]
+    codes: NDArray[np.uint16]
     watch: Watch = field(default_factory=Watch)
-    codes: NDArray[np.uint16] | None = None
 
     @property
     def version(self) -> str:
@@ -89,8 +90,8 @@ def save(
     behaviours: list[bytes],
     profile: NDArray[np.int64],
     training: dict[str, Any],
+    codes: NDArray[np.uint16],
     watch: Watch | None = None,
-    codes: NDArray[np.uint16] | None = None,
 ) -> Bundle:
     """Write a bundle; what stands at `path` is replaced only once the new one is whole."""
     path, watch = path.absolute(), watch or Watch()
@@ -106,8 +107,7 @@ def save(
             save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary / _SEQUENCES)
         keys, walks = watch.arrays()
         arrays = _scorer_arrays(scorer) | {"profile": profile, "watch.keys": keys, "watch.walks": walks}
-        if codes is not None:
-            arrays["exemplars.codes"] = np.ascontiguousarray(codes)
+        arrays["exemplars.codes"] = np.ascontiguousarray(codes)
         save_arrays(arrays, temporary / _SCORES)
         (temporary / _EXEMPLARS).write_bytes(b"".join(line + b"\n" for line in exemplars))
         (temporary / _BEHAVIOURS).write_bytes(b"".join(line + b"\n" for line in behaviours))
@@ -130,7 +130,7 @@ def save(
         raise BundleError(f"{path} cannot be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Bundle(encoder, scorer, exemplars, behaviours, profile, manifest, watch, codes)
+    return Bundle(encoder, scorer, exemplars, behaviours, profile, manifest, codes, watch)
 
 
 def _swap(new: Path, path: Path) -> None:
@@ -162,9 +162,7 @@ def _scorer_arrays(scorer: Scorer) -> dict[str, NDArray[Any]]:
         groups["sequence"] = scorer.sequences.calibrations
     if scorer.rates is not None:
         habits = scorer.rates.habits
-        arrays |= {"habits.keys": habits.keys, "habits.most": habits.most, "habits.usual": habits.usual}
-        if habits.kinds is not None:
-            arrays["habits.kinds"] = habits.kinds
+        arrays |= {f"habits.{name}": getattr(habits, name) for name in _HABITS}
         groups["rate"] = scorer.rates.calibrations
     if scorer.overlaps is not None:
         overlaps = scorer.overlaps.overlaps
@@ -206,18 +204,17 @@ def load(path: Path, device: str = "cpu") -> Bundle:
             sequences = SequenceScorer(model, _calibrations(arrays, "sequence"))
         rates = None
         if "habits.keys" in arrays:
-            keys, most, usual = (arrays[f"habits.{name}"] for name in ("keys", "most", "usual"))
-            habits = Habits(keys, most, usual, arrays.get("habits.kinds"))
+            habits = Habits(*(arrays[f"habits.{name}"] for name in _HABITS))
             rates = RateScorer(habits, _calibrations(arrays, "rate"))
         overlaps = None
         if "overlaps.keys" in arrays:
             learned = Overlaps(*(arrays[f"overlaps.{name}"] for name in ("keys", "events", "pairs", "counts")))
             overlaps = OverlapScorer(learned, _calibrations(arrays, "overlap"))
         scorer = Scorer(record, sequences, rates, _calibrations(arrays, "event")["event"], overlaps)
-        profile = arrays["profile"]
+        profile, codes = arrays["profile"], arrays["exemplars.codes"]
         watch = Watch(arrays.get("watch.keys"), arrays.get("watch.walks"))
     except (SafetensorError, KeyError) as error:
         raise BundleError(f"bundle {path} does not hold what its manifest says ({error}); fit it again") from error
     exemplars = (path / _EXEMPLARS).read_bytes().splitlines()
     behaviours = (path / _BEHAVIOURS).read_bytes().splitlines()
-    return Bundle(encoder, scorer, exemplars, behaviours, profile, manifest, watch, arrays.get("exemplars.codes"))
+    return Bundle(encoder, scorer, exemplars, behaviours, profile, manifest, codes, watch)

@@ -329,7 +329,7 @@ class Explaining:
             ]
 
         found = alike(near)
-        if not found and self.bundle.codes is not None and normalised in field.values:
+        if not found and normalised in field.values:
             code = FIRST + field.values.index(normalised)
             found = alike(others.read(self.bundle, np.flatnonzero(self.bundle.codes[place] == code), FEW))
         if found:

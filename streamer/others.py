@@ -151,7 +151,7 @@ def with_value(
     whether those are all. codes: int32 [fields], of the event."""
     fields = bundle.encoder.schema.fields
     place = next((i for i, field in enumerate(fields) if field.name == path), 0)
-    if bundle.codes is None or not place or codes[0] < FIRST or codes[place] < FIRST:
+    if not place or codes[0] < FIRST or codes[place] < FIRST:
         return VALUE, [], True
     of_type, column, code = bundle.codes[0] == codes[0], bundle.codes[place], codes[place]
     if fields[place].kind != "number":

@@ -66,9 +66,7 @@ def refresh(
     schema = bundle.encoder.schema
     redactor = Redactor(redact)
     told = [*bundle.exemplars, *exemplars(records, places, schema, redactor)]
-    codes = None
-    if bundle.codes is not None:
-        codes = np.concatenate([bundle.codes, shown_codes(features, schema, redactor)], axis=1)[:, baseline.members]
+    codes = np.concatenate([bundle.codes, shown_codes(features, schema, redactor)], axis=1)[:, baseline.members]
     written = save(
         out,
         encoder=bundle.encoder,

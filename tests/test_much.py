@@ -70,6 +70,3 @@ def test_of_those_of_its_kind_it_is_told_how_many_reached_as_much() -> None:
     for who, count, among in (("user:bob", 1, 3), ("user:new", 1, 4), ("user:ann", 0, 3)):
         (told,) = findings(rates, [who], now, [LEVELS.index("failures.hour")])
         assert (told[0].reached, told[0].among) == (count, among), who
-    unknown = RateScorer(Habits(habits.keys, habits.most, habits.usual))
-    (told,) = findings(unknown, ["user:bob"], now, [0])
-    assert told[0].among == 0, "a bundle of before kept no kinds"
