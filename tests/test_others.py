@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,13 +155,6 @@ def test_of_a_course_of_events_who_has_such_events_is_told(fitted: Bundle) -> No
     silent, _ = told(fitted, logon(LATER, "dave", "vault"), "sequence:silence", "user:dave")
     assert silent is None
     assert "events like it" in finding["finding_info"]["desc"]
-
-
-def test_a_bundle_without_features_of_its_examples_tells_what_it_can(fitted: Bundle) -> None:
-    old = replace(fitted, codes=None)
-    others, finding = told(old, logon(LATER, "heidi", "mail"), "record:device.hostname", "user:heidi")
-    assert others is None
-    assert finding["finding_info"]["title"].startswith("Unusual host mail in logon of user heidi")
 
 
 def test_names_of_others_are_masked_where_their_attribute_is_listed(fitted: Bundle) -> None:
