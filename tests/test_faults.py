@@ -391,7 +391,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
 try:
     save(Path(sys.argv[2]), encoder=bundle.encoder, scorer=bundle.scorer, exemplars=bundle.exemplars,
-         behaviours=bundle.behaviours, profile=bundle.profile, training=bundle.manifest["training"])
+         behaviours=bundle.behaviours, profile=bundle.profile, training=bundle.manifest["training"], codes=bundle.codes)
 except RipcurrentError as error:
     print(error)
 """
