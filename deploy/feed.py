@@ -13,10 +13,10 @@ from pathlib import Path
 
 from confluent_kafka import Producer
 
-from streamer.activity import DAY
-from streamer.kafka import client_properties
+from streamer.devtools.simulator.generator import Day, schedule, simulate, write
+from streamer.devtools.simulator.workday import DAY
+from streamer.kafka.client import client_properties
 from streamer.settings import load
-from streamer.simulate import Day, schedule, simulate, write
 
 EVENTS_PER_DAY = 40_000
 DAYS = 35

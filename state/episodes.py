@@ -1,4 +1,5 @@
-"""Episodes: what is one story is told once, then updated and closed. This is the contract; `state.book` has the rules.
+"""Episodes: what is one story is told once, then updated and closed. This is the contract; `state.episode_rules` has
+the rules.
 
 Promises: the same coordinates get the same decision again, as long as they are not committed, so that neither a crash
 nor a redelivery doubles or loses one; what is counted is counted once; memory is bounded. Decisions depend on the

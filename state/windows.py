@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.errors import Source, StateLostError
-from state.tally import LEVELS, PARTNERS, Acts, Tally, bitmaps
+from state.rolling_counts import LEVELS, PARTNERS, Acts, Tally, bitmaps
 
 DAY_MS = 86_400_000
 MAX_SLACK = 16_384

@@ -10,11 +10,11 @@ import orjson
 from numpy.typing import NDArray
 from ocsf_json_schema import OcsfJsonSchemaEmbedded, get_ocsf_schema
 
-from encoder.events import Message, decode
-from streamer.alerts import build_alerts
-from streamer.detector import ScoredBatch
-from streamer.explaining import Explanation, FieldFinding
-from streamer.finding import OCSF_VERSION, Alert
+from encoder.ocsf.decoder import Message, decode
+from streamer.alerting.detection_finding import build_alerts
+from streamer.alerting.finding_frame import OCSF_VERSION, Alert
+from streamer.detection.detector import ScoredBatch
+from streamer.explain.attribution import Explanation, FieldFinding
 
 NOW = 1_790_000_000_000
 Json = dict[str, Any]
@@ -87,7 +87,7 @@ def one(record: Json = WORD, told: Explanation | None = None, **changes: Any) ->
     return check(alert)
 
 
-PROFILE = jsonschema.Draft202012Validator(orjson.loads((files("streamer") / "alert.schema.json").read_bytes()))
+PROFILE = jsonschema.Draft202012Validator(orjson.loads((files("streamer.alerting") / "alert.schema.json").read_bytes()))
 
 
 def check(alert: Alert) -> Json:

@@ -36,29 +36,29 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
-import encoder.rarity
-import encoder.runtime
-import encoder.sequence_training
-import encoder.training
-import encoder.vectorize
-import state.baseline
-import state.redis_windows
-import streamer.detector
-import streamer.findings
-import streamer.publishing
-import streamer.scoring
-import streamer.service
-import streamer.silences
-import streamer.source
-from encoder.events import Message, decode
-from encoder.sequence import WIDTH
-from streamer import servers
-from streamer.bundle import Bundle
-from streamer.cli import configure_logging
-from streamer.fitting import fit
-from streamer.kafka import consumer_properties
+import encoder.features.vectorizer
+import encoder.models.rarity
+import encoder.models.record_encoder
+import encoder.training.masked_fields
+import encoder.training.sequence
+import state.baseline.baseline
+import state.redis.windows
+import streamer.alerting.pipeline
+import streamer.detection.combine
+import streamer.detection.detector
+import streamer.detection.inactivity
+import streamer.kafka.consumer
+import streamer.kafka.producer
+import streamer.service.loop
+from encoder.models.sequence_model import WIDTH
+from encoder.ocsf.decoder import Message, decode
+from streamer.bundles.bundle_files import Bundle
+from streamer.cli.main import configure_logging
+from streamer.devtools import servers
+from streamer.devtools.simulator.generator import simulate
+from streamer.kafka.client import consumer_properties
 from streamer.settings import Settings, load
-from streamer.simulate import simulate
+from streamer.training.fit import fit
 
 SIZES = (1024, 3072)
 FIT_DAYS, EVENTS = 1, 30_000
@@ -73,23 +73,23 @@ AWAY_S = 0.001
 """How long a byte takes to a server that is far, and as long back: 2 ms to and fro, as between sites of a region."""
 
 STAGES: Sequence[tuple[str, Any, tuple[str, ...]]] = (
-    ("decode", streamer.detector, ("decode",)),
-    ("vectorize", encoder.vectorize.Vectorizer, ("__call__",)),
-    ("vectorize", encoder.vectorize.FeatureBatch, ("distinct", "take")),
-    ("encode: conditional rarity", encoder.rarity.ContextRarity, ("__call__", "summary")),
-    ("encode: network", encoder.runtime.Encoder, ("encode", "behaviours")),
-    ("score records: baseline", state.baseline.Baseline, ("search",)),
-    ("score records: density", state.baseline.Density, ("__call__",)),
-    ("score records: calibration", streamer.scoring.RecordScorer, ("raw", "parts", "evidence")),
-    ("entities, what each adds", streamer.detector, ("find_entities", "acts")),
-    ("windows (Redis)", state.redis_windows.RedisWindows, ("append", "prepare", "committed", "check_epoch")),
-    ("encode and score sequences", streamer.scoring.SequenceScorer, ("raw", "evidence")),
-    ("score rates", streamer.scoring.RateScorer, ("evidence",)),
-    ("timers of silence", streamer.silences.Watch, ("advance",)),
-    ("rest of the detector", streamer.detector.Detector, ("prepare", "judge")),
-    ("explain, build alerts", streamer.service.Service, ("_alerts",)),
-    ("produce and commit", streamer.publishing.TransactionalPublisher, ("publish",)),
-    ("wait for messages", streamer.source.Source, ("wait",)),
+    ("decode", streamer.detection.detector, ("decode",)),
+    ("vectorize", encoder.features.vectorizer.Vectorizer, ("__call__",)),
+    ("vectorize", encoder.features.vectorizer.FeatureBatch, ("distinct", "take")),
+    ("encode: conditional rarity", encoder.models.rarity.ContextRarity, ("__call__", "summary")),
+    ("encode: network", encoder.models.record_encoder.Encoder, ("encode", "behaviours")),
+    ("score records: baseline", state.baseline.baseline.Baseline, ("search",)),
+    ("score records: density", state.baseline.baseline.Density, ("__call__",)),
+    ("score records: calibration", streamer.detection.combine.RecordScorer, ("raw", "parts", "evidence")),
+    ("entities, what each adds", streamer.detection.detector, ("find_entities", "acts")),
+    ("windows (Redis)", state.redis.windows.RedisWindows, ("append", "prepare", "committed", "check_epoch")),
+    ("encode and score sequences", streamer.detection.combine.SequenceScorer, ("raw", "evidence")),
+    ("score rates", streamer.detection.combine.RateScorer, ("evidence",)),
+    ("timers of silence", streamer.detection.inactivity.Watch, ("advance",)),
+    ("rest of the detector", streamer.detection.detector.Detector, ("prepare", "judge")),
+    ("explain, build alerts", streamer.service.loop.Service, ("_alerts",)),
+    ("produce and commit", streamer.kafka.producer.TransactionalPublisher, ("publish",)),
+    ("wait for messages", streamer.kafka.consumer.Source, ("wait",)),
 )
 """(stage, where, what): a stage's time is that of its functions without that of other stages called from them."""
 
@@ -197,7 +197,7 @@ def only_consume_and_parse(settings: Settings, events: int) -> tuple[float, floa
     consumer.assign([TopicPartition(settings.events[0], 0, 0)])
     done, began, cpu = 0, 0.0, 0.0
     while done < events:
-        messages = consumer.consume(streamer.source.CHUNK, 1.0)
+        messages = consumer.consume(streamer.kafka.consumer.CHUNK, 1.0)
         if messages and not done:
             began, cpu = time.perf_counter(), time.process_time()
         for message in messages:
@@ -211,12 +211,14 @@ def only_consume_and_parse(settings: Settings, events: int) -> tuple[float, floa
 def serve(settings: Settings, events: int, *, ahead: bool) -> Run:
     """Run the service over the whole topic."""
     configure_logging(settings)
-    detector, windows = streamer.detector.open_detector(settings, settings.bundle)
+    detector, windows = streamer.detection.detector.open_detector(settings, settings.bundle)
     line = detector.bundle.line(settings.alerts_per_day)
-    findings = streamer.findings.open_findings(settings, detector, streamer.findings.open_episodes(settings))
+    findings = streamer.alerting.pipeline.open_findings(
+        settings, detector, streamer.alerting.pipeline.open_episodes(settings)
+    )
     clock = Clock()
     with clock.watching():
-        service = streamer.service.Service(settings, detector, findings, line=line, windows=windows)
+        service = streamer.service.loop.Service(settings, detector, findings, line=line, windows=windows)
         source: Any = service._source
         if not ahead:
             source._ahead = OneAfterTheOther()
@@ -312,7 +314,7 @@ def train(history: Path, out: Path) -> tuple[dict[str, float], Bundle]:
     """Fit, and say for each network how many events or windows a second of CPU it was trained on."""
     rates = {}
     with ExitStack() as patches:
-        for name, where in (("record", encoder.training), ("sequence", encoder.sequence_training)):
+        for name, where in (("record", encoder.training.masked_fields), ("sequence", encoder.training.sequence)):
 
             def timed(
                 *arguments: Any, name: str = name, where: Any = where, call: Any = where.descend, **named: Any
@@ -422,7 +424,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, far_servers() if far else near_servers() as (bootstrap, redis_url):
         os.chdir(folder)
         torch.set_num_threads(1)  # as the command does
-        encoder.training.STEPS = encoder.sequence_training.STEPS = STEPS
+        encoder.training.masked_fields.STEPS = encoder.training.sequence.STEPS = STEPS
         for size in SIZES[:1] if far else SIZES:
             measure(size, Path(folder), bootstrap, redis_url)
 

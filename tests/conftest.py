@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from streamer import servers
+from streamer.devtools import servers
 
 if TYPE_CHECKING:
     from stream import Topics
@@ -47,8 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train.ndjson, a simulated day; test.ndjson, the next, with incidents; and bundle, fitted on the first."""
     from whole import short_training
 
-    from streamer.fitting import fit
-    from streamer.simulate import schedule, simulate, write
+    from streamer.devtools.simulator.generator import schedule, simulate, write
+    from streamer.training.fit import fit
 
     folder = tmp_path_factory.mktemp("end-to-end")
     days = list(simulate(seed=3, days=2, events_per_day=2600, incidents=schedule(2, clean=1)))

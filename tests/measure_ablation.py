@@ -15,12 +15,13 @@ from unittest.mock import patch
 
 import numpy as np
 
-from encoder import training
-from encoder.descent import Descent
-from state import baseline
-from streamer import fitting, scoring
-from streamer.evaluation import metrics, read_events, read_labels
-from streamer.files import batches
+from encoder.training import masked_fields as training
+from encoder.training.trainer import Descent
+from state.baseline import baseline
+from streamer.detection import combine as scoring
+from streamer.event_files import batches
+from streamer.offline.evaluation import metrics, read_events, read_labels
+from streamer.training import fit as fitting
 
 Patches = list[tuple[Any, str, Any]]
 NO_DENSITY: Patches = [(scoring, "DENSITY_TRUST", 0.0)]

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from state.baseline import Exact, Hnsw
-from streamer.bundle import load
-from streamer.scoring import NEIGHBOURS
+from state.baseline.baseline import Exact, Hnsw
+from streamer.bundles.bundle_files import load
+from streamer.detection.combine import NEIGHBOURS
 
 DIM = 64
 

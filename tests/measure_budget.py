@@ -19,11 +19,11 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from streamer.budget import STORY_MS
-from streamer.bundle import load
-from streamer.fitting import DAY_MS, fit
-from streamer.offline import ScoredFile, lines_of, score_files
-from streamer.simulate import schedule, simulate, write
+from streamer.alerting.threshold import STORY_MS
+from streamer.bundles.bundle_files import load
+from streamer.devtools.simulator.generator import schedule, simulate, write
+from streamer.offline.file_scoring import ScoredFile, lines_of, score_files
+from streamer.training.fit import DAY_MS, fit
 
 WEEKS = 11
 EVENTS_PER_DAY = 8_000

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import orjson
 
-from encoder.events import Message
-from streamer.fitting import fit
+from encoder.ocsf.decoder import Message
+from streamer.training.fit import fit
 
 CLASSES = [1000 * category + n for category in (1, 3, 4, 5, 6) for n in range(1, 7)]
 PATHS = 9

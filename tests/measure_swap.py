@@ -19,11 +19,11 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 from stream import Topics, create
 from whole import Service, lines, short_training
 
-from streamer import servers
-from streamer.fitting import fit
-from streamer.refresh import refresh
-from streamer.simulate import simulate, write
-from streamer.store import Store
+from streamer.bundles.store import Store
+from streamer.devtools import servers
+from streamer.devtools.simulator.generator import simulate, write
+from streamer.training.fit import fit
+from streamer.training.refresh import refresh
 
 RATE = 100
 """Events a second."""

@@ -9,10 +9,10 @@ import numpy as np
 import redis
 from numpy.typing import NDArray
 
-from encoder.acts import PARTNERS, Acts
-from state.redis_windows import RedisWindows
+from encoder.ocsf.activity_counts import PARTNERS, Acts
+from state.redis.windows import RedisWindows
 from state.windows import MemoryWindows, WindowEntries, WindowStore
-from streamer.servers import ValkeyServer
+from streamer.devtools.servers import ValkeyServer
 
 SOURCE = ("events", 0)
 DIM, BATCH = 64, 2000

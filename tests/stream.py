@@ -23,14 +23,14 @@ from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 from numpy.typing import NDArray
 
-from encoder.events import Coordinates, Message, decode
-from state.redis_episodes import RedisEpisodes
+from encoder.ocsf.decoder import Coordinates, Message, decode
+from state.redis.episodes import RedisEpisodes
 from state.windows import WindowEntries, Windows, WindowStore
-from streamer.detector import ScoredBatch
-from streamer.explaining import Explanation
-from streamer.finding import Alert
-from streamer.findings import Findings
-from streamer.service import Service
+from streamer.alerting.finding_frame import Alert
+from streamer.alerting.pipeline import Findings
+from streamer.detection.detector import ScoredBatch
+from streamer.explain.attribution import Explanation
+from streamer.service.loop import Service
 from streamer.settings import Settings, load
 
 LINE = 0.02

@@ -8,10 +8,10 @@ import numpy as np
 import orjson
 import pytest
 
-from encoder.acts import NOBODY, PARTNERS, Acts, acts
-from encoder.entities import KINDS, Entities, entities
-from encoder.events import Message, decode
-from state import tally
+from encoder.ocsf.activity_counts import NOBODY, PARTNERS, Acts, acts
+from encoder.ocsf.decoder import Message, decode
+from encoder.ocsf.entities import KINDS, Entities, entities
+from state import rolling_counts as tally
 
 Json = dict[str, Any]
 LOGON: Json = {

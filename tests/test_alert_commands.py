@@ -25,10 +25,10 @@ from test_cli import COMMAND
 from test_findings import Quiet
 from typer.testing import CliRunner, Result
 
-from state.book import MINUTE_MS, MemoryEpisodes
-from streamer.cli import app
-from streamer.finding import Alert
-from streamer.findings import Findings
+from state.episode_rules import MINUTE_MS, MemoryEpisodes
+from streamer.alerting.finding_frame import Alert
+from streamer.alerting.pipeline import Findings
+from streamer.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 

@@ -29,23 +29,23 @@ from alerting import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import encoder.sequence_training
-import encoder.training
-from encoder.entities import KINDS
-from encoder.events import Message
+import encoder.training.masked_fields
+import encoder.training.sequence
+from encoder.ocsf.decoder import Message
+from encoder.ocsf.entities import KINDS
 from state.episodes import CREATE, UPDATE, Decision, Episode
 from state.windows import MemoryWindows
-from streamer.bundle import Bundle
-from streamer.closing import close_alert
-from streamer.detector import Detector
-from streamer.explaining import Explanation, FieldFinding
-from streamer.fitting import fit
-from streamer.observables import EVIDENCE, Leaf, Shape
-from streamer.others import Others
-from streamer.peers import flatten
+from streamer.alerting.close_alert import close_alert
+from streamer.alerting.observables import EVIDENCE, Leaf, Shape
+from streamer.alerting.text import TELLING
+from streamer.bundles.bundle_files import Bundle
+from streamer.detection.detector import Detector
+from streamer.devtools.simulator.generator import schedule, simulate, write
+from streamer.explain.attribution import Explanation, FieldFinding
+from streamer.explain.peer_comparison import Others
+from streamer.offline.reference_detectors import flatten
 from streamer.redaction import Redactor
-from streamer.simulate import schedule, simulate, write
-from streamer.wording import TELLING
+from streamer.training.fit import fit
 
 DATA = os.environ.get("RIPCURRENT_EVAL_DATA")
 STREAMS = ("flows-nsl", "windows-a", "sequences-hdfs", "cloud")
@@ -214,8 +214,8 @@ def day(tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, Told]:
     days = list(simulate(seed=5, days=3, events_per_day=2_600, incidents=schedule(3, clean=2)))
     write(days[:2], folder / "train.ndjson.gz")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoder.training, "STEPS", 200)
-        patch.setattr(encoder.sequence_training, "STEPS", 100)
+        patch.setattr(encoder.training.masked_fields, "STEPS", 200)
+        patch.setattr(encoder.training.sequence, "STEPS", 100)
         bundle = fit([folder / "train.ndjson.gz"], folder / "bundle").bundle
     return explained(bundle, days[2].events, each=4)
 
@@ -461,8 +461,8 @@ def test_real_events_make_valid_alerts_quickly(name: str) -> None:
 def test_every_stream_makes_valid_alerts_with_a_fitted_detector(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoder.training, "STEPS", 200)
-    monkeypatch.setattr(encoder.sequence_training, "STEPS", 100)
+    monkeypatch.setattr(encoder.training.masked_fields, "STEPS", 200)
+    monkeypatch.setattr(encoder.training.sequence, "STEPS", 100)
     bundle = fit([Path(DATA or "") / f"{name}.train.ndjson.gz"], tmp_path / "bundle").bundle
     with gzip.open(Path(DATA or "") / f"{name}.test.ndjson.gz") as lines:
         _, told = explained(bundle, list(lines), each=2)

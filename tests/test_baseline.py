@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-import state.baseline
-from state.baseline import MIN_REFERENCE, TRIM, Baseline, BaselineError, Density, Exact, Hnsw
+import state.baseline.baseline
+from state.baseline.baseline import MIN_REFERENCE, TRIM, Baseline, BaselineError, Density, Exact, Hnsw
 
 DIM = 16
 
@@ -39,7 +39,7 @@ def nearest(data: NDArray[np.float16], queries: NDArray[np.float16], k: int) -> 
 def test_both_searches_find_the_nearest(
     monkeypatch: pytest.MonkeyPatch, exact_up_to: int, duplicates: float, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(state.baseline, "EXACT_UP_TO", exact_up_to)
+    monkeypatch.setattr(state.baseline.baseline, "EXACT_UP_TO", exact_up_to)
     data, queries = vectors(3000, 0, duplicates=duplicates), vectors(200, 1)
     baseline = Baseline.build(data, seed=0)
     assert baseline.serves_exactly == bool(exact_up_to)
@@ -97,8 +97,8 @@ def test_few_vectors_are_searched_exactly_and_a_tiny_baseline_gives_what_it_has(
 
 
 def test_the_canary_sees_a_graph_that_misses_and_exact_search_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state.baseline, "EXACT_UP_TO", 0)
-    monkeypatch.setattr(state.baseline, "CANARY", 8)
+    monkeypatch.setattr(state.baseline.baseline, "EXACT_UP_TO", 0)
+    monkeypatch.setattr(state.baseline.baseline, "CANARY", 8)
     data, queries = vectors(5000, 0), vectors(4000, 1)
     sound = Baseline.build(data, seed=0)
     sound.search(queries, 5)
@@ -120,7 +120,7 @@ def test_the_canary_sees_a_graph_that_misses_and_exact_search_takes_over(monkeyp
 @pytest.mark.parametrize("exact_up_to", [0, 10**9], ids=["hnsw", "exact"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_a_number_is_refused(monkeypatch: pytest.MonkeyPatch, exact_up_to: int, bad: float) -> None:
-    monkeypatch.setattr(state.baseline, "EXACT_UP_TO", exact_up_to)
+    monkeypatch.setattr(state.baseline.baseline, "EXACT_UP_TO", exact_up_to)
     data = vectors(100, 0)
     baseline = Baseline.build(data, seed=0)
     wrong = data.copy()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from streamer.budget import ALWAYS, CORRECTION, HOUR_MS, Budget, Line, Tally, line_at
+from streamer.alerting.threshold import ALWAYS, CORRECTION, HOUR_MS, Budget, Line, Tally, line_at
 
 DAY_MS = 24 * HOUR_MS
 MONDAY = 20_454 * DAY_MS

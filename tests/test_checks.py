@@ -11,11 +11,11 @@ import torch
 from test_schema import feed
 from test_training import rows
 
-from encoder.checks import EmbeddingChecks, check_embedding
-from encoder.rarity import ContextRarity
-from encoder.resnet import TabularResNet
-from encoder.runtime import Encoder
-from encoder.training import DEPTH, EMBEDDING, WIDTH, fit_identity, network_sizes
+from encoder.models.rarity import ContextRarity
+from encoder.models.record_encoder import Encoder
+from encoder.models.resnet import TabularResNet
+from encoder.training.embedding_quality import EmbeddingChecks, check_embedding
+from encoder.training.masked_fields import DEPTH, EMBEDDING, WIDTH, fit_identity, network_sizes
 
 
 def checked(events: Sequence[dict[str, Any]], scale: float = 1.0) -> EmbeddingChecks:
@@ -42,7 +42,7 @@ def test_a_good_embedding_is_told_from_a_collapsed_one() -> None:
 
 def test_a_training_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
-    from streamer.pictures import plot_training
+    from streamer.cli.plots import plot_training
 
     training = {
         "loss": [2.0, 1.0],

@@ -15,7 +15,7 @@ import pytest
 import structlog
 from stream import create
 
-from streamer.cli import configure_logging
+from streamer.cli.main import configure_logging
 from streamer.settings import Settings, leaves
 
 COMMAND = [sys.executable, "-c", "from streamer.cli import main; main()"]
@@ -73,7 +73,7 @@ def test_config_prints_toml_that_gives_the_same_settings_and_hides_secrets(tmp_p
 
 LOGS = """
 import sys, structlog
-from streamer.cli import configure_logging
+from streamer.cli.main import configure_logging
 from streamer.settings import load
 configure_logging(load({"log_format": sys.argv[1], "log_level": "warning"}))
 structlog.get_logger("ripcurrent.service").warning("read again", reason="it was\\nlost", times=3)

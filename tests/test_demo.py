@@ -21,16 +21,16 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
-from encoder.events import Message, decode
-from streamer.alerts import build_alerts
-from streamer.demo import Scorecard, Seen, demo
-from streamer.detector import ScoredBatch
+from encoder.ocsf.decoder import Message, decode
+from streamer.alerting.detection_finding import build_alerts
+from streamer.alerting.finding_frame import Alert
+from streamer.detection.detector import ScoredBatch
+from streamer.devtools.demo import Scorecard, Seen, demo
+from streamer.devtools.simulator.generator import Label
 from streamer.errors import ConfigurationError, StreamError
-from streamer.explaining import Explanation
-from streamer.finding import Alert
-from streamer.service import Service
+from streamer.explain.attribution import Explanation
+from streamer.service.loop import Service
 from streamer.settings import load
-from streamer.simulate import Label
 
 STAND_IN = (sys.executable, str(Path(__file__)))
 

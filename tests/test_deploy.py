@@ -18,8 +18,8 @@ import pytest
 import yaml
 from stream import create
 
-from encoder.events import Message, decode
-from streamer.metrics import Metrics
+from encoder.ocsf.decoder import Message, decode
+from streamer.service.metrics import Metrics
 from streamer.settings import leaves, variable
 
 ROOT = Path(__file__).parents[1]

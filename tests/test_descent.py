@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from encoder.descent import REPORT_EVERY, Checkpoint, Descent, descend
+from encoder.training.trainer import REPORT_EVERY, Checkpoint, Descent, descend
 
 STEPS = 6 * REPORT_EVERY
 DATA = np.arange(10.0)

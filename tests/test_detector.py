@@ -11,19 +11,19 @@ import numpy as np
 import orjson
 import pytest
 
-import encoder.sequence_training
-import encoder.training
-from encoder.events import Message
+import encoder.training.masked_fields
+import encoder.training.sequence
+from encoder.ocsf.decoder import Message
 from state.timers import MemoryTimers
 from state.windows import MemoryWindows
-from streamer import bundle as bundles
-from streamer import fitting
-from streamer.bundle import Bundle, BundleError
-from streamer.detector import Detector, ScoredBatch
-from streamer.fitting import FitError, fit
-from streamer.offline import line_of_a_day, score_files, write_alerts, write_scores
+from streamer.bundles import bundle_files as bundles
+from streamer.bundles.bundle_files import Bundle, BundleError
+from streamer.detection.detector import Detector, ScoredBatch
+from streamer.devtools.simulator.generator import MONDAY, schedule, simulate, write
+from streamer.offline.file_scoring import line_of_a_day, score_files, write_alerts, write_scores
 from streamer.redaction import MASK
-from streamer.simulate import MONDAY, schedule, simulate, write
+from streamer.training import fit as fitting
+from streamer.training.fit import FitError, fit
 
 EVENTS_PER_DAY = 2600
 
@@ -42,8 +42,8 @@ def days(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def quick() -> Iterator[None]:
     """Short training: these tests are about what is done with a model, not about how good it is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoder.training, "STEPS", 200)
-        patch.setattr(encoder.sequence_training, "STEPS", 200)
+        patch.setattr(encoder.training.masked_fields, "STEPS", 200)
+        patch.setattr(encoder.training.sequence, "STEPS", 200)
         yield
 
 

@@ -11,8 +11,8 @@ import pytest
 from stream import EVENT, EachRow, HashDetector, Topics, create, running
 from typer.testing import CliRunner, Result
 
-from streamer.cli import app
-from streamer.service import Service
+from streamer.cli.main import app
+from streamer.service.loop import Service
 
 BROKEN = b'{"class_uid": 3002, "message": "cut o'
 

@@ -15,16 +15,16 @@ from test_cli import ripcurrent
 from test_store import bundle
 from typer.testing import CliRunner
 
-from encoder.events import Message, decode
-from encoder.schema import Schema, SchemaLearner
-from encoder.vectorize import Vectorizer
-from streamer.cli import app
-from streamer.collectors import DriftCollector
-from streamer.doctor import examine
-from streamer.drift import DISTRUST, HEALTHY, HOUR_MS, MIN_EVENTS, REFIT, Drift, profile, stability
-from streamer.metrics import Metrics, serve
-from streamer.servers import _free_port
-from streamer.store import Store
+from encoder.features.schema import Schema, SchemaLearner
+from encoder.features.vectorizer import Vectorizer
+from encoder.ocsf.decoder import Message, decode
+from streamer.bundles.store import Store
+from streamer.cli.doctor import examine
+from streamer.cli.main import app
+from streamer.detection.drift import DISTRUST, HEALTHY, HOUR_MS, MIN_EVENTS, REFIT, Drift, profile, stability
+from streamer.devtools.servers import _free_port
+from streamer.service.metric_collectors import DriftCollector
+from streamer.service.metrics import Metrics, serve
 
 START = EVENT["time"] // (24 * HOUR_MS) * 24 * HOUR_MS
 

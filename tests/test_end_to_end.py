@@ -20,11 +20,11 @@ from stream import Topics, create
 from test_cli import ripcurrent
 from whole import Service, alerts_of, lines, scores_of, short_training, undisturbed_run
 
-from encoder.events import Message
+from encoder.ocsf.decoder import Message
 from state.windows import MemoryWindows
-from streamer.bundle import load
-from streamer.detector import Detector
-from streamer.fitting import fit
+from streamer.bundles.bundle_files import load
+from streamer.detection.detector import Detector
+from streamer.training.fit import fit
 
 DATA = os.environ.get("RIPCURRENT_EVAL_DATA", "")
 needs_data = pytest.mark.skipif(not DATA, reason="RIPCURRENT_EVAL_DATA names no folder of recordings")

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from state.book import CROWD, MINUTE_MS, QUIET_MS, SAME_MS, STORY_MS, TELL_MS, MemoryEpisodes
+from state.episode_rules import CROWD, MINUTE_MS, QUIET_MS, SAME_MS, STORY_MS, TELL_MS, MemoryEpisodes
 from state.episodes import CLOSE, CREATE, UPDATE, Anomaly, Decision, End, EpisodeStore
-from state.redis_episodes import RedisEpisodes
-from streamer.servers import ValkeyServer
+from state.redis.episodes import RedisEpisodes
+from streamer.devtools.servers import ValkeyServer
 
 A, B = ("events", 0), ("events", 1)
 PORT, FILE, ORDER = "record:dst_endpoint.port", "record:file.name", "sequence:order"
@@ -253,7 +253,7 @@ def test_a_batch_of_other_sources_closes_nothing_that_is_not_its_own(make: Make)
 
 
 def test_too_many_open_episodes_close_the_quietest(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("state.book.MAX_OPEN", 5)
+    monkeypatch.setattr("state.episode_rules.MAX_OPEN", 5)
     store = make()
     found = [d for i in range(8) for d in decide(store, anomaly(i, i, entity=f"user:{i}", cause=f"record:{i}"))]
     assert [d.episode.entity for d in found if d.activity == CLOSE] == ["user:0", "user:1", "user:2"]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from streamer.evaluation import (
+from streamer.offline.evaluation import (
     Detected,
     EvaluationError,
     Labels,
@@ -22,7 +22,7 @@ from streamer.evaluation import (
     recall_at,
     results_table,
 )
-from streamer.peers import Table, flatten, half_space_trees, tabulate
+from streamer.offline.reference_detectors import Table, flatten, half_space_trees, tabulate
 
 DATA = os.environ.get("RIPCURRENT_EVAL_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="RIPCURRENT_EVAL_DATA names no folder")

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoder.events import MAX_FIELDS, MAX_LIST, EventBatch, Message, Reject, decode
+from encoder.ocsf.decoder import MAX_FIELDS, MAX_LIST, EventBatch, Message, Reject, decode
 
 settings.register_profile("ripcurrent", deadline=None)  # a shared machine is slow at times
 settings.load_profile("ripcurrent")

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from encoder.events import Message
+from encoder.ocsf.decoder import Message
 from state.timers import MemoryTimers
 from state.windows import MemoryWindows
-from streamer.detector import Detector
-from streamer.explaining import Explanation
-from streamer.fitting import fit
-from streamer.offline import line_of_a_day
-from streamer.simulate import Day, Label, schedule, simulate, write
+from streamer.detection.detector import Detector
+from streamer.devtools.simulator.generator import Day, Label, schedule, simulate, write
+from streamer.explain.attribution import Explanation
+from streamer.offline.file_scoring import line_of_a_day
+from streamer.training.fit import fit
 
 CAUSES: dict[str, tuple[str, ...]] = {
     "admin_from_new_place": ("src_endpoint.ip", "src_endpoint.location."),

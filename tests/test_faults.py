@@ -28,12 +28,12 @@ from stream import EVENT, LINE, EachRow, HashDetector, Topics, create, p_value, 
 from test_rebuild import assert_undisturbed
 from test_rebuild import service_for as service_with_windows
 
-from encoder.events import Message
-from state.baseline import Baseline
-from streamer import source as source_module
+from encoder.ocsf.decoder import Message
+from state.baseline.baseline import Baseline
+from streamer.devtools.servers import KafkaServer, ValkeyServer
 from streamer.errors import StreamError
-from streamer.servers import KafkaServer, ValkeyServer
-from streamer.service import Service
+from streamer.kafka import consumer as source_module
+from streamer.service.loop import Service
 
 STREAM = Path(__file__).with_name("stream.py")
 
@@ -384,7 +384,7 @@ def test_a_clock_far_ahead_of_the_brokers_ends_the_service_in_one_line_and_costs
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-from streamer.bundle import load, save
+from streamer.bundles.bundle_files import load, save
 from streamer.errors import RipcurrentError
 bundle = load(Path(sys.argv[1]))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -18,16 +18,16 @@ from test_alert_commands import create_topic, invoke, lines, send
 from test_findings import Quiet, lined
 from typer.testing import CliRunner
 
-from state.book import MemoryEpisodes
+from state.episode_rules import MemoryEpisodes
 from state.episodes import Anomaly
-from streamer.cli import app
+from streamer.alerting.pipeline import Findings
+from streamer.alerting.suppression_feed import Feedback, publish
+from streamer.alerting.verdicts import DAY_MS, Scope, Suppressions, preview, scope_of, verdict_on
+from streamer.cli.main import app
 from streamer.errors import ConfigurationError
-from streamer.feedback import DAY_MS, Scope, Suppressions, preview, scope_of, verdict_on
-from streamer.findings import Findings
 from streamer.redaction import MASK
-from streamer.service import Service
+from streamer.service.loop import Service
 from streamer.settings import load
-from streamer.suppressions import Feedback, publish
 
 NOW = WORD["time"]
 INCIDENT = jsonschema.Draft202012Validator(

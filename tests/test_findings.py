@@ -19,13 +19,13 @@ import pytest
 from alerting import NOW, WORD, check, explanation, scored
 from stream import HashDetector, Topics, create, findings, running
 
-from state.book import MemoryEpisodes
+from state.episode_rules import MemoryEpisodes
 from state.episodes import CLOSE, CREATE, UPDATE
-from streamer.detector import ScoredBatch
-from streamer.finding import Alert
-from streamer.findings import Findings
+from streamer.alerting.finding_frame import Alert
+from streamer.alerting.pipeline import Findings
+from streamer.detection.detector import ScoredBatch
 from streamer.redaction import Redactor
-from streamer.service import Service
+from streamer.service.loop import Service
 
 Json = dict[str, Any]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from state.habits import BLOCKS, STRANGER, Excess, Habits
-from state.tally import LEVELS, level_of
-from streamer.scoring import MIN_ENTITIES, RateScorer
+from state.rate_profiles import BLOCKS, STRANGER, Excess, Habits
+from state.rolling_counts import LEVELS, level_of
+from streamer.detection.combine import MIN_ENTITIES, RateScorer
 
 HOUR = 3_600_000
 PEOPLE = 40

@@ -13,14 +13,14 @@ import pytest
 from confluent_kafka import KafkaError, KafkaException
 from stream import LINE, EachRow, HashDetector, Topics, create, running, until
 
-from streamer import publishing
-from streamer import source as source_module
+from streamer.devtools.servers import KafkaServer
 from streamer.errors import ConfigurationError, StreamError
-from streamer.kafka import TransactionAbortedError, check_topics, claim_instance, patiently
-from streamer.publishing import TransactionalPublisher
-from streamer.servers import KafkaServer
-from streamer.service import Service
-from streamer.source import Source
+from streamer.kafka import consumer as source_module
+from streamer.kafka import producer as publishing
+from streamer.kafka.client import TransactionAbortedError, check_topics, claim_instance, patiently
+from streamer.kafka.consumer import Source
+from streamer.kafka.producer import TransactionalPublisher
+from streamer.service.loop import Service
 
 
 @pytest.fixture

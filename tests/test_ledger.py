@@ -14,12 +14,12 @@ import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
 from stream import EVENT, EachRow, HashDetector, Topics, create, p_value, running, until
 
-from encoder.events import Message
-from streamer.budget import HOUR_MS, Budget
-from streamer.detector import ScoredBatch
+from encoder.ocsf.decoder import Message
+from streamer.alerting.threshold import HOUR_MS, Budget
+from streamer.alerting.threshold_ledger import Ledger, Lines
+from streamer.detection.detector import ScoredBatch
 from streamer.errors import ConfigurationError
-from streamer.ledger import Ledger, Lines
-from streamer.service import Service
+from streamer.service.loop import Service
 
 RATE = 4000.0
 START = EVENT["time"] // HOUR_MS * HOUR_MS
@@ -99,7 +99,7 @@ def test_what_was_judged_in_an_aborted_transaction_is_not_spent(topics: Topics) 
     def failing(*arguments: Any) -> None:
         calls[0] += 1
         if calls[0] in (2, 4):
-            from streamer.kafka import TransactionAbortedError
+            from streamer.kafka.client import TransactionAbortedError
 
             raise TransactionAbortedError("as if the broker had gone away")
         publish(*arguments)

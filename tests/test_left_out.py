@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.windows import MemoryWindows, WindowEntries, Windows
-from streamer.left_out import LATEST, cut, weights
+from streamer.explain.leave_one_out import LATEST, cut, weights
 
 W = 32
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from encoder.acts import NOBODY, PARTNERS, Acts
-from encoder.entities import KINDS
+from encoder.ocsf.activity_counts import NOBODY, PARTNERS, Acts
+from encoder.ocsf.entities import KINDS
 from state.calibration import Calibration
-from state.habits import GROUPS, Habits
-from state.tally import LEVELS, level_of
+from state.rate_profiles import GROUPS, Habits
+from state.rolling_counts import LEVELS, level_of
 from state.windows import MemoryWindows, WindowEntries
-from streamer.much import findings, levels
-from streamer.scoring import RateScorer
+from streamer.detection.combine import RateScorer
+from streamer.explain.rates import findings, levels
 
 MINUTE = 60_000
 HOUR = 60 * MINUTE

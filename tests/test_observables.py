@@ -4,7 +4,7 @@ from alerting import SCHEMA, VALIDATOR, one
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamer.observables import EVIDENCE, OBSERVABLE_TYPES, Leaf, Shape, evidence, observables
+from streamer.alerting.observables import EVIDENCE, OBSERVABLE_TYPES, Leaf, Shape, evidence, observables
 
 
 def test_shapes_and_observable_types_are_those_of_the_schema() -> None:

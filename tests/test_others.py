@@ -12,15 +12,15 @@ import pytest
 from alerting import Json, alerts, check
 from whole import short_training
 
-from encoder.entities import KINDS
-from encoder.events import Message
+from encoder.ocsf.decoder import Message
+from encoder.ocsf.entities import KINDS
 from state.windows import MemoryWindows
-from streamer import bundle as bundles
-from streamer.bundle import Bundle
-from streamer.detector import Detector
-from streamer.fitting import fit
-from streamer.others import Others, kind_of, names_of
+from streamer.bundles import bundle_files as bundles
+from streamer.bundles.bundle_files import Bundle
+from streamer.detection.detector import Detector
+from streamer.explain.peer_comparison import Others, kind_of, names_of
 from streamer.redaction import Redactor
+from streamer.training.fit import fit
 
 MINUTE = 60_000
 START = 1_780_000_000_000

@@ -3,11 +3,11 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from encoder.entities import KINDS
-from state.overlaps import LEAST, SPAN_MS, OverlapCounts, Overlaps, near
-from state.tally import HOUR_MS, PARTNERS
+from encoder.ocsf.entities import KINDS
+from state.cooccurrence import LEAST, SPAN_MS, OverlapCounts, Overlaps, near
+from state.rolling_counts import HOUR_MS, PARTNERS
 from state.windows import MemoryWindows, WindowEntries, Windows
-from streamer.at_once import CAUSES, CHANCE, OverlapScorer
+from streamer.detection.cooccurrence_score import CAUSES, CHANCE, OverlapScorer
 
 ADDRESS = 1
 HERE, THERE, PHONE = 10, 20, 30

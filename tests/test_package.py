@@ -51,13 +51,13 @@ def test_the_wheel_holds_the_three_packages_with_their_data_and_nothing_else(whe
         "encoder/py.typed",
         "state/py.typed",
         "streamer/py.typed",
-        "state/windows.lua",
-        "state/episodes.lua",
-        "streamer/alert.schema.json",
+        "state/redis/windows.lua",
+        "state/redis/episodes.lua",
+        "streamer/alerting/alert.schema.json",
     ):
         assert name in held
-    assert held["streamer/kafka-pom.xml"] == (ROOT / "deploy/kafka/pom.xml").read_bytes()
-    assert b"kafka_2.13" in held["streamer/kafka-pom.xml"]
+    assert held["streamer/devtools/kafka-pom.xml"] == (ROOT / "deploy/kafka/pom.xml").read_bytes()
+    assert b"kafka_2.13" in held["streamer/devtools/kafka-pom.xml"]
 
 
 def test_the_wheel_names_its_license_its_command_and_its_extras(wheel: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from encoder.events import EncoderError
-from encoder.passes import Passes
+from encoder.models.fixed_shape_runner import Passes
+from encoder.ocsf.decoder import EncoderError
 
 SIZE = 32
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")

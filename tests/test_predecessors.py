@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from encoder.entities import KINDS
-from encoder.predecessors import LEAST, SPAN_MS, Predecessors, known, recent
+from encoder.models.antecedents import LEAST, SPAN_MS, Predecessors, known, recent
+from encoder.ocsf.entities import KINDS
 
 JOB, INSTALLER, NOISE, OTHER = 0, 1, 2, 3
 HOST, RUN = KINDS.index("host"), KINDS.index("correlation")

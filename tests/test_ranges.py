@@ -8,11 +8,11 @@ import pytest
 from confluent_kafka import Producer
 from stream import Topics, create
 
-from streamer import range_reader
 from streamer.errors import ConfigurationError, RipcurrentError
-from streamer.range_reader import RangeReader
-from streamer.ranges import Bound, freeze, parse_bound, parse_duration
-from streamer.source import message_of
+from streamer.kafka import range_reader
+from streamer.kafka.consumer import message_of
+from streamer.kafka.offset_ranges import Bound, freeze, parse_bound, parse_duration
+from streamer.kafka.range_reader import RangeReader
 
 NOW = 1_763_000_000_000
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from test_schema import decoded, learn
 
-from encoder.rarity import ENOUGH, NEW_NAME_SURPRISE, TENSORS, ContextRarity
-from encoder.schema import Schema
-from encoder.vectorize import FeatureBatch, Vectorizer
+from encoder.features.schema import Schema
+from encoder.features.vectorizer import FeatureBatch, Vectorizer
+from encoder.models.rarity import ENOUGH, NEW_NAME_SURPRISE, TENSORS, ContextRarity
 
 
 def event(action: str, user: str = "ann", actor: str = "shell", activity: int = 1) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from streamer.cli import app
+from streamer.cli.main import app
 from streamer.settings import load
 
 ROOT = Path(__file__).parents[1]

@@ -17,11 +17,11 @@ from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
 from stream import EVENT, LINE, EachRow, Topics, WindowDetector, create, running, until
 
-from encoder.events import Message
-from state.redis_windows import RedisWindows
+from encoder.ocsf.decoder import Message
+from state.redis.windows import RedisWindows
 from state.windows import MemoryWindows
-from streamer.servers import ValkeyServer
-from streamer.service import Service
+from streamer.devtools.servers import ValkeyServer
+from streamer.service.loop import Service
 
 USERS = [f"user:{n}" for n in range(7)]
 

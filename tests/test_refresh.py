@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from whole import short_training
 
-from encoder.events import Message, decode
-from encoder.schema import FIRST
-from state.baseline import Baseline
-from state.quarantine import CAP, DAY_MS, MIN_DAYS, Quarantine, Released
-from streamer.bundle import Bundle, load
-from streamer.fitting import PLACE, fit
-from streamer.refresh import refresh
-from streamer.simulate import Day, simulate, write
+from encoder.features.schema import FIRST
+from encoder.ocsf.decoder import Message, decode
+from state.baseline.baseline import Baseline
+from state.drift_guard import CAP, DAY_MS, MIN_DAYS, Quarantine, Released
+from streamer.bundles.bundle_files import Bundle, load
+from streamer.devtools.simulator.generator import Day, simulate, write
+from streamer.training.fit import PLACE, fit
+from streamer.training.refresh import refresh
 
 MONDAY = 20_454 * DAY_MS
 DIM = 8

@@ -24,9 +24,9 @@ from typer.testing import CliRunner, Result
 from whole import LINE, Service, alerts_of, lines, scores_of, short_training
 
 from state.episodes import CLOSE
-from streamer.cli import app
-from streamer.compare import compare
-from streamer.fitting import fit
+from streamer.cli.main import app
+from streamer.replay.comparison import compare
+from streamer.training.fit import fit
 
 Scores = dict[tuple[int, int, int], float]
 

@@ -18,11 +18,11 @@ from test_alert_commands import create_topic, invoke, lines, make, send
 from test_findings import Quiet, lined
 from typer.testing import CliRunner
 
-from state.book import MemoryEpisodes
-from streamer.cli import app
-from streamer.findings import Findings
-from streamer.report_page import page
-from streamer.reporting import DECADES, Material, report
+from state.episode_rules import MemoryEpisodes
+from streamer.alerting.pipeline import Findings
+from streamer.cli.main import app
+from streamer.report.page import page
+from streamer.report.report import DECADES, Material, report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from encoder import presets, resnet
-from encoder.presets import PRESETS, BasicBlock, BottleneckBlock, StagedResNet, gradient_magnitudes
-from encoder.resnet import TabularBlock, TabularResNet
+from encoder.models import presets, resnet
+from encoder.models.presets import PRESETS, BasicBlock, BottleneckBlock, StagedResNet, gradient_magnitudes
+from encoder.models.resnet import TabularBlock, TabularResNet
 
 SIZES, NUMBERS, EMBEDDING = [3, 5, 9], 2, 8
 
@@ -189,7 +189,7 @@ def test_the_stack_is_seeded_and_leaves_the_global_generator_alone() -> None:
 
 def test_both_stacks_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
-    from streamer.pictures import plot_gradients
+    from streamer.cli.plots import plot_gradients
 
     plain, residual = plot_gradients(tmp_path / "gradients.png")
     assert (tmp_path / "gradients.png").read_bytes().startswith(b"\x89PNG")

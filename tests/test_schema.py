@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from test_events import events as any_event
 
-from encoder import schema as schema_module
-from encoder.events import EncoderError, EventBatch, Message, decode
-from encoder.schema import (
+from encoder.features import schema as schema_module
+from encoder.features.normalization import AGE, FOLDER, NETWORK, WORD
+from encoder.features.schema import (
     MAX_VOCABULARY,
     MORE_PATHS,
     UNSEEN_PATHS,
@@ -31,8 +31,8 @@ from encoder.schema import (
     _DistinctCount,
     _order_statistics,
 )
-from encoder.values import AGE, FOLDER, NETWORK, WORD
-from streamer.schema_table import schema_table
+from encoder.ocsf.decoder import EncoderError, EventBatch, Message, decode
+from streamer.cli.schema_table import schema_table
 
 EVENT: dict[str, Any] = {"class_uid": 1007, "activity_id": 1, "type_uid": 100701, "time": 1_750_000_000_000}
 

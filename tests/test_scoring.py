@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from state.calibration import FEW, Calibration
-from streamer.scoring import SEQUENCE_DOUBT, Parts, Scorer, SequenceScorer, beyond_doubt
+from streamer.detection.combine import SEQUENCE_DOUBT, Parts, Scorer, SequenceScorer, beyond_doubt
 
 NATS = st.floats(0, 600, allow_nan=False)
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from encoder import sequence_training
-from encoder.entities import KINDS
-from encoder.events import EncoderError
-from encoder.outcomes import Codebook
-from encoder.sequence import WIDTH, SequenceModel, SequenceNet, SequenceScores, gap_features, used_slots
-from encoder.sequence_training import fit_sequences
+from encoder.models.codebook import Codebook
+from encoder.models.sequence_model import WIDTH, SequenceModel, SequenceNet, SequenceScores, gap_features, used_slots
+from encoder.ocsf.decoder import EncoderError
+from encoder.ocsf.entities import KINDS
+from encoder.training import sequence as sequence_training
+from encoder.training.sequence import fit_sequences
 
 CPU = torch.device("cpu")
 RUN, HOST = KINDS.index("correlation"), KINDS.index("host")

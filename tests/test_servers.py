@@ -13,9 +13,9 @@ import pytest
 import redis
 from confluent_kafka.admin import AdminClient
 
-from streamer import servers
+from streamer.devtools import servers
+from streamer.devtools.servers import KafkaServer, ValkeyServer
 from streamer.errors import ConfigurationError
-from streamer.servers import KafkaServer, ValkeyServer
 
 
 def test_kafka_answers_on_the_port_it_names(kafka: str) -> None:

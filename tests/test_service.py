@@ -22,14 +22,14 @@ import pytest
 from confluent_kafka import Producer
 from stream import EVENT, LINE, EachRow, HashDetector, Topics, create, p_value, running, until
 
-from encoder.events import Message
+from encoder.ocsf.decoder import Message
 from state.errors import StateLostError, StoreUnavailableError
-from streamer import service as service_module
-from streamer.detector import ScoredBatch
+from streamer.detection.detector import ScoredBatch
+from streamer.devtools.servers import _free_port
 from streamer.errors import ConfigurationError, StreamError
-from streamer.servers import _free_port
-from streamer.service import Service
-from streamer.source import QUEUED_BATCHES
+from streamer.kafka.consumer import QUEUED_BATCHES
+from streamer.service import loop as service_module
+from streamer.service.loop import Service
 
 
 @pytest.fixture

@@ -23,11 +23,11 @@ from test_replay import alerts_in, replay
 from whole import alerts_of, lines
 
 from state.calibration import Calibration
-from streamer.bundle import load, save
-from streamer.detector import ScoredBatch, open_detector
-from streamer.finding import Alert
-from streamer.findings import open_episodes, open_findings
-from streamer.service import Service
+from streamer.alerting.finding_frame import Alert
+from streamer.alerting.pipeline import open_episodes, open_findings
+from streamer.bundles.bundle_files import load, save
+from streamer.detection.detector import ScoredBatch, open_detector
+from streamer.service.loop import Service
 
 LINE = 0.4
 """At this line some silences are alerts."""
@@ -35,7 +35,7 @@ Alerts = dict[str, tuple[bytes, dict[str, Any]]]
 
 DIES = """
 import os, signal, sys
-import streamer.findings as findings
+import streamer.alerting.pipeline as findings
 inner, left = findings.Findings.alerts, [int(sys.argv.pop(1))]
 def alerts(self, scored, rows):
     found = inner(self, scored, rows)
@@ -44,7 +44,7 @@ def alerts(self, scored, rows):
         os.kill(os.getpid(), signal.SIGKILL)
     return found
 findings.Findings.alerts = alerts
-from streamer.cli import main
+from streamer.cli.main import main
 main()
 """
 """The command, which kills itself when silences have been found and decided on for the n-th time, and Kafka knows

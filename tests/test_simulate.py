@@ -26,9 +26,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamer.devtools.simulator.generator import DAY, MONDAY, Day, schedule, simulate, write
+from streamer.devtools.simulator.incidents import KINDS, ORDINARY
 from streamer.errors import ConfigurationError
-from streamer.incidents import KINDS, ORDINARY
-from streamer.simulate import DAY, MONDAY, Day, schedule, simulate, write
 
 HOUR = 3_600_000
 SMALL = 3_000

@@ -15,8 +15,8 @@ from confluent_kafka import Producer
 from stream import create
 from whole import Service
 
-from streamer.servers import ValkeyServer
-from streamer.simulate import simulate
+from streamer.devtools.servers import ValkeyServer
+from streamer.devtools.simulator.generator import simulate
 
 RATE = 200
 """Events a second: a simulated company's day in a minute and a half, with names and values that are new each day."""

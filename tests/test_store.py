@@ -11,11 +11,11 @@ import pytest
 from stream import EVENT
 from test_cli import ripcurrent
 
-from encoder.events import Message, decode
-from encoder.schema import SchemaLearner
+from encoder.features.schema import SchemaLearner
+from encoder.ocsf.decoder import Message, decode
+from streamer.bundles.manifest import FORMAT, BundleError, resolve, verify
+from streamer.bundles.store import Store
 from streamer.errors import ConfigurationError
-from streamer.manifest import FORMAT, BundleError, resolve, verify
-from streamer.store import Store
 
 
 def bundle(path: Path, created: str, note: str = "") -> Path:

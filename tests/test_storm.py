@@ -11,8 +11,8 @@ import pytest
 from stream import Topics, create, until
 from whole import Service, alerts_of, short_training
 
-from streamer.fitting import fit
-from streamer.simulate import simulate, write
+from streamer.devtools.simulator.generator import simulate, write
+from streamer.training.fit import fit
 
 NORMAL, STORM, HOSTS = 30_000, 100_000, 700
 

@@ -16,14 +16,14 @@ import pytest
 import redis
 from stream import EVENT, LINE, EachRow, HashDetector, Topics, WindowDetector, create, p_value, running, until
 
-from encoder.events import Message
-from state.redis_windows import RedisWindows
+from encoder.ocsf.decoder import Message
+from state.redis.windows import RedisWindows
 from state.windows import MemoryWindows
-from streamer.detector import ScoredBatch
+from streamer.detection.detector import ScoredBatch
+from streamer.devtools.servers import ValkeyServer
 from streamer.errors import RipcurrentError
-from streamer.servers import ValkeyServer
-from streamer.service import Service
-from streamer.succession import Bundles, Opened
+from streamer.service.bundle_rollout import Bundles, Opened
+from streamer.service.loop import Service
 
 
 class Judge(WindowDetector):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.errors import StateLostError
-from state.redis_timers import RedisTimers
+from state.redis.timers import RedisTimers
 from state.timers import AFTER, Heard, MemoryTimers, Silence, Span, Tick, TimerStore
 
 A, B = ("events", 0), ("events", 1)

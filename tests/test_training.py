@@ -11,12 +11,12 @@ import pytest
 import torch
 from test_schema import decoded, feed, learn
 
-from encoder import training
-from encoder.descent import Descent
-from encoder.resnet import TabularResNet
-from encoder.schema import FIRST, Schema
-from encoder.training import fit_identity, network_codes, network_sizes, train
-from encoder.vectorize import FeatureBatch, Vectorizer
+from encoder.features.schema import FIRST, Schema
+from encoder.features.vectorizer import FeatureBatch, Vectorizer
+from encoder.models.resnet import TabularResNet
+from encoder.training import masked_fields as training
+from encoder.training.masked_fields import fit_identity, network_codes, network_sizes, train
+from encoder.training.trainer import Descent
 
 
 @pytest.fixture(autouse=True)

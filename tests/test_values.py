@@ -9,8 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from encoder.events import Column
-from encoder.values import AGE, DERIVED, FOLDER, NETWORK, WORD, ages, derived, folder, is_address, normalise, number
+from encoder.features.normalization import (
+    AGE,
+    DERIVED,
+    FOLDER,
+    NETWORK,
+    WORD,
+    ages,
+    derived,
+    folder,
+    is_address,
+    normalise,
+    number,
+)
+from encoder.ocsf.decoder import Column
 
 
 @pytest.mark.parametrize(

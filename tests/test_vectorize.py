@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from test_events import events as any_event
 from test_schema import decoded, feed, learn
 
-from encoder import vectorize as vectorize_module
-from encoder.events import Message, decode
-from encoder.schema import FIRST, MISSING, UNKNOWN, UNSEEN_PATHS, Schema
-from encoder.values import AGE, FOLDER, NETWORK, WORD
-from encoder.vectorize import FeatureBatch, Vectorizer, fitted_to, row_hash
+from encoder.features import vectorizer as vectorize_module
+from encoder.features.normalization import AGE, FOLDER, NETWORK, WORD
+from encoder.features.schema import FIRST, MISSING, UNKNOWN, UNSEEN_PATHS, Schema
+from encoder.features.vectorizer import FeatureBatch, Vectorizer, fitted_to, row_hash
+from encoder.ocsf.decoder import Message, decode
 
 DATA = os.environ.get("RIPCURRENT_EVAL_DATA")
 SCHEMA = learn(feed())

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoder.acts import Acts
+from encoder.ocsf.activity_counts import Acts
 from state.errors import StateLostError
-from state.redis_windows import RedisWindows
-from state.tally import HOUR_MS, LEVELS, PARTNERS, count
+from state.redis.windows import RedisWindows
+from state.rolling_counts import HOUR_MS, LEVELS, PARTNERS, count
 from state.windows import MemoryWindows, WindowEntries, Windows, WindowStore, source_id
 
 DIM, WIDTH, AGE = 4, 4, 1000

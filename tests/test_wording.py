@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 from alerting import PORT, WORD, Json, alerts, check, explanation, one, scored
 
-from streamer import wording
-from streamer.explaining import FieldFinding
-from streamer.finding import confidence
-from streamer.much import RateFinding
-from streamer.others import Others
+from streamer.alerting import text as wording
+from streamer.alerting.finding_frame import confidence
+from streamer.explain.attribution import FieldFinding
+from streamer.explain.peer_comparison import Others
+from streamer.explain.rates import RateFinding
 
 
 def test_a_sequence_tells_what_came_after_what_and_what_was_expected_instead() -> None:

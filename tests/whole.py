@@ -15,8 +15,8 @@ import pytest
 from stream import Topics, until
 from test_cli import COMMAND
 
-import encoder.sequence_training
-import encoder.training
+import encoder.training.masked_fields
+import encoder.training.sequence
 
 LINE = 0.02
 
@@ -25,8 +25,8 @@ LINE = 0.02
 def short_training() -> Iterator[None]:
     """What is tested here does not depend on how well the detector detects."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoder.training, "STEPS", 30)
-        patch.setattr(encoder.sequence_training, "STEPS", 30)
+        patch.setattr(encoder.training.masked_fields, "STEPS", 30)
+        patch.setattr(encoder.training.sequence, "STEPS", 30)
         yield
 
 

@@ -1,0 +1,1 @@
+"""Columns to features: the learned schema, normalization, the vectorizer."""

@@ -1,0 +1,121 @@
+"""The forms in which the value of an attribute enters the features: normalised text, what is derived from that (folder,
+rarest word, network), and numbers.
+
+Promises: a pure function of value and path, the same in every process, that raises on no value that JSON can hold.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from encoder.ocsf.decoder import Column, read_time
+
+FOLDER = "#folder"
+"""Suffix of the field derived from a path-like attribute: the folder, without the name."""
+WORD = "#word"
+"""Suffix of the field derived from text (command lines, messages, URLs): its rarest word."""
+NETWORK = "#network"
+"""Suffix of the field derived from an address: its /16 (IPv6: /32), the prefix that a site or provider has."""
+AGE = "#age"
+"""Suffix of the field derived from a timestamp: how long before the event it lies, in seconds."""
+DERIVED = (FOLDER, WORD, NETWORK, AGE)
+
+_GUID = re.compile(r"\{?[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f-]{18,}\}?")
+_HEX = re.compile(r"\b(0x)?(?=[0-9a-f]*\d)([0-9a-f]{8,}|(?=\d*[a-f])[0-9a-f]{6,7})\b")
+_DIGITS = re.compile(r"\d+")
+_PROFILE = re.compile(r"(\\users\\|/home/|/users/|documents and settings\\)[^\\/]+")
+_EXACT = re.compile(r"(^|[._])(code|id|ip|ips|mac|port|version|cidr)$")
+"""Attributes whose digits are the value: codes and addresses, not text that counts or dates something."""
+_SEPARATOR = re.compile(r"[\\/]+")
+EPHEMERAL_PORTS = 32768
+"""From here on systems take the port of an outgoing connection (Linux; RFC 6335 says 49152)."""
+USER_PORTS = 1024
+"""From here on a client's port says nothing: address translation gives it any."""
+MAX_TEXT = 200
+
+
+def normalise(value: Any, path: str) -> str:
+    """The form in which a value enters a vocabulary: text lower-cased with ids, hex and numbers templated away (codes
+    and addresses as they are) and home folders without their owner; integers as they are, but ephemeral ports as
+    one value; lists as sets."""
+    kind = type(value)
+    if kind is str:
+        text = _PROFILE.sub(r"\1*", value[: 4 * MAX_TEXT].lower())
+        if _EXACT.search(path):
+            return text[:MAX_TEXT]
+        return _DIGITS.sub("0", _HEX.sub("#", _GUID.sub("{}", text)))[:MAX_TEXT]
+    if kind is bool:
+        return "true" if value else "false"
+    if kind is int or kind is float:
+        if kind is float and value.is_integer() and abs(value) < 2**53:
+            value = int(value)
+        if path.endswith("port") and value >= (USER_PORTS if path == "src_endpoint.port" else EPHEMERAL_PORTS):
+            return "ephemeral"
+        return str(value)
+    if kind is list:
+        return "[" + ",".join(sorted({normalise(item, path) for item in value}))[: MAX_TEXT - 2] + "]"
+    return _DIGITS.sub("0", str(value).lower())[:MAX_TEXT]
+
+
+def folder(text: str) -> str:
+    """All of a normalised path but its last part."""
+    parts = _SEPARATOR.split(text)
+    return "/".join(parts[:-1]) if len(parts) > 1 else ""
+
+
+def number(value: Any) -> float | None:
+    """A quantity on a signed log scale, log1p(|x|) with the sign of x; None where the value is not a finite number."""
+    if type(value) is str:
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    elif type(value) is not int and type(value) is not float:
+        return None
+    if not -1e300 < value < 1e300:
+        return None
+    return float(np.sign(value) * np.log1p(abs(float(value))))
+
+
+def ages(column: Column, time: NDArray[np.int64]) -> list[float | None]:
+    """Seconds from each timestamp of a column to its event, negative where it lies after; None where it cannot be read.
+    time: int64 [n], event ms of the batch."""
+    read = (read_time(value)[0] for value in column.values)
+    return [None if at is None else (now - at) / 1000 for at, now in zip(read, time[column.rows].tolist(), strict=True)]
+
+
+_NOT_A_WORD = re.compile(r"[\s\\/\"'`=,;:()\[\]{}<>|&?!@]+")
+
+
+def derived(text: str, suffix: str) -> tuple[str, ...]:
+    """What a normalised text says under this suffix: one part, of text its words, of a list of addresses one each."""
+    if suffix == WORD:
+        return tuple(dict.fromkeys(word for word in _NOT_A_WORD.split(text) if word)) or ("",)
+    if suffix == FOLDER:
+        return (folder(text),)
+    return tuple(sorted({_network(member) for member in text.strip("[]").split(",")}))
+
+
+def is_address(text: str) -> bool:
+    """Whether a normalised text is an address, or a list of which the first is."""
+    return _network(text.strip("[]").split(",")[0]) != ""
+
+
+@lru_cache(16_384)
+def _network(text: str) -> str:
+    """Of an address its network, of anything else nothing."""
+    try:
+        address: IPv4Address | IPv6Address = ip_address(text.partition("%")[0])
+    except ValueError:
+        return ""
+    if isinstance(address, IPv6Address):
+        address = address.ipv4_mapped or address
+    prefix = 16 if isinstance(address, IPv4Address) else 32
+    kept = int(address) >> (address.max_prefixlen - prefix) << (address.max_prefixlen - prefix)
+    return f"{type(address)(kept)}/{prefix}"

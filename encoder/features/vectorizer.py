@@ -1,0 +1,230 @@
+"""Events to features: an integer code an event and field, a quantile an event and number, in training and serving.
+
+Promises: never raises on a decoded event, never emits NaN or infinity, and gives the same features in every process and
+in whatever batches the events come. It knows nothing of what the codes are used for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from encoder.features.normalization import AGE, FOLDER, ages, normalise, number
+from encoder.features.schema import FIRST, MISSING, UNKNOWN, UNSEEN_PATHS, Field, Schema
+from encoder.ocsf.decoder import Column, EventBatch
+
+_CACHE_LIMIT = 32_768
+_CACHED_LENGTH = 1024
+"""Longer values are worked out again each time: the cache of a path stays under some 40 MB."""
+_UNSEEN_STEPS = np.array([1, 2, 4])
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """n events as features.
+
+    codes: int32 [n, fields], 0 MISSING, 1 UNKNOWN, then the field's vocabulary or bins; quantiles: float32
+    [n, numbers], the number's mid-rank among training values in [0, 1], 0.5 where it is missing; actor: int64 [n], who
+    acts (0: nobody named).
+    """
+
+    codes: NDArray[np.int32]
+    quantiles: NDArray[np.float32]
+    actor: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def take(self, rows: NDArray[np.intp]) -> FeatureBatch:
+        return FeatureBatch(self.codes[rows], self.quantiles[rows], self.actor[rows])
+
+    def distinct(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Rows that stand for all (the first of each kind) and, for every event, which of them is its like: logs repeat
+        themselves, and nothing after the features needs to be computed twice."""
+        columns = np.concatenate([self.codes, self.quantiles.view(np.int32)], axis=1)
+        keys = row_hash(columns)
+        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        return first, inverse.ravel()
+
+
+def row_hash(rows: NDArray[np.int32]) -> NDArray[np.uint64]:
+    """A 64-bit hash a row: a random odd multiplier a column, mixed (the multiply-shift family of Dietzfelbinger et al.
+    1997); its seed is fixed, so that it is the same in every process. rows: int32 [n, c]."""
+    drawn = np.random.default_rng(0x0C5F).integers(1, 2**63, rows.shape[1], np.uint64)
+    multipliers: NDArray[np.uint64] = drawn | np.uint64(1)
+    keys = np.zeros(len(rows), np.uint64)
+    for column in range(rows.shape[1]):
+        keys += _mix(rows[:, column].astype(np.uint32).astype(np.uint64) * multipliers[column] + multipliers[column])
+    return keys
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of splitmix64 (Steele et al. 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class _CategoryColumn:
+    """Values of one path to codes of the fields made from it, each distinct raw value worked out once."""
+
+    def __init__(self, path: str, fields: list[tuple[int, Field]]) -> None:
+        self._path = path
+        self._fields = [
+            (position, field, {value: FIRST + i for i, value in enumerate(field.values)}) for position, field in fields
+        ]
+        self._cache: dict[Any, tuple[int, ...]] = {}
+
+    def _codes_of(self, value: Any) -> tuple[int, ...]:
+        text = normalise(value, self._path)
+        codes = []
+        for _, field, vocabulary in self._fields:
+            if field.kind == "presence":
+                codes.append(FIRST)
+            else:
+                known = [vocabulary.get(part, UNKNOWN) for part in field.parts(text)]
+                codes.append(
+                    UNKNOWN if UNKNOWN in known else max(known)
+                )  # the rarest: vocabularies begin with the common
+        return tuple(codes)
+
+    def _remember(self, key: Any, value: Any) -> tuple[int, ...]:
+        codes = self._codes_of(value)
+        text = key if key.__class__ is str else key[1] if key[0] == "json" else ""
+        if len(text) <= _CACHED_LENGTH:
+            self._cache[key] = codes
+        return codes
+
+    def put(self, column: Column, codes: NDArray[np.int32]) -> None:
+        # The type is part of the key: True, 1 and 1.0 are equal in a dict but not in an event.
+        keys = [v if v.__class__ is str else (v.__class__, v) for v in column.values]
+        cache = self._cache
+        if len(cache) > _CACHE_LIMIT:
+            cache.clear()
+        try:
+            found = [cache.get(key) for key in keys]
+        except TypeError:
+            keys = [v if v.__class__ is str else ("json", orjson.dumps(v)) for v in column.values]
+            found = [cache.get(key) for key in keys]
+        if None in found:
+            for i, known in enumerate(found):
+                if known is None:
+                    found[i] = cache.get(keys[i]) or self._remember(keys[i], column.values[i])
+        codes[column.rows[:, None], [position for position, _, _ in self._fields]] = np.array(found, np.int32)
+
+
+_Number = tuple[int, int, NDArray[np.float64], NDArray[np.float64]]
+"""Place among the fields and among the quantiles, grid, edges."""
+
+
+class Vectorizer:
+    """Turns event batches into feature batches by a schema."""
+
+    def __init__(self, schema: Schema) -> None:
+        self.schema = schema
+        self._known = schema.known_paths
+        by_path: dict[str, list[tuple[int, Field]]] = {}
+        self._numbers: dict[str, _Number] = {}
+        self._ages: dict[str, _Number] = {}
+        for position, field in enumerate(schema.fields):
+            if field.kind == "number":
+                place = len(self._numbers) + len(self._ages)
+                entry = (position, place, np.array(field.grid), np.array(field.edges))
+                (self._ages if field.derives == AGE else self._numbers)[field.path] = entry
+            elif field.name not in ("type_uid", UNSEEN_PATHS):
+                by_path.setdefault(field.path, []).append((position, field))
+        self._columns = {path: _CategoryColumn(path, fields) for path, fields in by_path.items()}
+        types = schema.fields[0].values
+        self._types = np.array(sorted(int(value) for value in types), np.int64)
+        self._type_codes = np.array(
+            [FIRST + types.index(str(value)) for value in self._types.tolist()], np.int32
+        )  # a type's code by its rank among the sorted types
+        positions = {field.name: i for i, field in enumerate(schema.fields)}
+        self._actors = [positions[path] for path in schema.actors]
+
+    @property
+    def numbers(self) -> int:
+        """How many fields are numbers."""
+        return len(self._numbers) + len(self._ages)
+
+    def __call__(self, events: EventBatch) -> FeatureBatch:
+        n = len(events)
+        codes = np.full((n, len(self.schema.fields)), MISSING, np.int32)
+        quantiles = np.full((n, self.numbers), 0.5, np.float32)
+        unseen = np.zeros(n, np.int64)
+        for path, column in events.columns.items():
+            if path in self._columns:
+                self._columns[path].put(column, codes)
+            elif path in self._numbers:
+                self._put_numbers(self._numbers[path], column, codes, quantiles)
+            elif path in self._ages:
+                since = Column(column.rows, ages(column, events.time))
+                self._put_numbers(self._ages[path], since, codes, quantiles)
+            elif path not in self._known:
+                unseen[column.rows] += 1
+        codes[:, 0] = self._code_types(events.type_uid)
+        codes[:, -1] = FIRST + np.searchsorted(_UNSEEN_STEPS, unseen, side="right")
+        return FeatureBatch(codes, quantiles, self.actors(codes))
+
+    def _code_types(self, type_uid: NDArray[np.int32]) -> NDArray[np.int32]:
+        at = np.minimum(np.searchsorted(self._types, type_uid), len(self._types) - 1)
+        return np.where(self._types[at] == type_uid, self._type_codes[at], UNKNOWN).astype(np.int32)
+
+    def actors(self, codes: NDArray[np.int32]) -> NDArray[np.int64]:
+        """int64 [n]: who acts in events of these codes."""
+        actor = np.zeros(len(codes), np.int64)
+        for rank, position in reversed(list(enumerate(self._actors))):
+            present = codes[:, position] != MISSING
+            actor = np.where(present, (rank + 1) * 2**32 + codes[:, position].astype(np.int64), actor)
+        return actor
+
+    @staticmethod
+    def _put_numbers(
+        number_: _Number, column: Column, codes: NDArray[np.int32], quantiles: NDArray[np.float32]
+    ) -> None:
+        position, place, grid, edges = number_
+        if set(map(type, column.values)) <= {int, float}:
+            try:
+                raw = np.array(column.values, np.float64)
+            except OverflowError:
+                raw = np.array([np.nan])
+        else:
+            raw = np.array([np.nan])
+        if len(raw) == len(column.values) and np.all(np.abs(raw) < 1e300):
+            x = np.sign(raw) * np.log1p(np.abs(raw))
+            readable = np.ones(len(x), bool)
+        else:
+            maybe = [number(value) for value in column.values]
+            readable = np.array([value is not None for value in maybe])
+            x = np.array([0.0 if value is None else value for value in maybe])
+        rows = column.rows
+        codes[rows, position] = np.where(readable, FIRST + np.searchsorted(edges, x), UNKNOWN)
+        rank = (np.searchsorted(grid, x, "left") + np.searchsorted(grid, x, "right")) / (2 * max(len(grid), 1))
+        quantiles[rows, place] = np.where(readable, rank, 0.5)
+
+
+def fitted_to(schema: Schema, features: FeatureBatch, rows: NDArray[np.intp]) -> tuple[Schema, FeatureBatch]:
+    """The schema with the vocabulary of these rows alone, and all features by it.
+
+    Other values are kept as `Field.later` and count as unknown: what nothing was learned of must look the same when it
+    calibrates as it will when it is new. Words and networks are left as they are: of several, a code tells but the
+    rarest.
+    """
+    codes = features.codes.copy()
+    fields = list(schema.fields)
+    for position, field in enumerate(schema.fields[1:-1], 1):
+        if field.kind not in ("category", "identity") or field.derives not in ("", FOLDER):
+            continue
+        had = np.bincount(features.codes[rows, position], minlength=field.size)[FIRST:] > 0
+        if had.all():
+            continue
+        values = np.array(field.values, object)
+        fields[position] = replace(field, values=tuple(values[had]), later=tuple(values[~had]))
+        recoded = np.concatenate([[MISSING, UNKNOWN], np.where(had, FIRST - 1 + np.cumsum(had), UNKNOWN)])
+        codes[:, position] = recoded[codes[:, position]]
+    narrowed = replace(schema, fields=tuple(fields))
+    return narrowed, FeatureBatch(codes, features.quantiles, Vectorizer(narrowed).actors(codes))

@@ -1,0 +1,1 @@
+"""The models that are evaluated at serving time."""

@@ -1,0 +1,313 @@
+"""The sequence encoder: how surprising an entity's newest record is after its window, and that nothing follows it.
+
+A temporal residual network (dilated causal convolutions, van den Oord et al. 2016, arXiv:1609.03499, in pre-norm
+residual blocks) reads record embeddings and time gaps; counts of short runs of records stand beside it. Promises that
+a score depends on its window alone. Knows of what kind an entity is, not who.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from encoder.models.antecedents import Predecessors, known, recent
+from encoder.models.codebook import ORDER, Codebook, RunCounts
+from encoder.models.fixed_shape_runner import Passes
+from encoder.ocsf.decoder import EncoderError
+from encoder.ocsf.entities import KINDS
+
+WIDTH = 32
+"""Members of a window: what the network can see, and a power of two."""
+FEATURES = 32
+CHUNK = 512
+"""Windows of a pass through the network."""
+FEW = 16
+"""Windows of a pass where only a handful is asked for: of one shape, too, so that they answer for themselves alone."""
+LIKELY = 8
+"""Outcomes of which the network thinks most that are looked at for what was expected."""
+AGE_MS = 7 * 86_400_000
+
+_LEAST = 1e-12
+
+
+class CausalBlock(nn.Module):
+    """Pre-norm residual block over a slot and the one `dilation` before it: float32 [..., FEATURES] twice to once. The
+    last layer starts at zero, so that an untrained block is the identity."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.now = nn.Linear(width, width)
+        self.before = nn.Linear(width, width, bias=False)
+        self.project = nn.Linear(width, width)
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+
+    def forward(self, now: Tensor, before: Tensor) -> Tensor:
+        hidden = functional.gelu(self.now(self.norm(now)) + self.before(self.norm(before)))
+        out: Tensor = now + self.project(hidden)
+        return out
+
+
+class SequenceNet(nn.Module):
+    """Windows to what comes next.
+
+    Input: vectors float32 [m, W, dim], gaps float32 [m, W, 2] (`gap_features`), used bool [m, W], kind int64 [m].
+    Unused slots, on the left, say that the entity had no earlier records.
+    """
+
+    def __init__(self, *, dim: int, outcomes: int, kinds: int) -> None:
+        super().__init__()
+        self.records = nn.Linear(dim, FEATURES)
+        self.gaps = nn.Linear(2, FEATURES, bias=False)
+        self.kinds = nn.Embedding(kinds, FEATURES)
+        self.nothing = nn.Parameter(torch.randn(FEATURES) * 0.1)
+        self.blocks = nn.ModuleList(CausalBlock(FEATURES) for _ in range(WIDTH.bit_length() - 1))
+        self.norm = nn.LayerNorm(FEATURES)
+        self.next = nn.Linear(FEATURES, outcomes)
+        self.broken = nn.Linear(FEATURES, 1)  # asked in training alone: what it takes to tell shapes what is known
+
+    def _slots(self, vectors: Tensor, gaps: Tensor, used: Tensor, kind: Tensor) -> Tensor:
+        members = self.records(vectors) + self.gaps(gaps)
+        slots: Tensor = torch.where(used[..., None], members, self.nothing) + self.kinds(kind)[:, None]
+        return slots
+
+    def all_slots(self, vectors: Tensor, gaps: Tensor, used: Tensor, kind: Tensor) -> Tensor:
+        """float32 [m, W, FEATURES]: what is known after each slot."""
+        x = self._slots(vectors, gaps, used, kind)
+        for level, block in enumerate(self.blocks):
+            dilation = 1 << level
+            x = block(x, functional.pad(x, (0, 0, dilation, 0))[:, :-dilation])
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def last_slots(self, vectors: Tensor, gaps: Tensor, used: Tensor, kind: Tensor) -> Tensor:
+        """float32 [m, 2, FEATURES]: the last two of `all_slots`, for a third of the work: each level halves what the
+        next one needs."""
+        x = self._slots(vectors, gaps, used, kind)
+        m = len(x)
+        x = self.blocks[0](x, functional.pad(x, (0, 0, 1, 0))[:, :-1])
+        x = x.view(m, WIDTH // 2, 2, FEATURES)
+        for block in self.blocks[1:]:
+            halves = x.view(m, -1, 2, 2, FEATURES)
+            x = block(halves[:, :, 1], halves[:, :, 0])
+        return self.norm(x[:, 0])  # type: ignore[no-any-return]
+
+
+def gap_features(times: NDArray[np.int64], used: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Times to the gaps before each slot: float32 [m, W, 2], on a log scale (1 ms to a week: 0 to 1) and whether there
+    was a member before. times: int64 [m, W], event ms."""
+    gaps = np.zeros((*times.shape, 2), np.float32)
+    both = used[:, 1:] & used[:, :-1]
+    between = np.maximum(times[:, 1:] - times[:, :-1], 0)
+    gaps[:, 1:, 0] = np.where(both, np.log1p(between) / math.log1p(AGE_MS), 0.0)
+    gaps[:, 1:, 1] = both
+    return gaps
+
+
+def used_slots(length: NDArray[np.int32], width: int) -> NDArray[np.bool_]:
+    """bool [m, W]: members stand on the right."""
+    used: NDArray[np.bool_] = np.arange(width) >= width - length[:, None]
+    return used
+
+
+@dataclass(frozen=True)
+class SequenceScores:
+    """Of m windows, each about its newest member; nats.
+
+    surprise: float32 [m], -log p(newest record | those before); ending: float32 [m], -log p(nothing follows for the
+    kind's silence), 0 for kinds that do not end: counts only once the entity has fallen silent; missing: float32 [m],
+    -log p(what usually comes shortly before the newest record did not), 0 where it did.
+    """
+
+    surprise: NDArray[np.float32]
+    ending: NDArray[np.float32]
+    missing: NDArray[np.float32]
+
+
+class SequenceModel:
+    """Scores windows.
+
+    silence: ms of silence, by kind of entity, after which `ending` counts; other kinds do not end.
+    """
+
+    def __init__(
+        self,
+        net: SequenceNet,
+        codebook: Codebook,
+        counts: RunCounts,
+        predecessors: Predecessors,
+        *,
+        scale: float,
+        novelty: Mapping[str, float],
+        silence: Mapping[str, int],
+    ) -> None:
+        self.net = net.eval().requires_grad_(False)
+        self.codebook, self.counts, self.predecessors = codebook, counts, predecessors
+        self.scale, self.novelty, self.silence = scale, dict(novelty), dict(silence)
+        self._passes = Passes(self._probabilities, codebook.centres.device, size=CHUNK)
+        self._few = Passes(self._probabilities, codebook.centres.device, size=FEW)
+        self._novelty = np.array([self.novelty.get(kind, 1.0) for kind in KINDS])
+        self._quiet = np.array([self.silence.get(kind, 0) for kind in KINDS], np.int64)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codebook.centres.device
+
+    def _probabilities(self, x: Tensor, gaps: Tensor, used: Tensor, kind: Tensor) -> Tensor:
+        """float32 [m, 2, outcomes + 1]: of what came last, and of what follows it."""
+        p: Tensor = self.net.next(self.net.last_slots(x, gaps, used, kind)).softmax(dim=-1)
+        return p
+
+    def __call__(
+        self,
+        vectors: NDArray[np.float16],
+        times: NDArray[np.int64],
+        length: NDArray[np.int32],
+        kind: NDArray[np.int8],
+        *,
+        few: bool = False,
+    ) -> SequenceScores:
+        """vectors: float16 [m, W, d], times: int64 [m, W], length: int32 [m], right-aligned as `state.windows.Windows`
+        has them; kind: int8 [m], index into `entities.KINDS`; few: whether m is small (cheaper; the same
+        to 1e-5)."""
+        p, codes = self._asked(vectors, times, length, kind, self._few if few else self._passes)
+        m, end = len(length), self.codebook.other + 1
+        p_next = np.take_along_axis(p[:, 0], codes[:, -1:], axis=1)[:, 0].astype(np.float64)
+        p_end = p[:, 1, end].astype(np.float64)
+        kinds = kind.astype(np.int64)
+        latest = codes[:, ::-1]
+        by_count = self.counts.probability(kinds, latest[:, 1:], codes[:, -1])
+        ends = self._quiet[kinds] > 0
+        end_count = self.counts.probability(kinds[ends], latest[ends, :-1], np.full(int(ends.sum()), end))
+        surprise = -0.5 * (np.log(np.maximum(p_next, _LEAST)) + np.log(by_count))
+        ending = np.zeros(m)
+        ending[ends] = -0.5 * (np.log(np.maximum(p_end[ends], _LEAST)) + np.log(end_count))
+        new = codes[:, -1] == self.codebook.other
+        surprise[new] = -np.log(self._novelty[kinds[new]])
+        missing, _ = self._missing(vectors, times, used_slots(length, WIDTH), kinds, codes[:, -1])
+        return SequenceScores(surprise.astype(np.float32), ending.astype(np.float32), missing)
+
+    def _missing(
+        self,
+        vectors: NDArray[np.float16],
+        times: NDArray[np.int64],
+        used: NDArray[np.bool_],
+        kinds: NDArray[np.int64],
+        outcome: NDArray[np.int64],
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """As `Predecessors.missing`, of all windows: 0 and -1 also where nothing is known."""
+        found, which = np.zeros(len(kinds), np.float32), np.full(len(kinds), -1, np.int64)
+        rows = np.flatnonzero(self.predecessors.asked(kinds, outcome))
+        rows = rows[known(times[rows], used[rows])]
+        near = recent(times[rows], used[rows])
+        before = np.full(near.shape, -1, np.int64)
+        before[near] = self.codebook(vectors[rows][near])
+        found[rows], which[rows] = self.predecessors.missing(kinds[rows], outcome[rows], before)
+        return found, which
+
+    def absent(
+        self,
+        vectors: NDArray[np.float16],
+        times: NDArray[np.int64],
+        length: NDArray[np.int32],
+        kind: NDArray[np.int8],
+    ) -> list[tuple[tuple[int, float], ...]]:
+        """Of a handful of windows, as in `__call__`: the outcome that usually comes shortly before the newest record
+        and did not, with how often it does; nothing where all came."""
+        used, newest = used_slots(length, WIDTH), self.codebook(vectors[:, -1])
+        nats, which = self._missing(vectors, times, used, kind.astype(np.int64), newest)
+        return [
+            ((code, 1 - math.exp(-seldom)),) if code >= 0 else ()
+            for code, seldom in zip(which.tolist(), nats.tolist(), strict=True)
+        ]
+
+    def expected(
+        self,
+        vectors: NDArray[np.float16],
+        times: NDArray[np.int64],
+        length: NDArray[np.int32],
+        kind: NDArray[np.int8],
+        after: NDArray[np.bool_],
+    ) -> list[tuple[tuple[int, float], ...]]:
+        """Of a handful of windows, as in `__call__`: the likeliest outcomes in place of the newest record, or (after:
+        bool [m]) after it, each with its probability; those that are nothing, or like nothing, left out."""
+        p, codes = self._asked(vectors, times, length, kind, self._few)
+        found = []
+        for i, late in enumerate(after.astype(np.int64).tolist()):
+            runs = codes[i, ::-1][1 - late :][:ORDER]
+            likely = np.argsort(-p[i, late, : self.codebook.other], kind="stable")[:LIKELY]
+            each = np.full(len(likely), int(kind[i]), np.int64)
+            by_count = self.counts.probability(each, np.repeat(runs[None, :], len(likely), axis=0), likely)
+            both = np.sqrt(p[i, late, likely] * by_count)
+            order = np.argsort(-both, kind="stable")
+            found.append(tuple((int(likely[k]), float(both[k])) for k in order))
+        return found
+
+    def _asked(
+        self,
+        vectors: NDArray[np.float16],
+        times: NDArray[np.int64],
+        length: NDArray[np.int32],
+        kind: NDArray[np.int8],
+        passes: Passes,
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """What the network says of m windows, float32 [m, 2, outcomes + 1] (`_probabilities`); and the outcomes of
+        their last ORDER + 1 slots, int64 [m, ORDER + 1], -1 where unused."""
+        m = len(length)
+        used = used_slots(length, WIDTH)
+        if vectors.shape[:2] != (m, WIDTH):
+            raise ValueError(f"windows of shape {vectors.shape}: [m, {WIDTH}, d] with m = {m} was expected")
+        latest = self.codebook(vectors[:, -ORDER - 1 :].reshape(m * (ORDER + 1), -1)).reshape(m, -1)
+        codes = np.where(used[:, -ORDER - 1 :], latest, -1)
+        x = vectors.astype(np.float32) * np.float32(self.scale)
+        p: NDArray[np.float32] = passes(x, gap_features(times, used), used, kind.astype(np.int64)).numpy()
+        return p, codes
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON from which `from_state` makes the same model."""
+        tensors = {f"net.{name}": tensor.contiguous() for name, tensor in self.net.state_dict().items()}
+        tensors["codebook.centres"], tensors["codebook.reach"] = self.codebook.centres, self.codebook.reach
+        tensors["counts.keys"] = torch.from_numpy(self.counts.keys)
+        tensors["counts.counts"] = torch.from_numpy(self.counts.counts)
+        for name in ("keys", "before", "nats"):
+            tensors[f"predecessors.{name}"] = torch.from_numpy(getattr(self.predecessors, name))
+        config = {
+            "dim": self.codebook.centres.shape[1],
+            "outcomes": self.counts.outcomes,
+            "kinds": list(KINDS),
+            "scale": self.scale,
+            "novelty": self.novelty,
+            "silence": self.silence,
+        }
+        return tensors, config
+
+    @classmethod
+    def from_state(
+        cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any], device: torch.device
+    ) -> SequenceModel:
+        """Raises `EncoderError` where tensors and configuration do not belong together."""
+        try:
+            if list(config["kinds"]) != list(KINDS):
+                raise EncoderError(f"sequences of entity kinds {config['kinds']}, not {KINDS}: fit the bundle again")
+            net = SequenceNet(dim=int(config["dim"]), outcomes=int(config["outcomes"]), kinds=len(KINDS))
+            net.load_state_dict({name[4:]: tensor for name, tensor in tensors.items() if name.startswith("net.")})
+            book = Codebook(tensors["codebook.centres"].to(device), tensors["codebook.reach"].to(device))
+            counts = RunCounts(
+                tensors["counts.keys"].cpu().numpy(), tensors["counts.counts"].cpu().numpy(), int(config["outcomes"])
+            )
+            keys, before, nats = (tensors[f"predecessors.{name}"].cpu().numpy() for name in ("keys", "before", "nats"))
+            predecessors = Predecessors(keys, before, nats, book.other + 1)
+            scale = float(config["scale"])
+            novelty = {str(kind): float(share) for kind, share in config["novelty"].items()}
+            silence = {str(kind): int(ms) for kind, ms in config["silence"].items()}
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise EncoderError(f"not the state of a sequence model ({error}); fit the bundle again") from error
+        return cls(net.to(device), book, counts, predecessors, scale=scale, novelty=novelty, silence=silence)

@@ -1,0 +1,1 @@
+"""OCSF messages to columns: decoding, repairs, entities, activity counts."""

@@ -1,0 +1,174 @@
+"""Self-supervised training of the encoder by masked-field prediction, on events without labels.
+
+Promises: the same features and seed give the same weights on the same machine; the identity path is fitted first and
+never trained; the weights kept are those that predicted the latest slice best.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+from sklearn.decomposition import TruncatedSVD
+from torch import Tensor
+
+from encoder.features.normalization import NETWORK
+from encoder.features.schema import FIRST, UNKNOWN, Schema
+from encoder.features.vectorizer import FeatureBatch
+from encoder.models.resnet import TabularResNet
+from encoder.training.trainer import Checkpoint, Descent, Progress, descend
+
+EMBEDDING = 64
+WIDTH = 128
+DEPTH = 3
+HEAD_VALUES = 128
+"""Values of a field that the network tells apart; the rarer ones share a code (rarity counts them one by one)."""
+BATCH = 512
+STEPS = 1500
+IDENTITY_ROWS = 100_000
+"""Distinct rows, spread over all, to which the identity path is fitted: more say nothing new and cost gigabytes."""
+NEW_NAMES = 0.15
+"""Share of events in training whose names are hidden as if never seen: an unseen host alone must not alarm."""
+RESIDUAL_PENALTY = 1.0
+"""How much the residual part of the embedding costs against the identity part, so that it adds and does not replace."""
+_NUMBER_SCALE = 2.0
+_FLAG_SCALE = 0.5
+"""Of two flags that differ, against 1 for two names: there are many flags, and most of them go together."""
+_COMMON = 5
+
+
+def network_sizes(schema: Schema) -> list[int]:
+    """How many codes of each field the network tells apart."""
+    return [min(field.size, FIRST + HEAD_VALUES + 1) for field in schema.fields]
+
+
+def network_codes(codes: NDArray[np.int32], sizes: list[int]) -> NDArray[np.int32]:
+    """Codes as the network reads them, int32 [n, fields]: the rare values of a field share its last code."""
+    return np.minimum(codes, np.array(sizes, np.int32) - 1)
+
+
+def fit_identity(net: TabularResNet, schema: Schema, features: FeatureBatch, weights: NDArray[np.float64]) -> None:
+    """Fit the identity path: one-hot codes and scaled quantiles, projected on their principal directions.
+
+    features: distinct rows; weights: float64 [n], events each stands for. A value seen fewer than five times, and an
+    unknown name, take no part in the distance.
+    """
+    sizes = net.sizes
+    codes = network_codes(features.codes, sizes)
+    starts = net.offsets.cpu().numpy()
+    total = len(net.identity_codes)
+    counts = np.zeros(total)
+    for position, (start, size) in enumerate(zip(starts.tolist(), sizes, strict=True)):
+        counts[start : start + size] = np.bincount(codes[:, position], weights=weights, minlength=size)
+    scale = (counts >= _COMMON).astype(np.float64)
+    scale[(counts >= weights.sum())] = 0.0  # a value that all events have tells nothing apart
+    for position, field in enumerate(schema.fields):
+        if field.kind == "number":
+            scale[starts[position] : starts[position] + sizes[position] + 1] = 0.0  # the quantile stands for it
+        elif field.derives == NETWORK:
+            scale[starts[position] : starts[position] + sizes[position] + 1] = 0.0  # the address stands for it
+        elif field.kind == "identity":
+            scale[starts[position] + UNKNOWN] = 0.0
+        elif all(value.lstrip("-").isdecimal() for value in field.values):
+            scale[starts[position] : starts[position] + sizes[position] + 1] *= _FLAG_SCALE
+    rows = np.linspace(0, len(codes) - 1, min(len(codes), IDENTITY_ROWS)).astype(np.intp)
+    index, quantiles, weights = codes[rows] + starts, features.quantiles[rows], weights[rows]
+    n, fields = index.shape
+    one_hot = sparse.csr_matrix((scale[index].ravel(), (np.repeat(np.arange(n), fields), index.ravel())), (n, total))
+    used = np.flatnonzero(scale)
+    x = sparse.hstack([one_hot[:, used], sparse.csr_matrix(_NUMBER_SCALE * quantiles)]).tocsr()
+    width = x.shape[1]
+    out = net.identity_codes.shape[1]
+    few = width <= out
+    directions = np.eye(width) if few else TruncatedSVD(min(out, n), random_state=0).fit(x).components_.T
+    codes_map = np.zeros((total, out), np.float32)
+    codes_map[used, : directions.shape[1]] = directions[: len(used)] * scale[used, None]
+    numbers_map = np.zeros((features.quantiles.shape[1], out), np.float32)
+    numbers_map[:, : directions.shape[1]] = _NUMBER_SCALE * directions[len(used) :]
+    net.identity_codes.copy_(torch.from_numpy(codes_map))
+    net.identity_numbers.copy_(torch.from_numpy(numbers_map))
+    mean = np.average(x @ directions, axis=0, weights=weights)
+    bias = np.zeros(out, np.float32)
+    bias[: len(mean)] = -mean
+    net.identity_bias.copy_(torch.from_numpy(bias))
+
+
+def train(
+    schema: Schema,
+    features: FeatureBatch,
+    weights: NDArray[np.float64],
+    validation: FeatureBatch,
+    *,
+    seed: int,
+    device: torch.device,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[TabularResNet, Descent]:
+    """Fit the encoder to distinct rows with their multiplicities; validation: rows of a later slice of time. Losses are
+    nats a masked field.
+
+    Rows are drawn with the square root of their multiplicity, so that the common does not drown the rare. checkpoint:
+    a file in which the run is kept, to be gone on with after a kill.
+    """
+    torch.manual_seed(seed)
+    sizes = network_sizes(schema)
+    net = TabularResNet(sizes=sizes, numbers=features.quantiles.shape[1], width=WIDTH, depth=DEPTH, embedding=EMBEDDING)
+    fit_identity(net, schema, features, weights)
+    net.to(device)
+    codes = torch.from_numpy(network_codes(features.codes, sizes)).to(device)
+    quantiles = torch.from_numpy(features.quantiles).to(device)
+    draw = torch.from_numpy(np.sqrt(weights))
+    masks = _Masks(schema, net)
+    held = validation.take(np.linspace(0, len(validation) - 1, min(2048, len(validation))).astype(np.intp))
+    held_codes = torch.from_numpy(network_codes(held.codes, sizes)).to(device)
+    held_quantiles = torch.from_numpy(held.quantiles).to(device)
+
+    def loss(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed * STEPS + step)
+        rows = torch.multinomial(draw, BATCH, replacement=True, generator=generator).to(device)
+        return masks.loss(net, codes[rows].long(), quantiles[rows], generator)
+
+    def validate() -> float:
+        return float(masks.loss(net, held_codes.long(), held_quantiles, torch.Generator().manual_seed(seed)))
+
+    report = descend(
+        net,
+        loss,
+        steps=STEPS,
+        weight_decay=1e-4,
+        validate=validate if len(held) else None,
+        checkpoint=Checkpoint.of(checkpoint, [features.codes, features.quantiles, weights], schema.hash, STEPS, seed),
+        progress=progress,
+    )
+    return net.eval().requires_grad_(False), report
+
+
+class _Masks:
+    """The training task: hide a random share of the fields and names, ask for them."""
+
+    def __init__(self, schema: Schema, net: TabularResNet) -> None:
+        device = net.offsets.device
+        self._tokens = net.mask_tokens
+        self._identity = torch.tensor([field.kind == "identity" for field in schema.fields], device=device)
+        numbers = [i for i, field in enumerate(schema.fields) if field.kind == "number"]
+        self._numbers = torch.tensor(numbers, dtype=torch.int64, device=device)
+
+    def loss(self, net: TabularResNet, codes: Tensor, quantiles: Tensor, generator: torch.Generator) -> Tensor:
+        n, fields = codes.shape
+
+        def random(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator).to(codes.device)
+
+        forget = (random(n, 1) < NEW_NAMES) & self._identity & (codes >= FIRST)
+        codes = torch.where(forget, UNKNOWN, codes)
+        hidden = random(n, fields) < 0.6 * random(n, 1)
+        masked_quantiles = torch.where(hidden[:, self._numbers], 0.5, quantiles)
+        identity, residual = net.parts(torch.where(hidden, self._tokens, codes), masked_quantiles)
+        predicted = net.log_probabilities(identity + residual)
+        surprise = torch.stack([-p.gather(1, codes[:, i : i + 1])[:, 0] for i, p in enumerate(predicted)], 1)
+        share = hidden + 0.05
+        size = identity.detach().square().sum(1).mean() + 1e-6
+        return (surprise * share).sum() / share.sum() + RESIDUAL_PENALTY * residual.square().sum(1).mean() / size

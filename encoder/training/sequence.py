@@ -1,0 +1,341 @@
+"""Training of the sequence encoder: histories of entities in, a model and what is worth knowing of the fit out.
+
+Self-supervised: predict what follows at every slot of a window, and tell whole windows from shuffled, spliced and cut
+ones. Promises the same model for the same events and seed on one machine, and that nothing is learned from events that
+are withheld.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from encoder.models.antecedents import LASTING, Predecessors, known, recent
+from encoder.models.codebook import ORDER, Codebook, RunCounts
+from encoder.models.sequence_model import AGE_MS, WIDTH, SequenceModel, SequenceNet, gap_features
+from encoder.ocsf.decoder import EncoderError
+from encoder.ocsf.entities import KINDS
+from encoder.training.trainer import Checkpoint, Progress, descend
+
+STEPS = 800
+MIN_ENTITIES = 20
+"""Of a kind, from which on it is known what usually comes before what: the habits of three hosts say nothing of a
+fourth."""
+BATCH = 96
+MIN_ENDINGS = 50
+"""Endings of a kind of entity from which to learn how its routines end."""
+MIN_SILENCE_MS = 1000
+
+
+class Pairs(Protocol):
+    """The (event, entity) pairs of n events, as `encoder.ocsf.entities.entities` finds them."""
+
+    @property
+    def row(self) -> NDArray[np.int32]: ...
+    @property
+    def kind(self) -> NDArray[np.int8]: ...
+    @property
+    def entity(self) -> list[str]: ...
+
+
+class _History:
+    """Training pairs by entity and event time, with what followed each.
+
+    position: int64 [m], pairs in the order (entity, time, stream); first: int64 [m], the place in that order of the
+    entity's first pair; row, kind, time: of each place.
+    """
+
+    def __init__(self, times: NDArray[np.int64], pairs: Pairs) -> None:
+        _, entity = np.unique(np.array(pairs.entity, object).astype(str), return_inverse=True)
+        time = times[pairs.row]
+        order = np.lexsort((np.arange(len(entity)), time, entity))
+        self.row, self.kind, self.time = (
+            pairs.row[order].astype(np.int64),
+            pairs.kind[order].astype(np.int64),
+            time[order],
+        )
+        entity = entity[order]
+        starts = np.append(True, entity[1:] != entity[:-1])
+        self.is_last = np.append(starts[1:], True)
+        self.first = np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def slots(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """The windows that end at these places: int64 [k, W] places, bool [k, W] which are used."""
+        at = places[:, None] + np.arange(1 - WIDTH, 1)
+        inside = at >= self.first[places][:, None]
+        at = np.where(inside, at, places[:, None])
+        return at, inside & (self.time[places][:, None] - self.time[at] <= AGE_MS)
+
+    def silence(self) -> dict[int, int]:
+        """For each kind whose routines end, the silence in ms after which one has ended: twice the gap that one in a
+        thousand exceeds. A kind ends if enough of its entities fell silent for so long before the events do."""
+        found = {}
+        gaps = np.diff(self.time, append=0)
+        now = self.time.max(initial=0)
+        for kind in np.unique(self.kind).tolist():
+            mine = self.kind == kind
+            inner = gaps[mine & ~self.is_last]
+            if not len(inner):
+                continue
+            quiet = max(MIN_SILENCE_MS, 2 * int(np.quantile(inner, 0.999)))
+            ended = mine & self.is_last & (now - self.time > quiet)
+            if ended.sum() >= max(MIN_ENDINGS, 0.5 * (mine & self.is_last).sum()):
+                found[kind] = quiet
+        return found
+
+
+@dataclass(frozen=True)
+class SequenceReport:
+    """What is worth keeping of a fit: mean nats a record on the last tenth, which the network did not train on, of the
+    network and of the counts, and the share of records there that are like nothing before, by kind of entity."""
+
+    losses: list[float]
+    network: float
+    counts: float
+    novelty: dict[str, float]
+
+
+def fit_sequences(
+    vectors: NDArray[np.float16],
+    times: NDArray[np.int64],
+    pairs: Pairs,
+    *,
+    withheld: NDArray[np.bool_],
+    seed: int,
+    device: torch.device,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[SequenceModel, SequenceReport]:
+    """Fit to the history of n events.
+
+    vectors: float16 [n, d], record embeddings; times: int64 [n], event ms; pairs: whom the events are about; withheld:
+    bool [n], events that are somebody's past and that nothing is learned from, to calibrate on. The network does not
+    train on the last tenth of the time either, where it is compared with the counts. checkpoint: a file in which the
+    network's training is kept, to be gone on with after a kill. Raises `EncoderError` where no
+    other event names an entity.
+    """
+    torch.manual_seed(seed)
+    history = _History(times, pairs)
+    learned = ~withheld[history.row]
+    if not learned.any():
+        raise EncoderError("no event names an entity: there are no sequences to learn from")
+    held_from = np.quantile(history.time[learned], 0.9)
+    held = history.time > held_from
+    codebook = Codebook.fit(vectors[(times <= held_from) & ~withheld], seed=seed)
+    end = codebook.other + 1
+    silence = history.silence()
+    codes = codebook(vectors)[history.row]
+    follows = _outcomes(history, codes, silence, end)
+    next_learned = np.append(learned[1:], True)
+    follows[~np.where(follows == end, learned, next_learned)] = -1
+    net = SequenceNet(dim=vectors.shape[1], outcomes=end + 1, kinds=len(KINDS)).to(device)
+    scale = 1.0 / max(float(np.sqrt(np.square(codebook.centres.numpy()).mean())), 1e-6)
+    task = _Task(net, history, vectors, scale, codes, learned, follows, held, seed, device)
+    kept = Checkpoint.of(checkpoint, [vectors, history.row, history.time, follows], STEPS, seed)
+    descent = descend(net, task.loss, steps=STEPS, weight_decay=1e-2, checkpoint=kept, progress=progress)
+    runs = _runs(history, codes)
+    before_held = (follows >= 0) & ~held
+    begins = learned & (history.first == np.arange(len(history)))
+    counted = _count(history, codes, follows, runs, before_held, begins & ~held, end + 1)
+    judged = np.flatnonzero((follows >= 0) & held)[:: max(1, int(held.sum()) // 8192)]
+    p_count = counted.probability(history.kind[judged], runs[judged], follows[judged])
+    p_net = task.probability(judged)
+    new = held & learned
+    novelty = _novelty(history.kind[new], codes[new] == codebook.other)
+    everything = _count(history, codes, follows, runs, follows >= 0, begins, end + 1)
+    model = SequenceModel(
+        net,
+        Codebook(codebook.centres.to(device), codebook.reach.to(device)),
+        everything,
+        Predecessors.fit(_preceded(history, codes, np.flatnonzero(learned)), end),
+        scale=scale,
+        novelty=novelty,
+        silence={KINDS[kind]: ms for kind, ms in silence.items()},
+    )
+    return model, SequenceReport(descent.losses, _nats(p_net), _nats(p_count), novelty)
+
+
+def _nats(p: NDArray[np.float64]) -> float:
+    return float(-np.log(p).mean()) if len(p) else 0.0
+
+
+def _outcomes(history: _History, codes: NDArray[np.int64], silence: Mapping[int, int], end: int) -> NDArray[np.int64]:
+    """int64 [m]: what followed each pair: the next record's outcome, the end, or -1 where the events ended first."""
+    quiet = np.array([silence.get(kind, np.iinfo(np.int64).max) for kind in range(len(KINDS))])[history.kind]
+    later = np.append(history.time[1:], 0)
+    later[history.is_last] = history.time.max()
+    follows = np.where(history.is_last, -1, np.append(codes[1:], -1))
+    follows[later - history.time > quiet] = end
+    return follows
+
+
+def _runs(history: _History, codes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 [m, ORDER]: the outcomes up to and with each pair, latest first, -1 before the first."""
+    at = np.arange(len(history))[:, None] - np.arange(ORDER)
+    return np.where(at >= history.first[:, None], codes[np.maximum(at, 0)], -1)
+
+
+def _count(
+    history: _History,
+    codes: NDArray[np.int64],
+    follows: NDArray[np.int64],
+    runs: NDArray[np.int64],
+    known: NDArray[np.bool_],
+    begins: NDArray[np.bool_],
+    outcomes: int,
+) -> RunCounts:
+    """Counts of what follows what, and of what entities begin with."""
+    nothing = np.full((int(begins.sum()), ORDER), -1, np.int64)
+    return RunCounts.fit(
+        np.concatenate([history.first[known], history.first[begins]]),
+        np.concatenate([history.kind[known], history.kind[begins]]),
+        np.concatenate([runs[known], nothing]),
+        np.concatenate([follows[known], codes[begins]]),
+        outcomes,
+    )
+
+
+def _preceded(
+    history: _History, codes: NDArray[np.int64], places: NDArray[np.intp]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
+    """Of these places of which it is known, and of lasting kinds with MIN_ENTITIES: kind, outcome and the outcomes
+    shortly before, as `Predecessors.fit` takes them."""
+    entities = np.bincount(history.kind[np.unique(history.first[places])], minlength=len(KINDS))
+    places = places[(LASTING & (entities >= MIN_ENTITIES))[history.kind[places]]]
+    for part in np.array_split(places, max(1, len(places) // 16_384)):
+        at, used = history.slots(part)
+        times, kind = history.time[at], history.kind[part]
+        whole = known(times, used)
+        before = np.where(recent(times, used), codes[at], -1)
+        yield kind[whole], codes[part][whole], before[whole]
+
+
+def _novelty(kind: NDArray[np.int64], new: NDArray[np.bool_]) -> dict[str, float]:
+    """The share of held-out records like nothing before, by kind of entity, smoothed as if two more had been seen."""
+    seen, found = (np.bincount(kind[which], minlength=len(KINDS)) for which in (np.ones_like(new), new))
+    return dict(zip(KINDS, ((found + 1) / (seen + 2)).tolist(), strict=True))
+
+
+class _Task:
+    """The training task: predict what follows at every slot, and tell whole windows from broken ones."""
+
+    def __init__(
+        self,
+        net: SequenceNet,
+        history: _History,
+        vectors: NDArray[np.float16],
+        scale: float,
+        codes: NDArray[np.int64],
+        learned: NDArray[np.bool_],
+        follows: NDArray[np.int64],
+        held: NDArray[np.bool_],
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.net, self.history, self.codes = net, history, codes
+        self.begins = np.where(learned, codes, -1)
+        self._all_follows = follows
+        self.follows = np.where(held, -1, follows)
+        self.held = held
+        self.vectors = torch.from_numpy(vectors).to(device)
+        self.scale, self.device = scale, device
+        self.seed = seed
+        trained = np.flatnonzero(~held)
+        counts = np.bincount(history.kind[trained], minlength=len(KINDS))
+        weight = 1.0 / np.sqrt(np.maximum(counts, 1))[history.kind[trained]]
+        self.trained, self.cumulative = trained, np.cumsum(weight)
+
+    def _tensors(self, at: NDArray[np.int64], gaps: NDArray[np.float32], used: NDArray[np.bool_]) -> list[Tensor]:
+        rows = torch.from_numpy(self.history.row[at]).to(self.device)
+        kind = torch.from_numpy(self.history.kind[at[:, -1]]).to(self.device)
+        x = self.vectors[rows].float() * self.scale
+        return [x, torch.from_numpy(gaps).to(self.device), torch.from_numpy(used).to(self.device), kind]
+
+    def loss(self, step: int) -> Tensor:
+        rng = np.random.default_rng((self.seed, step))
+        drawn = np.searchsorted(self.cumulative, rng.random(BATCH) * self.cumulative[-1])
+        places = self.trained[np.minimum(drawn, len(self.trained) - 1)]
+        at, used = self.history.slots(places)
+        gaps = gap_features(self.history.time[at], used)
+        known = self.net.all_slots(*self._tensors(at, gaps, used))
+        target = np.where(used, self.follows[at], -1)
+        begins = ~used[:, :-1] & used[:, 1:]
+        target[:, :-1][begins] = self.begins[at[:, 1:][begins]]
+        wanted = torch.from_numpy(target).to(self.device)
+        follow = functional.cross_entropy(self.net.next(known).flatten(0, 1), wanted.flatten(), ignore_index=-1)
+        spoiled, spoiled_gaps, spoiled_used, changed = spoil(at, gaps, used, self.codes, self.history.kind, rng)
+        broken = self.net.last_slots(*self._tensors(spoiled, spoiled_gaps, spoiled_used))[:, 1][
+            torch.from_numpy(changed)
+        ]
+        whole = known[:, -1][torch.from_numpy(changed)]
+        logits = self.net.broken(torch.cat([whole, broken]))[:, 0]
+        truth = torch.cat([torch.zeros(len(whole)), torch.ones(len(broken))]).to(self.device)
+        return follow + functional.binary_cross_entropy_with_logits(logits, truth) if len(logits) else follow
+
+    def probability(self, places: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The network's probability of what followed at these places."""
+        found = [np.empty(0)]
+        for part in np.array_split(places, max(1, len(places) // 512)):
+            at, used = self.history.slots(part)
+            gaps = gap_features(self.history.time[at], used)
+            with torch.no_grad():
+                p = self.net.next(self.net.last_slots(*self._tensors(at, gaps, used))[:, 1]).softmax(dim=-1)
+            wanted = self._all_follows[part]
+            found.append(p.double().cpu().numpy()[np.arange(len(part)), wanted])
+        return np.concatenate(found)
+
+
+def spoil(
+    at: NDArray[np.int64],
+    gaps: NDArray[np.float32],
+    used: NDArray[np.bool_],
+    codes: NDArray[np.int64],
+    kind: NDArray[np.int64],
+    rng: np.random.Generator,
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Windows with a piece shuffled, with the past of another window of their kind, or with a piece left out; in equal
+    shares. Returns places, gaps, used, and which windows are not what they were. Gaps stay where they are, or go with
+    the records left out: a strange pause would give it away."""
+    at, gaps, used = at.copy(), gaps.copy(), used.copy()
+    m, width = at.shape
+    before = np.where(used, codes[at], -1)
+    by_kind = np.argsort(kind[at[:, -1]], kind="stable")
+    partner = np.empty(m, np.intp)
+    partner[by_kind] = np.roll(by_kind, 1)
+    original, original_used = at.copy(), used.copy()
+    how = rng.integers(0, 3, size=(m,), dtype=np.int64)
+    for i in range(m):
+        members = int(used[i].sum())
+        if members < 3:
+            continue
+        first = width - members
+        if how[i] == 0:
+            size = int(rng.integers(2, min(members, 8) + 1))
+            start = int(rng.integers(first, width - size + 1))
+            at[i, start : start + size] = rng.permutation(at[i, start : start + size])
+        elif how[i] == 1:
+            cut = int(rng.integers(first + 1, width))
+            theirs = original_used[partner[i]]
+            at[i, :cut] = original[partner[i], :cut]
+            used[i, :cut] = theirs[:cut]
+            if not theirs[:cut].any():
+                continue
+        else:
+            size = int(rng.integers(1, min(members - 2, 4) + 1))
+            start = int(rng.integers(first, width - size))
+            for array in (at, gaps, used):
+                array[i, size : start + size] = array[i, :start].copy()
+            used[i, :size] = False
+    after = np.where(used, codes[at], -1)
+    return at, gaps, used, (after != before).any(axis=1)

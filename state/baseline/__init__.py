@@ -1,0 +1,1 @@
+"""The baseline of normal: nearest neighbours (HNSW or exact) and density."""

@@ -1,0 +1,522 @@
+"""Alerts: one OCSF 1.8 Detection Finding (class 2004) for each event that is to be told, ready for the alert topic.
+
+Promises that every alert validates against the published schema whatever the event holds, that the same event, entity,
+cause and bundle always give the same ids, and that all text has been through the redactor. Does not decide what is an
+alert, nor what is one story: a `Decision` says so where there is one. `docs/alerts.md` describes every field.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from encoder.ocsf.entities import RULES
+from state.episodes import CREATE, Decision, Episode
+from streamer.alerting import text as wording
+from streamer.alerting.finding_frame import Alert, Frame, confidence, finding_uid
+from streamer.alerting.observables import DEVICE, evidence, fit, observables
+from streamer.detection.detector import ScoredBatch
+from streamer.explain.attribution import Explanation, FieldFinding
+from streamer.explain.peer_comparison import CHANGE, COUNT, EVENT, LESS, MORE, Others
+from streamer.explain.rates import RateFinding
+from streamer.redaction import Redactor, mask_text
+
+MAX_RAW = 16 * 1024
+"""Characters of the event's JSON kept as `raw_data`."""
+MAX_NEIGHBOURS = 3
+MAX_WINDOW = 64
+WORTH_EXPECTING = 0.2
+"""Of a sequence: what was expected less is not named."""
+WORTH_NAMING = 0.2
+"""Of a sequence: from here on the title names the earlier record without which it would be less surprising."""
+WORTH_WEIGHT = 0.01
+"""Of a sequence's surprise: a record without which it would lose less is named without a figure."""
+P_FLOOR = 1e-12
+"""Below this a p-value is no measurement any more: it is told as this."""
+_INSTEAD = {"sequence:silence": "After that, usual is", "sequence:missing": "Shortly before the last, usual is"}
+_PARTNERS = {
+    "address": ("src_endpoint.ip",),
+    "host": ("device.hostname", "device.name", "src_endpoint.hostname"),
+    "service": ("service.name", "actor.app_name", "app_name"),
+    "destination": ("dst_endpoint.ip", "dst_endpoint.hostname"),
+}
+"""Where an event names the partner that a cause `first:WHAT` is about."""
+_IDENTITY = ("time", "uid", "correlation_uid", "offset", "sequence")
+
+
+def build_alerts(
+    scored: ScoredBatch,
+    rows: NDArray[np.intp],
+    explanations: Sequence[Explanation],
+    *,
+    line: float | NDArray[np.float64],
+    bundle_version: str,
+    tenant: str,
+    now_ms: int,
+    redactor: Redactor | None = None,
+    decisions: Sequence[Decision] | None = None,
+) -> list[Alert]:
+    """One alert for each of `rows`, in their order.
+
+    explanations and (where given) decisions: one a row, of activity CREATE or UPDATE; without decisions every event is
+    a Create of its own. line: the p-value at or under which this tenant's events are alerts, one for all or one a row;
+    now_ms: epoch ms of making the alerts. Raises ValueError where the lengths differ.
+    """
+    redactor = redactor or Redactor()
+    story = decisions if decisions is not None else [None] * len(rows)
+    lines = np.broadcast_to(line, len(rows)).tolist()
+    return [
+        _Finding(scored, int(row), explanation, decision, crossed, bundle_version, tenant, now_ms, redactor).alert()
+        for row, explanation, decision, crossed in zip(rows, explanations, story, lines, strict=True)
+    ]
+
+
+class _Finding:
+    """One finding in the making: what was scored and explained, redacted, and the parts of the alert made from it."""
+
+    def __init__(
+        self,
+        scored: ScoredBatch,
+        row: int,
+        explanation: Explanation,
+        decision: Decision | None,
+        line: float,
+        bundle_version: str,
+        tenant: str,
+        now_ms: int,
+        redactor: Redactor,
+    ) -> None:
+        at = scored.coordinates
+        self.coordinates = at.label(row)
+        topic, partition = at.sources[at.source[row]]
+        index = int(at.index[row])
+        self.source = {"topic": topic, "partition": int(partition), "offset": int(at.offset[row]), "index": index}
+        self.row, self.time = row, int(scored.time[row])
+        self.p_value, self.line = max(float(scored.p_value[row]), P_FLOOR), float(line)
+        severity = float(scored.severity[row])
+        severity = min(100.0, max(0.0, severity)) if math.isfinite(severity) else 0.0
+        self.complete = scored.complete is None or bool(scored.complete[row])
+        self.bundle, self.tenant, self.now = bundle_version, tenant, now_ms
+        redacted = redactor.record(scored.records[row])
+        self.record, self.cut = redacted.record, redacted.cut
+        self.cause = str(scored.cause[row])
+        self.ids = (str(scored.entity[row]), self.cause)
+        self.entity = redacted.entity(self.ids[0])
+        self.fields = tuple(
+            replace(
+                f,
+                observed=redactor.text(f.path, str(f.observed)),
+                given=redacted.text(f.given),
+                expected=tuple((redactor.text(f.path, str(text)), float(p)) for text, p in f.expected),
+            )
+            for f in explanation.fields
+        )
+        self.neighbours = [
+            {path: redactor.text(path, value if isinstance(value, str) else str(value)) for path, value in n.items()}
+            for n in explanation.neighbours[:MAX_NEIGHBOURS]
+        ]
+        self.distance, self.usual_distance = float(explanation.distance), float(explanation.usual_distance)
+        self.rates = explanation.rates
+        self.others = explanation.others and _masked(explanation.others, redactor)
+        likely = ((self._like(like, redactor), float(p)) for like, p in explanation.instead if like)
+        self.instead = [(what, p) for what, p in likely if WORTH_EXPECTING <= p <= 1]
+        self.window = [
+            (int(time), str(label), self._told(str(label), like, redactor), _share(float(share)))
+            for time, label, like, share in explanation.window[-MAX_WINDOW:]
+        ]
+        self.activity = decision.activity if decision else CREATE
+        alone = Episode(
+            self.coordinates, self.coordinates, *self.ids[:1], self.entity, self.cause, self.time, self.time
+        )
+        self.episode = decision.episode if decision else alone
+        self.first_seen = min(self.episode.first_seen, self.time, *(time for time, *_ in self.window))
+        self.last_seen = max(self.episode.last_seen, self.time)
+        self.severity = max(severity, self.episode.severity)
+
+    def _told(self, label: str, like: Mapping[str, Any], redactor: Redactor) -> str:
+        """What is known of an event of the window; of this one, what it says itself."""
+        if label == self.coordinates:
+            return wording.told({path: _at(self.record, path) for path in wording.TELLING})
+        return self._like(like, redactor) if like else "an event like none in training"
+
+    @staticmethod
+    def _like(like: Mapping[str, Any], redactor: Redactor) -> str:
+        return wording.told({path: redactor.text(path, str(value)) for path, value in like.items()})
+
+    def alert(self) -> Alert:
+        title = self.title()
+        raw, whole = self.raw()
+        found = self.evidence()
+        episode = self.episode
+        finding = finding_uid(episode.first, episode.entity, episode.cause)
+        frame = Frame(self.activity, self.coordinates, self.ids, finding, self.bundle, self.tenant, self.now)
+        value = frame.value(
+            severity=self.severity,
+            confidence=confidence(min(self.p_value, max(episode.p_value, P_FLOOR)), self.line),
+            first_seen=self.first_seen,
+            last_seen=self.last_seen,
+            count=episode.count,
+        )
+        if not whole:
+            value["metadata"]["is_truncated"] = True
+        value |= {
+            "message": f"{title} ({wording.moment(self.time)})",
+            "finding_info": self.finding_info(frame, title),
+            "evidences": [found],
+            "observables": observables(found, "evidences[0]"),
+            "anomaly_analyses": [self.analysis()],
+            "raw_data": raw,
+            "unmapped": self.unmapped(),
+        }
+        device = fit(DEVICE, found.get("device"))
+        if device is not None:
+            value["device"] = device
+        return frame.alert(value, episode.shown, self.row)
+
+    def leading(self) -> FieldFinding | None:
+        """The field that the cause names, else the one that mattered most."""
+        path = self.cause.partition(":")[2]
+        return next((f for f in self.fields if f.path == path), self.fields[0] if self.fields else None)
+
+    def title(self) -> str:
+        """What was unusual, in one line; and at how many others, where it was not only here."""
+        return self.what() + wording.and_others("; the same", self.episode.entities - 1)
+
+    def what(self) -> str:
+        kind, _, cause = self.cause.partition(":")
+        record = self.record
+        if self.cause == "sequence:missing":
+            return self.missing_in_short()
+        if kind == "sequence":
+            who = wording.subject(self.entity, record)
+            what = "first event" if len(self.window) == 1 else wording.sequence(cause)
+            return f"Unusual {what}{who}{self.sequence_in_short()}"
+        if self.rates:
+            who = wording.subject(self.entity, {})  # What it did many times, it did not all do from here.
+            return f"Unusually {wording.rate(cause)[0]}{who}: {self.how_much()}"
+        if kind == "first":
+            value = next((v for path in _PARTNERS.get(cause, ()) if (v := _at(record, path))), "")
+            return wording.first(self.doing("", {value}), cause, wording.shorten(value, 60))
+        field = self.leading()
+        if field is None:
+            where = wording.event_kind(record)
+            return f"Unusual {where}{wording.subject(self.entity, record)}: like none seen before"
+        name, shown = wording.attribute(field.path), wording.value(field.path, field.observed, record)
+        usual = wording.usually(field.path, field.observed, field.expected, record)
+        if field.path in ("class_uid", "type_uid"):
+            where = wording.subject(self.entity, record, field.path, {field.given, field.observed})
+        else:
+            where = f" in {self.doing(field.path, {field.given, field.observed})}"
+        shown = f": {shown}" if shown in ("yes", "no") else f" {shown}"
+        level = wording.compared(field.path, field.observed, field.expected)
+        if field.given:
+            of = f"no {name}" if field.observed in wording.MISSING else f"{level} {name}{shown}".lstrip()
+            new = ", never seen before," if field.new else ""
+            what = f"Unusual for {wording.shorten(field.given, 60)}: {of}{new}"
+        elif field.observed in wording.MISSING:
+            what = f"No {name}"
+        elif field.new:
+            what = f"Never seen before: {name}{shown}"
+        else:
+            what = f"{f'Unusually {level}' if level else 'Unusual'} {name}{shown}"
+        return f"{what}{where}{f'; {usual}' if usual else ''}"
+
+    def doing(self, but: str, said: Collection[str]) -> str:
+        """What was done, and by whom: "launch of cmd.exe by user bob"; but and said: as for `wording.doing`."""
+        what, who = wording.doing(self.record, but, said), wording.subject(self.entity, self.record, but, said)
+        if " of " in what:  # What was launched is "of" it already.
+            who = f"{' on' if who.startswith(' of host') else ' by'}{who.removeprefix(' of')}"
+        return f"{what}{who}"
+
+    def how_much(self) -> str:
+        """Of a rate: "about 23 within two hours, never more than 3 before; also 35 events (never more than 19)"."""
+        first, *others = self.rates
+        told = [f"{_beside(rate, first)} ({_at_most(rate).removesuffix(' before')})" for rate in others]
+        also = f"; also {' and '.join(told)}" if told else ""
+        return f"about {_beside(first, None)}, {_at_most(first)}{also}"
+
+    def sequence_in_short(self) -> str:
+        if not self.window:  # The entity has gone on so far that its window no longer reaches back to this event.
+            return f": {wording.shorten(wording.told({path: _at(self.record, path) for path in wording.TELLING}))}"
+        newest = wording.shorten(self.window[-1][2])
+        instead = [(what, p) for what, p in self.instead if what != newest]
+        usual = f"; usually {wording.shorten(instead[0][0])} ({wording.percent(instead[0][1])})" if instead else ""
+        if self.cause == "sequence:silence":
+            length = wording.duration(self.window[-1][0] - self.window[0][0])
+            return f": nothing after {newest}, the last of {len(self.window)} events in {length}{usual}"
+        if len(self.window) == 1:
+            return f": {newest}{usual}"
+        # The newest was least expected; the latest of equals that it would be less surprising without.
+        others = max(self.window[-2::-1], key=lambda entry: entry[3])
+        before = others if others[3] >= WORTH_NAMING else self.window[-2]
+        return f": {newest} after {wording.shorten(before[2])}{usual}"
+
+    def missing_in_short(self) -> str:
+        """What was done without what usually comes shortly before it."""
+        newest = self.window[-1][2] if self.window else self._told(self.coordinates, {}, Redactor())
+        who = wording.subject(self.entity, self.record)
+        who = f" by{who.removeprefix(' of')}" if who.startswith(" of ") else who
+        title = f"Missing step before {wording.shorten(newest)}{who}"
+        if not self.instead:
+            return f"{title}: what usually comes shortly before did not"
+        came, share = wording.shorten(self.instead[0][0]), wording.percent(self.instead[0][1])
+        return f"{title}: no {came}, which comes shortly before in {share} of cases"
+
+    def description(self) -> str:
+        record = self.record
+        lines = [f"{wording.moment(self.time)}: {wording.event_kind(record)}{wording.subject(self.entity, record)}."]
+        # By itself each event of a sequence may be ordinary: its own attributes would mislead.
+        lines += [f"- {_much(rate, self.entity.partition(':')[0])}." for rate in self.rates]
+        for f in () if self.window or self.rates else self.fields:
+            shown = wording.value(f.path, f.observed, record)
+            usual = wording.usually(f.path, f.observed, f.expected, record)
+            name = wording.attribute(f.path)
+            path = "" if name == f.path else f" ({f.path})"
+            whose = f" for {wording.shorten(f.given, 60)}" if f.given else ""
+            rare = "never seen in training" if f.new else f"expected {wording.one_in(f.surprise)}{whose}"
+            lines.append(f"- {name}{path}: {'; '.join(filter(None, (shown, usual, rare)))}.")
+        for time, label, summary, share in self.window[-10:]:
+            part = f"without it {wording.percent(share)} less surprising; " if share >= WORTH_WEIGHT else ""
+            lines.append(f"- {wording.moment(time)}: {wording.shorten(summary)} ({part}{label}).")
+        if self.instead:
+            place = _INSTEAD.get(self.cause, "In place of the last, usual is")
+            likely = " or ".join(f"{wording.shorten(what)} ({wording.percent(p)})" for what, p in self.instead[:3])
+            lines.append(f"{place} {likely}.")
+        if known := self.known_of_others():
+            lines.append(known)
+        if self.neighbours:
+            differs = self.differences(self.neighbours[0])
+            lines.append(
+                f"The nearest normal event {f'differs in {differs}' if differs else 'looks the same by itself'}."
+            )
+        if self.usual_distance > 0 and math.isfinite(self.distance) and self.distance > self.usual_distance:
+            times = f"{self.distance / self.usual_distance:.2g}"
+            lines.append(f"It is {times} times as far from the nearest normal event as normal events are.")
+        if self.episode.count > 1:
+            lines.append(self.story())
+        if not self.complete:
+            lines.append("Part of what its entities did before is not known, so it may look more unusual than it is.")
+        rare, limit = wording.one_in(_nats(self.p_value)), wording.one_in(_nats(self.line))
+        lines.append(f"Of normal events, {rare} would look as unusual as this; alerts begin at {limit}.")
+        lines.append(f"Event {self.coordinates}, judged by {self.bundle}.")
+        return "\n".join(lines)
+
+    def known_of_others(self) -> str:
+        """What others of the same kind did in training, in a sentence; of counts that stands beside them."""
+        others = self.others
+        if others is None or others.what == COUNT or not (others.count or others.itself or others.what == CHANGE):
+            return ""
+        if others.what == CHANGE:
+            did = wording.of_others(others.kind, others.count, others.among)
+            return f"In training {did} went from one usual {others.of} to another within an hour."
+        what = "events like it"
+        if others.what != EVENT:
+            observed = next((f.observed for f in self.fields if f.path == others.of), "")
+            shown = wording.value(others.of, observed, self.record)
+            limit = {MORE: " or more", LESS: " or less"}.get(others.what, "")
+            what = f"{wording.attribute(others.of)} {shown}{limit} in such events"
+        known = others.kind, others.count, others.among, others.names
+        return wording.known_with(what, *known, itself=others.itself, at_least=others.at_least)
+
+    def story(self) -> str:
+        """The episode so far."""
+        episode = self.episode
+        length = wording.duration(episode.last_seen - episode.first_seen)
+        causes = ", ".join(wording.cause(cause) for cause in episode.causes)
+        told = f"So far {episode.count:,} such events in {length}, the first at {episode.first} ({causes})."
+        names = ", ".join(episode.others[:10])
+        more = episode.entities - 1 - len(episode.others[:10])
+        return f"{told} Also at {names}{f' and {more:,} more' if more > 0 else ''}." if names else told
+
+    def differences(self, normal: Mapping[str, str]) -> str:
+        """In which attributes the event differs from a normal one, at most four."""
+        found = []
+        for path, usual in normal.items():
+            here = _at(self.record, path)
+            if path.rsplit(".", 1)[-1] in _IDENTITY or here is None or here == usual:
+                continue
+            name, was = wording.attribute(path), wording.value(path, usual, self.record)
+            found.append(f"{name} ({wording.value(path, here, self.record)} here, {was} there)")
+        return ", ".join(found[:4])
+
+    def finding_info(self, frame: Frame, title: str) -> dict[str, Any]:
+        metadata = self.record.get("metadata")
+        metadata = metadata if isinstance(metadata, Mapping) else {}
+        product = metadata.get("product")
+        source = product.get("name") if isinstance(product, Mapping) else None
+        event_uid = metadata.get("uid")
+        related: list[dict[str, Any]] = [
+            {
+                "uid": event_uid if isinstance(event_uid, str) and event_uid else self.coordinates,
+                "title": wording.event_kind(self.record),
+                "desc": f"the event at {self.coordinates}",
+                "first_seen_time": self.time,
+                "last_seen_time": self.time,
+            }
+        ]
+        type_uid = self.record.get("type_uid")
+        if isinstance(type_uid, int) and not isinstance(type_uid, bool):
+            related[0]["type_uid"] = type_uid
+        related += [
+            {"uid": label, "title": wording.shorten(summary), "first_seen_time": time, "last_seen_time": time}
+            for time, label, summary, _ in self.window
+            if label != self.coordinates
+        ]
+        return {
+            "uid": frame.finding,
+            "title": title,
+            "desc": self.description(),
+            **frame.analytic,
+            "created_time": self.now,
+            "first_seen_time": self.first_seen,
+            "last_seen_time": self.last_seen,
+            "related_events": related,
+            "related_events_count": max(self.episode.count, len(related)),
+            **({"data_sources": [source]} if isinstance(source, str) and source else {}),
+        }
+
+    def evidence(self) -> dict[str, Any]:
+        found = evidence(self.record)
+        data: dict[str, Any] = {f.path: f.observed for f in self.fields}
+        if not data:
+            data = {k: v for k, v in list(self.record.items())[:20] if isinstance(v, str | int | float)}
+        return {**found, "data": data}
+
+    def analysis(self) -> dict[str, Any]:
+        """Observed against expected, a field each; the distance to normal last."""
+        anomalies: list[dict[str, Any]] = [
+            {
+                "observation_parameter": f.path,
+                "observation_type": wording.attribute(f.path),
+                "observations": [{"value": f.observed}],
+                "observed_pattern": f"expected {wording.one_in(f.surprise)}",
+            }
+            for f in self.fields
+        ]
+        baselines: list[dict[str, Any]] = [
+            {
+                "observation_parameter": f.path,
+                "observation_type": wording.attribute(f.path),
+                "observations": [{"value": text} for text, _ in f.expected],
+                "observed_pattern": ", ".join(f"{text} ({wording.percent(p)})" for text, p in f.expected),
+            }
+            for f in self.fields
+            if f.expected
+        ]
+        for place, rate in enumerate(self.rates):
+            much = {"observation_parameter": f"{rate.count}.{rate.span}", "observation_type": _counted(rate)}
+            seen, usual = (wording.amount(rate.count, x) for x in (rate.observed, rate.usual))
+            anomalies.insert(place, {**much, "observations": [{"value": seen}], "observed_pattern": _at_most(rate)})
+            baselines.insert(place, {**much, "observations": [{"value": usual}]})
+        distance = {
+            "observation_parameter": "distance",
+            "observation_type": "distance to the nearest normal event",
+        }
+        anomalies.append({**distance, "observations": [{"value": f"{self.distance:.4g}"}]})
+        baselines.append({**distance, "observations": [{"value": f"{self.usual_distance:.4g}"}]})
+        return {
+            "analysis_targets": [
+                {"name": self.entity or "the event", "type": self.entity.partition(":")[0] or "event"}
+            ],
+            "anomalies": anomalies,
+            "baselines": baselines,
+        }
+
+    def raw(self) -> tuple[str, bool]:
+        """The redacted event as JSON, and whether it is all there."""
+        text = orjson.dumps(self.record, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+        return (text, not self.cut) if len(text) <= MAX_RAW else (f"{text[:MAX_RAW]}…", False)
+
+    def unmapped(self) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "source": self.source,
+            "bundle": self.bundle,
+            "entity": self.entity,
+            "cause": self.cause,
+            "p_value": self.p_value,
+            "line": self.line,
+            "severity_score": round(self.severity, 1),
+            "episode": told(self.episode),
+        }
+        if not self.complete:
+            found["history_complete"] = False
+        if (others := self.others) is not None:
+            found["peers"] = {**asdict(others), "names": list(others.names)}
+        if self.neighbours:
+            found["nearest_normal"] = self.neighbours
+        if self.window:
+            found["timeline"] = [
+                {"time": time, "event": label, "summary": summary, "share": round(share, 4)}
+                for time, label, summary, share in self.window
+            ]
+        return found
+
+
+def told(episode: Episode) -> dict[str, Any]:
+    """An episode as alerts tell it, under `unmapped`."""
+    found: dict[str, Any] = {
+        "entity": episode.shown,
+        "first": episode.first,
+        "last": episode.last,
+        "events": episode.count,
+        "entities": episode.entities,
+        "causes": list(episode.causes or (episode.cause,)),
+    }
+    return found | ({"others": list(episode.others)} if episode.others else {})
+
+
+def _counted(rate: RateFinding) -> str:
+    return wording.rate(f"{rate.count}.{rate.span}")[1]
+
+
+def _much(rate: RateFinding, kind: str) -> str:
+    reached = f"; reached in training by {wording.of_others(kind, rate.reached, rate.among)}" if rate.among else ""
+    return f"about {wording.amount(rate.count, rate.observed)} {_counted(rate)}; {_at_most(rate)}{reached}"
+
+
+def _beside(rate: RateFinding, first: RateFinding | None) -> str:
+    """A count beside the first, or that itself: "35 events"."""
+    amount, (_, short) = (
+        wording.amount(rate.count, rate.observed),
+        wording.rate(f"{rate.count}.{rate.span}", short=first is None),
+    )
+    if first is not None and rate.span == first.span:
+        short = short.partition(" within ")[0]
+    return f"{amount} {short}"
+
+
+def _at_most(rate: RateFinding) -> str:
+    if not round(rate.usual):
+        return "none before" if rate.own else "others like it seldom have any"
+    most = wording.amount(rate.count, rate.usual)
+    return f"never more than {most} before" if rate.own else f"others like it seldom more than {most}"
+
+
+def _masked(others: Others, redactor: Redactor) -> Others:
+    """What may be shown: no names where one of the attributes that names of this kind come from is listed."""
+    hidden = any(redactor.lists(path) for rule in RULES if rule.kind == others.kind for path in rule.paths)
+    return replace(others, names=() if hidden else tuple(mask_text(name) for name in others.names))
+
+
+def _share(x: float) -> float:
+    return min(max(x, 0.0), 1.0) if math.isfinite(x) else 0.0
+
+
+def _nats(p_value: float) -> float:
+    return -math.log(p_value) if p_value > 0 else math.inf
+
+
+def _at(record: Mapping[str, Any], path: str) -> str | None:
+    """The scalar at a path as text; None where there is none, or a list."""
+    node: Any = record
+    for part in path.split("."):
+        if not isinstance(node, Mapping):
+            return None
+        node = node.get(part)
+    return str(node) if isinstance(node, str | int | float) else None

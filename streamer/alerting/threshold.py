@@ -1,0 +1,250 @@
+"""The alert line: the p-value at or under which an event is an alert, moved at hours of event time so that normal
+traffic costs the alerts a day that were promised.
+
+Promises: a line is decided from the hours before it alone; it stays within CORRECTION of what the promise and the rate
+give; at most half the budget is spent in any six hours, but a p-value under a hundredth of the line is always an alert.
+Pure: it takes event times and p-values, and remembers lines and counts. `streamer.alerting.threshold_ledger` keeps both
+in Kafka.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+HOUR_MS = 3_600_000
+DAY_H, WEEK_H = 24, 168
+BURST_H = 6
+"""The hours in which half the budget may be spent."""
+ALWAYS = 0.01
+"""Of the line: a p-value at or under this share of it is an alert whatever is spent, and takes nothing of what six
+hours may spend; the correction counts it."""
+CORRECTION = 3.0
+"""The factor by which what was spent may move the line from what was promised."""
+PRIOR_DAYS = 1.0
+"""Days of alerts as promised that are added to what was seen, so that the first few alerts move the line little."""
+STORY_MS = HOUR_MS
+"""What goes on about the same thing within this spends nothing: it is told as one alert that is updated."""
+MAX_LINE = 0.5
+_KEPT_H = WEEK_H + BURST_H
+_RECENT = 16
+"""Lines that nearly every event is held against one of."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line in force from an event time (ms) until the next one's. correction: the factor in it that comes from what
+    was spent. share: what part of it is in force: less than 1, and at last ALWAYS, as six hours run out of budget."""
+
+    start: int
+    p_value: float
+    correction: float = 1.0
+    share: float = 1.0
+
+    @property
+    def in_force(self) -> float:
+        """The p-value at or under which an event is an alert."""
+        return self.p_value * self.share
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What an hour held: events; expected: alerts that normal traffic was to cost (the sum of the lines); uncorrected:
+    the same, had no line been corrected; spent: alerts, those under ALWAYS of the line and those that go on about
+    the same thing left out; latest: the latest event time of such an alert, -1 for none; beyond: alerts under ALWAYS of
+    the line, without those that go on."""
+
+    events: int = 0
+    expected: float = 0.0
+    uncorrected: float = 0.0
+    spent: int = 0
+    latest: int = -1
+    beyond: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.events + other.events,
+            self.expected + other.expected,
+            self.uncorrected + other.uncorrected,
+            self.spent + other.spent,
+            max(self.latest, other.latest),
+            self.beyond + other.beyond,
+        )
+
+
+def line_at(lines: Sequence[Line], time: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The line in force at each event time, float64 [n]. lines: at least one, by start; before the first, the first."""
+    place = np.searchsorted([line.start for line in lines], time, side="right") - 1
+    return np.asarray(np.array([line.in_force for line in lines])[np.maximum(place, 0)], np.float64)
+
+
+@dataclass
+class Budget:
+    """The lines of one tenant and what was spent.
+
+    Args:
+        alerts_per_day: what normal traffic may cost.
+        events_per_day: the rate that is taken for days not seen yet: that of training.
+        lines: the recorded ones, by start; at least the last.
+        tallies: of the hours (event time over HOUR_MS) of this process's part of the stream.
+        elsewhere: the same, of what others judge.
+        stories: the latest event time of each thing that was alerted on, as long as it may go on.
+    """
+
+    alerts_per_day: float
+    events_per_day: float
+    lines: list[Line] = field(default_factory=list)
+    tallies: dict[int, Tally] = field(default_factory=dict)
+    elsewhere: dict[int, Tally] = field(default_factory=dict)
+    stories: dict[str, int] = field(default_factory=dict)
+
+    def copy(self) -> Budget:
+        """One that may go its own way."""
+        tallies, elsewhere, stories = {**self.tallies}, {**self.elsewhere}, {**self.stories}
+        return replace(self, lines=[*self.lines], tallies=tallies, elsewhere=elsewhere, stories=stories)
+
+    def judge(
+        self,
+        time: NDArray[np.int64],
+        p_value: NDArray[np.float64],
+        *,
+        story: Callable[[int], str] = lambda _: "",
+        moves: bool = True,
+    ) -> NDArray[np.float64]:
+        """The line that each of n events is held against, float64 [n]: it is an alert where its p-value is at or under.
+
+        time: int64 [n], event ms; story: what an alert on an event would be about, by its row ("": it stands alone).
+        Counts the events and what they spend, and moves the line where they reach a new hour or spend what six hours
+        may. moves: whether this process decides lines, or takes those that it is given.
+        """
+        line = np.empty(len(time))
+        hours = time // HOUR_MS
+        for hour in np.unique(hours).tolist():
+            rows = np.flatnonzero(hours == hour)
+            if moves:
+                self.advance(hour)
+            line[rows] = self._judge_hour(hour, time[rows], p_value[rows], rows, story, moves)
+        return line
+
+    def advance(self, hour: int) -> None:
+        """Decide the line of an hour, unless it or a later one is decided."""
+        if self.lines and hour <= self.lines[-1].start // HOUR_MS:
+            return
+        start = hour * HOUR_MS
+        if self.elsewhere:  # What others have let through was judged by the line before.
+            start = max(start, 1 + max(tally.latest for tally in self.elsewhere.values()))
+        self.lines.append(Line(start, *self._decide(hour), self._share(hour)))
+        for counted in (self.tallies, self.elsewhere):
+            for old in [old for old in counted if old < hour - _KEPT_H]:
+                del counted[old]
+        self.stories = {about: last for about, last in self.stories.items() if last >= start - 2 * STORY_MS}
+
+    def at(self, time: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The line in force at each event time, float64 [n]; before the first, the first."""
+        lines = self.lines[-_RECENT:] or [Line(0, self._promised(self.events_per_day))]
+        if len(self.lines) > _RECENT and time.min(initial=lines[0].start) < lines[0].start:
+            lines = self.lines
+        return line_at(lines, time)
+
+    @property
+    def newest_hour(self) -> int:
+        """The latest hour of which anything was counted; -1 for none."""
+        return max((*self.tallies, *self.elsewhere), default=-1)
+
+    def spent(self, hours: Iterable[int]) -> int:
+        """Alerts of these hours, those under ALWAYS of the line left out."""
+        return sum(self._tally(hour).spent for hour in hours)
+
+    def _judge_hour(
+        self,
+        hour: int,
+        time: NDArray[np.int64],
+        p_value: NDArray[np.float64],
+        rows: NDArray[np.intp],
+        story: Callable[[int], str],
+        moves: bool,
+    ) -> NDArray[np.float64]:
+        line = self.at(time)
+        crossing = np.flatnonzero(p_value <= line)
+        for row in crossing[np.argsort(time[crossing], kind="stable")].tolist():
+            moment = int(time[row])
+            now = self._line_at(moment)
+            if p_value[row] > now.in_force:
+                continue
+            if self._goes_on(story(int(rows[row])), moment):
+                continue
+            if p_value[row] <= ALWAYS * now.p_value:
+                self._count(hour, Tally(beyond=1))
+                continue
+            self._count(hour, Tally(spent=1, latest=moment))
+            if moves:
+                self._tighten(moment)
+        line = self.at(time)
+        expected = float(line.sum())
+        correction = self.lines[-1].correction if self.lines else 1.0
+        self._count(hour, Tally(len(time), expected, expected / correction))
+        return line
+
+    def _goes_on(self, about: str, moment: int) -> bool:
+        """Whether this was alerted on a short time ago; takes note of it."""
+        if not about:
+            return False
+        last = self.stories.get(about)
+        self.stories[about] = moment if last is None else max(moment, last)
+        return last is not None and abs(moment - last) <= STORY_MS
+
+    def _line_at(self, moment: int) -> Line:
+        """The line in force at an event time, or the one that is promised where there is none yet."""
+        found = next((line for line in reversed(self.lines) if line.start <= moment), None)
+        return found or (self.lines[0] if self.lines else Line(0, self._promised(self.events_per_day)))
+
+    def _tighten(self, moment: int) -> None:
+        """After an alert, if six hours run out of budget. Not from before what was let through already: a line is never
+        changed once it was used."""
+        newest = self.lines[-1]
+        share = self._share(newest.start // HOUR_MS)
+        if share < newest.share:
+            latest = max(tally.latest for counted in (self.tallies, self.elsewhere) for tally in counted.values())
+            self.lines.append(replace(newest, start=max(moment, latest, newest.start) + 1, share=share))
+
+    def _share(self, hour: int) -> float:
+        """The part of the line that is in force after what six hours that end in this one have spent: all until half of
+        what they may spend is gone, then less with each alert, so that the strongest get the rest; ALWAYS once it is
+        all gone. Seven hours of the clock cover any six."""
+        used = self.spent(range(hour - BURST_H, hour + 1)) / (self.alerts_per_day / 2)
+        return float(f"{ALWAYS ** min(max(2 * used - 1, 0.0), 1.0):.6g}")
+
+    def _decide(self, hour: int) -> tuple[float, float]:
+        """The line, and the correction in it, from the hours before: the promise over the mean rate of a week; the rate
+        of a day may not cost more than half again, that of six hours not more than half a day's budget; and that times
+        the correction."""
+        week = [self._tally(past) for past in range(hour - WEEK_H, hour)]
+        known = min(hour - min((*self.tallies, *self.elsewhere), default=hour), WEEK_H)
+        unseen = self.events_per_day * (WEEK_H - known) / DAY_H
+        mean = (sum(tally.events for tally in week) + unseen) / (WEEK_H / DAY_H)
+        day, burst = (sum(tally.events for tally in week[-hours:]) for hours in (DAY_H, BURST_H))
+        line = min(self._promised(mean), 1.5 * self._promised(day), 0.5 * self._promised(burst))
+        correction = self._correction(week, self.alerts_per_day * known / DAY_H)
+        # Sums of floating-point numbers depend on how the stream was cut into batches, so the last digits go.
+        return float(f"{min(line * correction, MAX_LINE):.6g}"), correction
+
+    def _correction(self, week: list[Tally], promised: float) -> float:
+        """What was promised, over what uncorrected lines would have cost: so many alerts more or fewer came than were
+        expected of the lines that there were. Those under ALWAYS count here: they close nothing, but are read, too."""
+        prior = PRIOR_DAYS * self.alerts_per_day
+        expected, uncorrected = (sum(getattr(t, name) for t in week) for name in ("expected", "uncorrected"))
+        found = (prior + sum(tally.spent + tally.beyond for tally in week)) / (prior + expected)
+        wanted = (prior + promised) / (prior + uncorrected) / found
+        return float(f"{np.clip(wanted, 1 / CORRECTION, CORRECTION):.6g}")
+
+    def _promised(self, events: float) -> float:
+        return min(MAX_LINE, self.alerts_per_day / max(events, 1.0))
+
+    def _tally(self, hour: int) -> Tally:
+        return self.tallies.get(hour, Tally()) + self.elsewhere.get(hour, Tally())
+
+    def _count(self, hour: int, tally: Tally) -> None:
+        self.tallies[hour] = self.tallies.get(hour, Tally()) + tally

@@ -1,0 +1,255 @@
+"""The ledger: a compacted topic that holds every alert line of a tenant and what was spent, and the `Budget` over it.
+
+Promises: lines and counts are written in the transaction of the alerts that they are about, so that after a crash or an
+abort the stream is judged by what subscribers were shown; one process of the group decides lines, the one that reads
+partition 0 of the first topic, and a process that lost it cannot commit any. With several processes, one may still use
+the line before for the moment until it has read a new one: every alert names the line that it crossed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import orjson
+import structlog
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType  # type: ignore[attr-defined]
+from numpy.typing import NDArray
+
+from streamer.alerting.threshold import Budget, Line, Tally, line_at
+from streamer.detection.detector import ScoredBatch
+from streamer.errors import ConfigurationError
+from streamer.kafka.client import Offsets, SourcePartition, build, client_properties, reason_of
+from streamer.kafka.producer import Output
+from streamer.settings import Settings
+
+READ_S = 30.0
+"""How long the ledger may take to be read at start."""
+REFRESH_S = 1.0
+KEPT_LINES = 1024
+"""Lines to judge by: more than two weeks of them. An event that is older is held against the first of these."""
+
+_log = structlog.get_logger("ripcurrent.ledger")
+
+
+class Ledger:
+    """What the service asks for the line, and gives what its transactions carry. For one thread.
+
+    Args:
+        instance: the name under which this process counts what it spends; the same after a restart.
+        events_per_day: the rate that is taken for days not seen yet: that of training.
+    """
+
+    def __init__(self, settings: Settings, instance: str, events_per_day: float) -> None:
+        self._settings = settings
+        self._instance = instance
+        self._reader = _Reader(settings)
+        self._committed = Budget(settings.alerts_per_day, events_per_day)
+        self._budget = self._committed.copy()
+        self._read_at = 0.0
+        self._owner = False
+
+    @property
+    def decider(self) -> SourcePartition:
+        """Whoever reads this partition decides lines."""
+        return self._settings.events[0], 0
+
+    @property
+    def line(self) -> float:
+        """The line as committed, of the latest hour."""
+        lines = self._committed.lines
+        return lines[-1].in_force if lines else self._committed.alerts_per_day / self._committed.events_per_day
+
+    def open(self) -> None:
+        """Read what is recorded. Raises ConfigurationError: no such topic, or one that forgets."""
+        check_compacted(self._settings)
+        self._read(READ_S)
+        self._budget = self._committed.copy()
+
+    def close(self) -> None:
+        """Give the connection back."""
+        self._reader.close()
+
+    def judge(self, scored: ScoredBatch, owned: Offsets) -> NDArray[np.float64]:
+        """The line that each of n events is held against, float64 [n]."""
+        self._follow(owned)
+        return self._budget.judge(scored.time, scored.p_value, story=scored.story, moves=self._owner)
+
+    def idle(self, owned: Offsets) -> bool:
+        """With nothing to judge: whether there is a line to be committed, because others have reached a new hour."""
+        if time.monotonic() - self._read_at >= REFRESH_S:
+            self._follow(owned)
+            if self._owner and self._budget.elsewhere and self._budget.newest_hour >= 0:
+                self._budget.advance(self._budget.newest_hour)
+        return len(self._budget.lines) > 0 and self._budget.lines[-1:] != self._committed.lines[-1:]
+
+    def outputs(self, now_ms: int) -> list[Output]:
+        """What the next transaction must carry: lines decided and hours counted since the last."""
+        known, tenant = set(self._committed.lines), self._settings.tenant
+        records: dict[str, dict[str, Any] | None] = {}
+        for line in self._budget.lines:
+            if line not in known:
+                budget = {"alerts_per_day": self._budget.alerts_per_day}
+                records[f"{tenant}:line:{line.start}"] = asdict(line) | {"in_force": line.in_force} | budget
+        before, after = self._committed.tallies, self._budget.tallies
+        for hour in before.keys() - after.keys():
+            records[f"{tenant}:tally:{hour}:{self._instance}"] = None
+        for hour, tally in after.items():
+            if before.get(hour) != tally:
+                records[f"{tenant}:tally:{hour}:{self._instance}"] = asdict(tally)
+        return [
+            Output(self._settings.ledger, key.encode(), orjson.dumps(value) if value else None, [], now_ms, key)
+            for key, value in records.items()
+        ]
+
+    def committed(self) -> None:
+        """The transaction with `outputs` is committed."""
+        self._committed = self._budget.copy()
+
+    def rewind(self) -> None:
+        """It was not: what was judged since the last commit will be judged again."""
+        self._budget = self._committed.copy()
+
+    def _follow(self, owned: Offsets) -> None:
+        """Take note of what others have recorded, all of it before the first decision as the one who decides."""
+        owner = self.decider in owned
+        if owner != self._owner:
+            self._read(READ_S)
+            _log.info("this process decides the alert line" if owner else "another process decides the alert line")
+        elif time.monotonic() - self._read_at >= REFRESH_S:
+            self._read(0.0)
+        self._owner = owner
+
+    def _read(self, patience_s: float) -> None:
+        self._reader.read(patience_s)
+        self._read_at = time.monotonic()
+        lines = {line.start: line for line in self._reader.lines.values()}
+        for budget in (self._committed, self._budget):
+            known = lines | {line.start: line for line in budget.lines}
+            budget.lines = [known[start] for start in sorted(known)[-KEPT_LINES:]]
+            budget.elsewhere = {}
+            for (hour, instance), tally in self._reader.tallies.items():
+                if instance != self._instance:
+                    budget.elsewhere[hour] = budget.elsewhere.get(hour, Tally()) + tally
+        own = {hour: tally for (hour, name), tally in self._reader.tallies.items() if name == self._instance}
+        if not self._committed.tallies:
+            self._committed.tallies = own
+
+
+class Lines:
+    """The recorded lines of a tenant, for replay: `Lines.read(settings).at(event_time)`."""
+
+    def __init__(self, lines: Mapping[int, Line]) -> None:
+        self._lines = [line for _, line in sorted(lines.items())]
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    @classmethod
+    def read(cls, settings: Settings) -> Lines:
+        """The lines of `settings.tenant` in `settings.ledger` that were decided for its `alerts_per_day`; none where
+        there is no such topic. Raises ConfigurationError where it cannot be read."""
+        try:
+            topics = build(AdminClient, client_properties(settings)).list_topics(timeout=10).topics
+        except KafkaException as error:
+            raise ConfigurationError(f"topic {settings.ledger!r} (ledger): {reason_of(error)}") from None
+        if settings.ledger not in topics:
+            return cls({})
+        reader, budget = _Reader(settings), settings.alerts_per_day
+        try:
+            reader.read(READ_S)
+        finally:
+            reader.close()
+        return cls({start: reader.lines[start] for start in reader.lines if reader.budgets[start] == budget})
+
+    def at(self, event_time: NDArray[np.int64]) -> NDArray[np.float64]:
+        """int64 [n], ms, to the line in force at each, float64 [n]; before the first line, the first. Raises ValueError
+        where none is recorded."""
+        if not self._lines:
+            raise ValueError("no line is recorded")
+        return line_at(self._lines, event_time)
+
+
+class _Reader:
+    """The records of a tenant, as far as they have been read."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.lines: dict[int, Line] = {}
+        self.budgets: dict[int, float] = {}
+        self.tallies: dict[tuple[int, str], Tally] = {}
+        self._settings = settings
+        self._tenant = settings.tenant
+        own = {"group.id": settings.kafka.group_id, "isolation.level": "read_committed", "enable.auto.commit": False}
+        own |= {"enable.partition.eof": True, "auto.offset.reset": "earliest"}
+        self._consumer = build(Consumer, own | client_properties(settings))
+        self._assigned = False
+        self._next = 0
+
+    def close(self) -> None:
+        self._consumer.close()
+
+    def read(self, patience_s: float) -> None:
+        """Everything up to the end, or (patience 0) what has arrived already."""
+        topic = self._settings.ledger
+        deadline = time.monotonic() + patience_s
+        if not self._assigned:
+            self._consumer.assign([TopicPartition(topic, 0, 0)])
+            self._assigned = True
+        try:
+            end = self._consumer.get_watermark_offsets(TopicPartition(topic, 0), timeout=10)[1] if patience_s else 0
+            while True:
+                for message in self._consumer.consume(1000, 0.1 if patience_s else 0.0):
+                    if message.error() is None:
+                        self._take(bytes(message.key()).decode(), message.value())
+                        self._next = message.offset() + 1
+                    elif message.error().code() == KafkaError._PARTITION_EOF:
+                        self._next = message.offset()  # Beyond the marks of transactions.
+                if not patience_s or self._next >= end:
+                    return
+                if time.monotonic() > deadline:
+                    raise ConfigurationError(f"topic {topic!r} (ledger) could not be read in {patience_s:.0f} s")
+        except KafkaException as error:
+            if patience_s:
+                raise ConfigurationError(f"topic {topic!r} (ledger) cannot be read: {reason_of(error)}") from None
+            _log.warning("the ledger is read later", reason=reason_of(error))
+
+    def _take(self, key: str, value: bytes | None) -> None:
+        tenant, kind, number, *instance = key.split(":", 3)
+        if tenant != self._tenant:
+            return
+        body = orjson.loads(value) if value else None
+        if kind == "line" and body is not None:
+            self.budgets[int(number)] = body["alerts_per_day"]
+            self.lines[int(number)] = Line(int(number), body["p_value"], body["correction"], body["share"])
+        elif kind == "tally":
+            place = int(number), "".join(instance)
+            if body is None:
+                self.tallies.pop(place, None)
+            else:
+                self.tallies[place] = Tally(**body)
+
+
+def check_compacted(settings: Settings) -> None:
+    """Refuse a ledger that Kafka would delete lines from, or that has several partitions.
+
+    Raises ConfigurationError, with the command that mends it.
+    """
+    topic = settings.ledger
+    admin = build(AdminClient, client_properties(settings))
+    try:
+        partitions = admin.list_topics(topic, 10).topics[topic].partitions
+        asked = admin.describe_configs([ConfigResource(ResourceType.TOPIC, topic)], request_timeout=10)
+        policy = next(iter(asked.values())).result(12)["cleanup.policy"].value
+    except (KafkaException, KeyError, TimeoutError):  # Not everybody may describe topics.
+        return
+    if len(partitions) > 1:
+        raise ConfigurationError(f"topic {topic!r} (ledger) has {len(partitions)} partitions, and 1 is needed")
+    if "delete" in policy:
+        raise ConfigurationError(
+            f"topic {topic!r} (ledger) has cleanup.policy={policy}, so Kafka would forget alert lines; "
+            f"kafka-configs.sh --alter --topic {topic} --add-config cleanup.policy=compact"
+        )

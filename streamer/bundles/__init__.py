@@ -1,0 +1,1 @@
+"""Bundles on disk: files, manifest, and the store of versions."""

@@ -1,0 +1,220 @@
+"""Bundles: a directory with everything that a detector needs, versioned as one.
+
+`manifest.json` names every file with its sha256; schema and exemplars are JSON, arrays are safetensors, the index is
+hnswlib's. Nothing is pickled. Written beside its place and renamed, so that a bundle is either whole or not there;
+every hash is checked on load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
+
+from encoder.models.record_encoder import Encoder
+from encoder.models.sequence_model import SequenceModel
+from encoder.training.masked_fields import EMBEDDING
+from state.baseline.baseline import Baseline, Density
+from state.calibration import Calibration
+from state.cooccurrence import Overlaps
+from state.drift_guard import Watch
+from state.rate_profiles import Habits
+from streamer.bundles.manifest import FORMAT, MANIFEST, SCHEMA, BundleError, digest_of, resolve, verify
+from streamer.detection.combine import RateScorer, RecordScorer, Scorer, SequenceScorer
+from streamer.detection.cooccurrence_score import OverlapScorer
+
+_ENCODER = "encoder.safetensors"
+_INDEX, _SCORES, _EXEMPLARS = "baseline.hnsw", "scores.safetensors", "exemplars.ndjson"
+_SEQUENCES, _BEHAVIOURS = "sequences.safetensors", "behaviours.ndjson"
+_HABITS = ("keys", "most", "usual", "kinds")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What a detector needs. exemplars: for each vector of the baseline, the normal event that it stands for, compact
+    and redacted; codes: uint16 [fields, exemplars], their features;
+    behaviours: for each outcome that sequences are made of, a normal event without who and where;
+    profile: how often each code of each field came in training; manifest: what `manifest.json` says; watch: how far
+    entities have come from what they did first, as of the last refresh."""
+
+    encoder: Encoder
+    scorer: Scorer
+    exemplars: list[bytes]
+    behaviours: list[bytes]
+    profile: NDArray[np.int64]
+    manifest: dict[str, Any]
+    codes: NDArray[np.uint16]
+    watch: Watch = field(default_factory=Watch)
+
+    @property
+    def version(self) -> str:
+        """Name and hash: two bundles with the same version score alike."""
+        return str(self.manifest["version"])
+
+    @property
+    def dim(self) -> int:
+        """The length of a record embedding."""
+        return self.scorer.record.baseline.dim
+
+    @property
+    def encoder_hash(self) -> str:
+        """Windows of vectors made by another encoder are never mixed with this one's."""
+        return str(self.manifest["files"][_ENCODER])[:16]
+
+    def line(self, alerts_per_day: float, events_per_day: float | None = None) -> float:
+        """The p-value at which normal traffic gives that many alerts a day, at the rate of training unless told."""
+        return min(0.5, alerts_per_day / max(events_per_day or float(self.manifest["training"]["events_per_day"]), 1.0))
+
+
+def save(
+    path: Path,
+    *,
+    encoder: Encoder,
+    scorer: Scorer,
+    exemplars: list[bytes],
+    behaviours: list[bytes],
+    profile: NDArray[np.int64],
+    training: dict[str, Any],
+    codes: NDArray[np.uint16],
+    watch: Watch | None = None,
+) -> Bundle:
+    """Write a bundle; what stands at `path` is replaced only once the new one is whole."""
+    path, watch = path.absolute(), watch or Watch()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        (temporary / SCHEMA).write_bytes(encoder.schema.to_json())
+        save_tensors(encoder.state(), temporary / _ENCODER)
+        index = scorer.record.baseline.save(temporary / _INDEX)
+        config = None
+        if scorer.sequences is not None:
+            tensors, config = scorer.sequences.model.state()
+            save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary / _SEQUENCES)
+        keys, walks = watch.arrays()
+        arrays = _scorer_arrays(scorer) | {"profile": profile, "watch.keys": keys, "watch.walks": walks}
+        arrays["exemplars.codes"] = np.ascontiguousarray(codes)
+        save_arrays(arrays, temporary / _SCORES)
+        (temporary / _EXEMPLARS).write_bytes(b"".join(line + b"\n" for line in exemplars))
+        (temporary / _BEHAVIOURS).write_bytes(b"".join(line + b"\n" for line in behaviours))
+        files = {file.name: digest_of(file) for file in sorted(temporary.iterdir())}
+        name = hashlib.sha256(orjson.dumps(files)).hexdigest()[:12]
+        manifest = {
+            "format": FORMAT,
+            "version": f"{path.name}-{name}",
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "schema_hash": encoder.schema.hash,
+            "files": files,
+            "baseline": index,
+            "sequences": config,
+            "training": training,
+        }
+        (temporary / MANIFEST).write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+        temporary.chmod(0o755)
+        _swap(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Bundle(encoder, scorer, exemplars, behaviours, profile, manifest, codes, watch)
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Put `new` in the place of `path`. A directory cannot be renamed over one that is not empty."""
+    if not path.exists():
+        os.rename(new, path)
+        return
+    if not (path / MANIFEST).exists():
+        raise BundleError(f"{path} exists and is not a bundle; choose another --out or remove it")
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    os.rename(path, old)
+    os.rename(new, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _scorer_arrays(scorer: Scorer) -> dict[str, NDArray[Any]]:
+    record = scorer.record
+    arrays: dict[str, NDArray[Any]] = {
+        "baseline.members": record.baseline.members,
+        "baseline.learned": record.baseline.learned,
+        "density.vectors": record.density.vectors,
+        "density.weights": record.density.weights,
+        "density.starts": record.density.starts,
+        "density.types": record.density.types,
+        "density.quantities": record.quantities,
+    }
+    groups = {"record": record.calibrations, "event": {"event": scorer.event}}
+    if scorer.sequences is not None:
+        groups["sequence"] = scorer.sequences.calibrations
+    if scorer.rates is not None:
+        habits = scorer.rates.habits
+        arrays |= {f"habits.{name}": getattr(habits, name) for name in _HABITS}
+        groups["rate"] = scorer.rates.calibrations
+    if scorer.overlaps is not None:
+        overlaps = scorer.overlaps.overlaps
+        arrays |= {f"overlaps.{name}": getattr(overlaps, name) for name in ("keys", "events", "pairs", "counts")}
+        groups["overlap"] = scorer.overlaps.calibrations
+    for group, calibrations in groups.items():
+        for name, calibration in calibrations.items():
+            arrays[f"scores.{group}/{name}"] = calibration.scores
+            arrays[f"tail.{group}/{name}"] = np.array([calibration.start, calibration.scale])
+    return arrays
+
+
+def _calibrations(arrays: dict[str, NDArray[Any]], group: str) -> dict[str, Calibration]:
+    prefix = f"scores.{group}/"
+    names = [name.removeprefix(prefix) for name in arrays if name.startswith(prefix)]
+    return {
+        name: Calibration(arrays[prefix + name], *(float(x) for x in arrays[f"tail.{group}/{name}"])) for name in names
+    }
+
+
+def load(path: Path, device: str = "cpu") -> Bundle:
+    """Raises BundleError: not there, not whole, changed, or of a schema that its weights do not fit."""
+    path = resolve(path)
+    manifest, schema = verify(path)
+    try:
+        encoder = Encoder.from_state(schema, load_tensors(path / _ENCODER), torch.device(device))
+        arrays = load_arrays(path / _SCORES)
+        baseline = Baseline.load(
+            path / _INDEX, manifest["baseline"], arrays["baseline.members"], dim=EMBEDDING, device=device
+        )
+        baseline.learned = arrays["baseline.learned"]
+        density = Density(*(arrays[f"density.{name}"] for name in ("vectors", "weights", "starts", "types")))
+        record = RecordScorer(baseline, density, arrays["density.quantities"], _calibrations(arrays, "record"))
+        sequences = None
+        if manifest["sequences"] is not None:
+            model = SequenceModel.from_state(
+                load_tensors(path / _SEQUENCES), manifest["sequences"], torch.device(device)
+            )
+            sequences = SequenceScorer(model, _calibrations(arrays, "sequence"))
+        rates = None
+        if "habits.keys" in arrays:
+            habits = Habits(*(arrays[f"habits.{name}"] for name in _HABITS))
+            rates = RateScorer(habits, _calibrations(arrays, "rate"))
+        overlaps = None
+        if "overlaps.keys" in arrays:
+            learned = Overlaps(*(arrays[f"overlaps.{name}"] for name in ("keys", "events", "pairs", "counts")))
+            overlaps = OverlapScorer(learned, _calibrations(arrays, "overlap"))
+        scorer = Scorer(record, sequences, rates, _calibrations(arrays, "event")["event"], overlaps)
+        profile, codes = arrays["profile"], arrays["exemplars.codes"]
+        watch = Watch(arrays.get("watch.keys"), arrays.get("watch.walks"))
+    except (SafetensorError, KeyError) as error:
+        raise BundleError(f"bundle {path} does not hold what its manifest says ({error}); fit it again") from error
+    exemplars = (path / _EXEMPLARS).read_bytes().splitlines()
+    behaviours = (path / _BEHAVIOURS).read_bytes().splitlines()
+    return Bundle(encoder, scorer, exemplars, behaviours, profile, manifest, codes, watch)

@@ -1,0 +1,78 @@
+"""What a bundle says of itself, and whether it is whole: read in a moment, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from encoder.features.schema import Schema
+from streamer.errors import RipcurrentError
+
+FORMAT = 5
+"""Changes with what a bundle holds."""
+MANIFEST, SCHEMA = "manifest.json", "schema.json"
+CURRENT, VERSIONS = "current", "versions"
+"""What a store of bundles holds: a link to the version that serves, and a folder of all."""
+
+
+class BundleError(RipcurrentError):
+    """A bundle that cannot be used."""
+
+
+def verify(path: Path) -> tuple[dict[str, Any], Schema]:
+    """The manifest and schema of the bundle at `path`.
+
+    Raises BundleError: not there, not whole, changed, or with another schema than it was fitted with.
+    """
+    path = resolve(path)
+    manifest = read_manifest(path)
+    for name, digest in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise BundleError(f"bundle {path} lacks {name}; fit it again or restore the file")
+        if digest_of(file) != digest:
+            raise BundleError(f"{file} was changed or cut off since the bundle was written; fit it again or restore it")
+    schema = Schema.from_json((path / SCHEMA).read_bytes(), str(path / SCHEMA))
+    if schema.hash != manifest["schema_hash"]:
+        raise BundleError(
+            f"{path / SCHEMA} has hash {schema.hash[:12]}, the bundle was fitted with {manifest['schema_hash'][:12]}; "
+            "fit a bundle with this schema"
+        )
+    return manifest, schema
+
+
+def resolve(path: Path) -> Path:
+    """The bundle that `path` means now: itself, or where it is a store the version that serves. Raises BundleError for
+    a store that nothing was promoted in."""
+    try:
+        return path / os.readlink(path / CURRENT)
+    except OSError:
+        if (path / VERSIONS).is_dir() and not (path / MANIFEST).exists():
+            raise BundleError(
+                f"no version of {path} serves; ripcurrent bundle promote VERSION --store {path}"
+            ) from None
+        return path
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the bundle or store at `path`. Raises BundleError."""
+    file = resolve(path) / MANIFEST
+    try:
+        manifest = orjson.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise BundleError(f"there is no bundle at {path}; make one: ripcurrent fit FILES --out {path}") from error
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise BundleError(f"{file} cannot be read ({error}); fit the bundle again or restore the file") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise BundleError(f"{path} has bundle format {found}, this version reads {FORMAT}; fit the bundle again")
+    return manifest
+
+
+def digest_of(path: Path) -> str:
+    """sha256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

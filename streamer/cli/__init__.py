@@ -1,0 +1,1 @@
+"""The `ripcurrent` command: one file a command group; flags, progress bars and printing, and nothing else."""

@@ -1,0 +1,133 @@
+"""The doctor: whether everything that the service needs is there and well, each in one line that says what to do.
+
+It starts nothing and changes nothing. How scores do (drift, what was spent) is asked of the service that runs, on its
+metrics port: only that has seen the traffic.
+"""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from state.errors import StateError
+from streamer.errors import ConfigurationError, RipcurrentError
+from streamer.settings import Settings, shown
+
+SERVICE_S = 3.0
+DISTRUST = "do not trust"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """mark: ok, warn or bad; what: the part that was looked at; told: one line."""
+
+    mark: str
+    what: str
+    told: str
+
+
+def examine(settings: Settings) -> Iterator[Finding]:
+    """Look at one part after the other. Never raises."""
+    yield _looked("bundle", _bundle, settings)
+    yield _looked("redis", _redis, settings)
+    kafka = _looked("kafka", _kafka, settings)
+    yield kafka
+    if kafka.mark == "ok":
+        yield _looked("ledger", _ledger, settings)
+    yield from service(settings)
+
+
+def check_redis(settings: Settings) -> None:
+    """Raises ConfigurationError where Redis does not answer."""
+    import redis
+
+    url, wait = shown(settings)["redis.url"], min(settings.redis.timeout_s, 5.0)
+    arguments = settings.redis.client_arguments() | {"socket_timeout": wait, "socket_connect_timeout": wait}
+    try:
+        with redis.Redis.from_url(settings.redis.url, retry=None, **arguments) as client:
+            client.ping()
+    except (redis.RedisError, OSError, ValueError, TypeError) as error:
+        raise ConfigurationError(f"no Redis at {url} (redis.url): {error}") from None
+
+
+def _looked(what: str, look: Callable[[Settings], str], settings: Settings) -> Finding:
+    try:
+        return Finding("ok", what, look(settings))
+    except (RipcurrentError, StateError) as error:
+        return Finding("bad", what, str(error))
+
+
+def _bundle(settings: Settings) -> str:
+    from streamer.bundles.manifest import resolve, verify
+
+    manifest, _ = verify(resolve(settings.bundle))
+    return f"{manifest['version']}, made {manifest['created']}, every file as it was written"
+
+
+def _kafka(settings: Settings) -> str:
+    from streamer.kafka.client import check_topics
+
+    check_topics(settings)
+    return f"{settings.kafka.bootstrap_servers} answers and has every topic"
+
+
+def _ledger(settings: Settings) -> str:
+    if settings.line is not None:
+        return f"not needed: the line is fixed at {settings.line:g}"
+    from streamer.alerting.threshold_ledger import Lines, check_compacted
+
+    check_compacted(settings)
+    return f"{len(Lines.read(settings))} lines are recorded for {settings.alerts_per_day:g} alerts a day"
+
+
+def _redis(settings: Settings) -> str:
+    check_redis(settings)
+    return f"{shown(settings)['redis.url']} answers"
+
+
+def service(settings: Settings) -> Iterator[Finding]:
+    """What the service that runs on this machine says of itself. Never raises."""
+    url = f"http://localhost:{settings.metrics_port}/metrics"
+    if not settings.metrics_port:
+        yield Finding("warn", "service", "metrics_port is 0: whether it runs and how it does cannot be asked")
+        return
+    try:
+        with urllib.request.urlopen(url, timeout=SERVICE_S) as answer:
+            text = answer.read().decode()
+    except (urllib.error.URLError, OSError) as error:
+        yield Finding("warn", "service", f"none answers on port {settings.metrics_port} ({error}); drift is not known")
+        return
+    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+
+    def labelled(name: str, label: str) -> dict[str, float]:
+        return {s.labels[label]: s.value for s in samples if s.name == f"ripcurrent_{name}" and label in s.labels}
+
+    def value(name: str) -> float:
+        return next((s.value for s in samples if s.name == f"ripcurrent_{name}"), float("nan"))
+
+    serving = next((version for version, on in labelled("bundle_info", "version").items() if on), "a bundle")
+    yield Finding("ok", "service", f"{serving} serves, {value('events_total'):,.0f} events since it started")
+    yield Finding(
+        "ok",
+        "budget",
+        f"{value('budget_spent_today'):.0f} alerts of {value('budget_promised_per_day'):g} today, line "
+        f"{value('line_p_value'):.3g}",
+    )
+    verdict = next((name for name, on in labelled("drift_verdict", "verdict").items() if on), "")
+    psi = sorted(labelled("drift_psi", "field").items(), key=lambda each: -each[1])[:3]
+    shifted = ", ".join(f"{name} {worth:.2f}" for name, worth in psi)
+    unknown = labelled("drift_unknown_share", "where")
+    if not verdict:
+        yield Finding("ok", "drift", f"not known yet: {value('drift_events'):,.0f} events of the last day are too few")
+        return
+    ratios = ", ".join(f"{ratio:.2f} at {level}" for level, ratio in labelled("drift_p_value_ratio", "level").items())
+    yield Finding(
+        "bad" if verdict == DISTRUST else "ok" if verdict == "healthy" else "warn",
+        "drift",
+        f"{verdict}; most shifted fields {shifted}; unknown values {unknown.get('live', 0):.2%} (in training "
+        f"{unknown.get('training', 0):.2%}); p-values over what they should be {ratios}",
+    )

@@ -1,0 +1,1 @@
+"""From a batch of events to p-values: the detector and the parts of its score."""

@@ -1,0 +1,27 @@
+"""Scores: what is told of every event, where somebody wants it: on the scores topic, and in the file of a replay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import orjson
+
+from streamer.detection.detector import ScoredBatch
+
+
+def score_lines(scored: ScoredBatch) -> Iterator[tuple[str, bytes]]:
+    """One (coordinates, JSON) an event: coordinates, p-value, severity, and whether no history of its entities is known
+    to be missing."""
+    where = scored.coordinates
+    for row in range(len(scored)):
+        topic, partition = where.sources[where.source[row]]
+        value = {
+            "topic": topic,
+            "partition": partition,
+            "offset": int(where.offset[row]),
+            "index": int(where.index[row]),
+            "p_value": float(scored.p_value[row]),
+            "severity": float(scored.severity[row]),
+            "complete": scored.complete is None or bool(scored.complete[row]),
+        }
+        yield where.label(row), orjson.dumps(value)

@@ -1,0 +1,1 @@
+"""A simulated company: days of OCSF events with labelled incidents."""

@@ -1,0 +1,1 @@
+"""Why an event scored as it did."""

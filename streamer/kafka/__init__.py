@@ -1,0 +1,1 @@
+"""The edge to Kafka; nothing else in the program imports confluent_kafka."""

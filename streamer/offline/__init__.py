@@ -1,0 +1,1 @@
+"""Scoring files without servers, and the evaluation with its reference detectors."""

@@ -1,0 +1,1 @@
+"""Scoring a range of topic offsets again, beside the live service."""

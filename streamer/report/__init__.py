@@ -1,0 +1,1 @@
+"""The report page: figures and episodes of a day as one HTML file."""

@@ -1,0 +1,266 @@
+"""Another bundle while the service runs: one that was promoted takes over, and a candidate scores beside.
+
+Promises: a bundle is opened and its windows are filled in a thread of its own, while the stream goes on with the one
+that serves; it takes over between two transactions, at the offsets that are committed, so that no event is lost or
+judged twice; one that cannot be opened changes nothing. A bundle of the same encoder finds the windows that there are,
+one of another fills windows of its own from Kafka first.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from encoder.ocsf.decoder import Message
+from state.errors import StateError, StateLostError
+from streamer.bundles.manifest import BundleError, resolve
+from streamer.errors import RipcurrentError
+from streamer.kafka.client import Offsets
+from streamer.service.metrics import Metrics
+from streamer.service.window_rebuild import Rebuild
+from streamer.settings import Settings
+
+if TYPE_CHECKING:
+    from streamer.detection.detector import ScoredBatch
+    from streamer.service.loop import Alerting, Remembering, Scorer
+
+WATCH_S = 1.0
+"""How often the pointer of the store is looked at."""
+AGAIN_S = 5.0
+"""After a store error, and after a shadow that went wrong."""
+
+_log = structlog.get_logger("ripcurrent.succession")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A bundle that can score: its version, detector, alerts, and windows (None: nothing outside this process)."""
+
+    version: str
+    detector: Scorer
+    alerting: Alerting
+    windows: Remembering | None
+
+
+@dataclass(frozen=True)
+class Bundles:
+    """Where bundles come from. serving: the path of the one that serves first; opening: path -> an opened bundle, whose
+    windows have a connection of their own."""
+
+    serving: Path
+    opening: Callable[[Path], Opened]
+
+
+class Preparation:
+    """Opens the bundle at `path` and fills its windows, in a thread.
+
+    Args:
+        opening: as in `Bundles`.
+        owned: the partitions of this process with their committed offsets, from any thread.
+    """
+
+    def __init__(
+        self, settings: Settings, path: Path, opening: Callable[[Path], Opened], owned: Callable[[], Offsets]
+    ) -> None:
+        self.path = path
+        self.opened: Opened | None = None
+        self.error: Exception | None = None
+        self._settings = settings
+        self._opening = opening
+        self._owned = owned
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="succession", daemon=True)
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        """Whether it is opened and its windows had all events up to a commit not long ago; or failed."""
+        return not self._thread.is_alive()
+
+    def close(self) -> None:
+        """Give up."""
+        self._stop.set()
+
+    def catch_up(self) -> None:
+        """Fill the windows up to the commit as it is now: few events, if it was done. Between two transactions, this
+        makes them as if this bundle had always served. Raises StateError."""
+        windows = self.opened.windows if self.opened is not None else None
+        while windows is not None and self.opened is not None and not self._stop.is_set():
+            try:
+                windows.check_epoch(self._owned())
+                return
+            except StateLostError as lost:
+                now_ms = int(time.time() * 1000)
+                remember = self.opened.detector.remember
+                rebuild = Rebuild(self._settings, windows, remember, lost, self._owned(), now_ms=now_ms)
+                try:
+                    while not rebuild.step(self._owned()) and not self._stop.is_set():
+                        pass
+                finally:
+                    rebuild.close()
+
+    def _run(self) -> None:
+        try:
+            self.opened = self._opening(self.path)
+            while not self._stop.is_set():
+                try:
+                    self.catch_up()
+                    return
+                except StateError as error:
+                    _log.warning("filling the windows of another bundle again", reason=str(error))
+                    self._stop.wait(AGAIN_S)
+        except Exception as error:
+            self.error = error
+
+
+class Succession:
+    """Watches the store and says when a promoted bundle is ready to take over. owned: as in `Preparation`."""
+
+    def __init__(self, settings: Settings, bundles: Bundles, owned: Callable[[], Offsets], metrics: Metrics) -> None:
+        self._settings = settings
+        self._opening = bundles.opening
+        self._owned = owned
+        self._metrics = metrics
+        self._serving = bundles.serving
+        self._preparation: Preparation | None = None
+        self._watched_at = 0.0
+        self._refused: Path | None = None
+
+    def ready(self) -> Preparation | None:
+        """What can take over now: `catch_up` with it between two transactions, then say `done`."""
+        if time.monotonic() - self._watched_at >= WATCH_S:
+            self._watched_at = time.monotonic()
+            self._watch()
+        preparation = self._preparation
+        if preparation is None or not preparation.done:
+            return None
+        if preparation.error is not None:
+            self._metrics.bundles_refused.inc()
+            self._refused, self._preparation = preparation.path, None
+            known = isinstance(preparation.error, (RipcurrentError, StateError))
+            _log.error(
+                "the promoted bundle cannot serve, the one before goes on",
+                bundle=preparation.path.name,
+                reason=str(preparation.error),
+                exc_info=None if known else preparation.error,
+            )
+            return None
+        return preparation
+
+    def done(self, preparation: Preparation) -> None:
+        """It has taken over."""
+        self._serving, self._preparation = preparation.path, None
+        self._metrics.swaps.inc()
+        _log.info("another bundle serves", bundle=preparation.path.name)
+
+    def close(self) -> None:
+        if self._preparation is not None:
+            self._preparation.close()
+
+    def _watch(self) -> None:
+        try:
+            wanted = resolve(self._settings.bundle)
+        except BundleError:
+            return
+        under_way = self._preparation.path if self._preparation is not None else self._serving
+        if wanted in (under_way, self._refused):
+            return
+        self.close()
+        self._preparation, self._refused = None, None
+        if wanted != self._serving:
+            _log.info("opening the promoted bundle", bundle=wanted.name)
+            self._preparation = Preparation(self._settings, wanted, self._opening, self._owned)
+
+
+class Shadow:
+    """A candidate that scores what the serving bundle scores, and is compared with it. Whatever goes wrong with it is
+    logged and counted, and it begins again; the stream does not wait for it beyond its own scoring."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        path: Path,
+        bundles: Bundles,
+        owned: Callable[[], Offsets],
+        metrics: Metrics,
+    ) -> None:
+        self._settings = settings
+        self._path = path
+        self._opening = bundles.opening
+        self._owned = owned
+        self._metrics = metrics
+        self._preparation: Preparation | None = None
+        self._again_at = 0.0
+        self._prepared: set[tuple[str, int]] = set()
+
+    def between_transactions(self) -> None:
+        """Begin when it is ready; begin anew when partitions have come."""
+        if self._preparation is None:
+            if self._owned() and time.monotonic() >= self._again_at:
+                self._preparation = Preparation(self._settings, resolve(self._path), self._opening, self._owned)
+        elif self._preparation.done and not self._owned().keys() <= self._prepared:
+            self._guarded(self._join)
+
+    def compare(self, messages: Sequence[Message], scored: ScoredBatch, line: NDArray[np.float64]) -> None:
+        """Score the batch too, and count how that differs."""
+        if self._prepared:
+            self._guarded(lambda: self._compare(messages, scored, line))
+
+    def prepare(self, offsets: Offsets) -> None:
+        """As `WindowStore.prepare`."""
+        if self._prepared:
+            self._guarded(lambda: self._windows_do("prepare", offsets))
+
+    def committed(self, offsets: Offsets) -> None:
+        """As `WindowStore.committed`."""
+        if self._prepared:
+            self._guarded(lambda: self._windows_do("committed", offsets))
+
+    def close(self) -> None:
+        if self._preparation is not None:
+            self._preparation.close()
+
+    def _join(self) -> None:
+        assert self._preparation is not None
+        if self._preparation.error is not None:
+            raise self._preparation.error
+        self._preparation.catch_up()
+        self._prepared = set(self._owned())
+        _log.info("a candidate scores beside", bundle=self._preparation.path.name)
+
+    def _compare(self, messages: Sequence[Message], scored: ScoredBatch, line: NDArray[np.float64]) -> None:
+        assert self._preparation is not None
+        assert self._preparation.opened is not None
+        detector = self._preparation.opened.detector
+        with self._metrics.time("shadow"):
+            other = detector.judge(detector.prepare(messages))
+        ours, theirs = scored.p_value <= line, other.p_value <= line
+        for name, rows in (("both", ours & theirs), ("gained", theirs & ~ours), ("lost", ours & ~theirs)):
+            self._metrics.shadow_alerts.labels(name).inc(int(rows.sum()))
+        self._metrics.shadow_events.inc(len(scored))
+        decades = np.abs(np.log10(other.p_value) - np.log10(scored.p_value))
+        self._metrics.shadow_decades.inc(float(decades.sum()))
+
+    def _windows_do(self, what: str, offsets: Offsets) -> None:
+        assert self._preparation is not None
+        assert self._preparation.opened is not None
+        if self._preparation.opened.windows is not None:
+            getattr(self._preparation.opened.windows, what)(offsets)
+
+    def _guarded(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            _log.warning("the candidate beside begins again", reason=str(error), kind=type(error).__name__)
+            self._metrics.shadow_failures.inc()
+            self.close()
+            self._preparation, self._prepared = None, set()
+            self._again_at = time.monotonic() + AGAIN_S

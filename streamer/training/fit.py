@@ -1,0 +1,463 @@
+"""Fitting: unlabelled events in, a bundle out.
+
+Two passes over the files: the first learns the schema, the second the rest. The latest of working days and
+of weekends are held out, and calibrate: a score judged by the events it was made from would never be unusual.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import torch
+from numpy.typing import NDArray
+
+from encoder.features.schema import MISSING, Schema, SchemaLearner
+from encoder.features.vectorizer import FeatureBatch, Vectorizer, fitted_to
+from encoder.models.rarity import BLOCKS, ContextRarity
+from encoder.models.record_encoder import Encoder
+from encoder.ocsf.activity_counts import Acts, acts
+from encoder.ocsf.decoder import EventBatch, Message, decode
+from encoder.ocsf.entities import KINDS, Entities
+from encoder.ocsf.entities import entities as find_entities
+from encoder.training.embedding_quality import check_embedding
+from encoder.training.masked_fields import train
+from encoder.training.sequence import SequenceReport, fit_sequences
+from encoder.training.trainer import Descent
+from state.baseline.baseline import Baseline, Density
+from state.calibration import FEW, Calibration
+from state.cooccurrence import OverlapCounts, near
+from state.rate_profiles import Habits
+from state.windows import MemoryWindows, WindowEntries
+from streamer.bundles.bundle_files import Bundle, save
+from streamer.detection.combine import RateScorer, RecordScorer, Scorer, SequenceScorer, joined, weighed
+from streamer.detection.cooccurrence_score import JUDGED, OverlapScorer
+from streamer.detection.detector import compact
+from streamer.detection.drift import profile
+from streamer.errors import RipcurrentError
+from streamer.event_files import batches
+from streamer.redaction import Redactor
+
+HELD_OUT = 0.15
+"""The latest share of the training events, by event time, that calibrates: of those on working days, and of those on
+weekends. The latest of a week alone would be its Sunday, and Monday would look like an incident."""
+MIN_EVENTS = 20
+MAX_EVENTS = 2_000_000
+"""Events kept as features; of more, every k-th is used, and the summary says so."""
+MAX_CODES = 80_000_000
+"""Events times fields that are kept, 4 bytes each and a few copies on the way: of many fields, fewer events."""
+MAX_ENTITIES = 50_000
+"""Entities whose windows are held at once while training is replayed, some 7 kB each; the longest unseen go first."""
+DAY_MS = 86_400_000
+PLACE = "@event"
+"""In an exemplar, beside the attributes of the normal event: where it stood. No attribute path begins so."""
+
+Reread = Callable[[], Iterable[Sequence[Message]]]
+"""Gives the same messages each time it is called: a range of a topic."""
+Progress = Callable[[str, int, int, str], None]
+"""Called with (stage, done, total or 0, what to show beside it)."""
+
+
+class FitError(RipcurrentError):
+    """Training events that no detector can be made of."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A bundle and what was learned on the way to it."""
+
+    bundle: Bundle
+    events: int
+    used: int
+    rejects: int
+    repairs: Counter[str]
+    seconds: float
+    report: Descent
+
+
+@dataclass
+class _Loaded:
+    """What the two passes kept of n events, in order of event time."""
+
+    schema: Schema
+    features: FeatureBatch
+    time: NDArray[np.int64]
+    entities: Entities
+    acts: Acts
+    records: list[bytes]
+    places: list[str]
+    events: int
+    rejects: int
+    repairs: Counter[str]
+
+
+def fit(
+    paths: Sequence[Path] | Reread,
+    out: Path,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    redact: Collection[str] = (),
+    progress: Progress | None = None,
+) -> Fitted:
+    """Fit a bundle to the events of `paths` (NDJSON, .gz, Parquet; or anything that can be read twice) and write it to
+    `out`.
+
+    Deterministic for a seed and machine, also where it was killed and is begun again: the training of the networks is
+    kept beside `out` until the bundle stands, and gone on with. redact: attributes that exemplars hold masked. Raises
+    FitError for fewer than MIN_EVENTS readable events.
+    """
+    started = time.monotonic()
+    tell: Progress = progress or (lambda *_: None)
+    kept = out.absolute().with_name(f".{out.name}.training")
+    loaded = _load(paths, tell)
+    n = len(loaded.features)
+    held = _held_out(loaded.time)
+    schema, recoded = fitted_to(loaded.schema, loaded.features, np.flatnonzero(~held))
+    loaded = replace(loaded, schema=schema, features=recoded)
+    first, in_block = _distinct(loaded.features, np.flatnonzero(~held))
+    weights = in_block.sum(1)
+    features, later = loaded.features.take(first), loaded.features.take(np.flatnonzero(held))
+    tell("train", 0, 0, f"{len(features):,} distinct events of {n - len(later):,}")
+    rarity = ContextRarity.fit(loaded.schema, features, in_block)
+    where = torch.device(device)
+    net, report = train(
+        loaded.schema,
+        features,
+        weights,
+        later.take(later.distinct()[0]),
+        seed=seed,
+        device=where,
+        checkpoint=kept / "encoder.safetensors",
+        progress=lambda step, steps, loss: tell("train", step, steps, f"loss {loss:.3f}"),
+    )
+    encoder = Encoder(loaded.schema, net, rarity, where)
+    tell("baseline", 0, 0, "")
+    record, by_record = _fit_record(encoder, features, weights, later, seed)
+    behaviours = encoder.behaviours(loaded.features)
+    sequences, rates, overlaps, by_history, learned = _fit_history(encoder, loaded, behaviours, held, seed, kept, tell)
+    event = Calibration.fit(joined(by_record, by_history), tail_from=FEW)
+    scorer = Scorer(record, sequences, rates, event, overlaps)
+    redactor = Redactor(redact)
+    members = first[record.baseline.members].tolist()
+    span = max(int(np.ptp(loaded.time)), 60_000)
+    training = {
+        "events": loaded.events,
+        "used": n,
+        "held_out": len(later),
+        "distinct": len(features),
+        "rejects": loaded.rejects,
+        "from": int(loaded.time[0]),
+        "to": int(loaded.time[-1]),
+        "events_per_day": loaded.events / (span / DAY_MS),
+        "steps": report.steps,
+        "loss": report.losses,
+        "validation_loss": report.validation,
+        "embedding": asdict(check_embedding(encoder, features, seed=seed)),
+        "sequences": learned and {"loss": learned.losses, "network": learned.network, "counts": learned.counts},
+        "seed": seed,
+    }
+    bundle = save(
+        out,
+        encoder=encoder,
+        scorer=scorer,
+        exemplars=exemplars(
+            [loaded.records[row] for row in members], [loaded.places[row] for row in members], loaded.schema, redactor
+        ),
+        behaviours=_steps(sequences, loaded, behaviours, redactor),
+        profile=profile(loaded.schema, loaded.features.codes),
+        training=training,
+        codes=shown_codes(loaded.features.codes[members], loaded.schema, redactor),
+    )
+    shutil.rmtree(kept, ignore_errors=True)
+    seconds = time.monotonic() - started
+    return Fitted(bundle, loaded.events, n, loaded.rejects, loaded.repairs, seconds, report)
+
+
+def _decoded(paths: Sequence[Path] | Reread) -> Iterator[tuple[EventBatch, int]]:
+    for batch in paths() if callable(paths) else batches(paths):
+        events, rejects = decode(batch)
+        yield events, len(rejects)
+
+
+def _load(paths: Sequence[Path] | Reread, tell: Progress) -> _Loaded:
+    """Both passes: the schema, then features, times and the raw events (for exemplars) of at most MAX_EVENTS."""
+    learner = SchemaLearner()
+    total = rejected = 0
+    repairs: Counter[str] = Counter()
+    for events, rejects in _decoded(paths):
+        learner.add(events)
+        total += len(events)
+        rejected += rejects
+        repairs.update(events.repairs)
+        tell("read", total, 0, f"{total:,} events")
+    if total < MIN_EVENTS:
+        where = "the range" if callable(paths) else ", ".join(str(path) for path in paths)
+        raise FitError(
+            f"{where}: {total} events could be read and {rejected} could not; at least {MIN_EVENTS} are needed, and a "
+            "day or more of normal traffic is what makes a detector"
+        )
+    schema = learner.finish()
+    vectorize = Vectorizer(schema)
+    stride = -(-total // min(MAX_EVENTS, MAX_CODES // len(schema.fields)))
+    parts: list[FeatureBatch] = []
+    times: list[NDArray[np.int64]] = []
+    pairs: list[tuple[Entities, Acts]] = []
+    records: list[bytes] = []
+    places: list[str] = []
+    seen = 0
+    for events, _ in _decoded(paths):
+        kept = np.arange(-seen % stride, len(events), stride)
+        pairs.append(_kept(events, kept, len(records)))
+        parts.append(vectorize(events).take(kept))
+        times.append(events.time[kept])
+        records.extend(orjson.dumps(events.records[i]) for i in kept.tolist())
+        places.extend(events.coordinates.label(i) for i in kept.tolist())
+        seen += len(events)
+        tell("vectorize", seen, total, "")
+    features = FeatureBatch(
+        np.concatenate([part.codes for part in parts]),
+        np.concatenate([part.quantiles for part in parts]),
+        np.concatenate([part.actor for part in parts]),
+    )
+    moments = np.concatenate(times)
+    order = np.argsort(moments, kind="stable")
+    return _Loaded(
+        schema,
+        features.take(order),
+        moments[order],
+        *_reordered(pairs, order),
+        [records[i] for i in order.tolist()],
+        [places[i] for i in order.tolist()],
+        total,
+        rejected,
+        repairs,
+    )
+
+
+def _kept(events: EventBatch, kept: NDArray[np.intp], offset: int) -> tuple[Entities, Acts]:
+    """The pairs of the kept events, numbered from `offset`."""
+    entities = find_entities(events)
+    place = np.full(len(events), -1, np.int64)
+    place[kept] = np.arange(offset, offset + len(kept))
+    rows = place[entities.row]
+    pairs = np.flatnonzero(rows >= 0)
+    names = [entities.entity[i] for i in pairs.tolist()]
+    found = Entities(rows[pairs].astype(np.int32), entities.kind[pairs], names, [])
+    return found, acts(events, entities).take(pairs)
+
+
+def _reordered(parts: list[tuple[Entities, Acts]], order: NDArray[np.intp]) -> tuple[Entities, Acts]:
+    """All pairs, their events numbered by the new order."""
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    row = rank[np.concatenate([entities.row for entities, _ in parts])]
+    by_row = np.argsort(row, kind="stable")
+    names = [name for entities, _ in parts for name in entities.entity]
+    kind = np.concatenate([entities.kind for entities, _ in parts])
+    found = Entities(row[by_row].astype(np.int32), kind[by_row], [names[i] for i in by_row.tolist()], [])
+    return found, Acts.concatenate([part for _, part in parts]).take(by_row)
+
+
+def _held_out(time: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """bool [n]: which events calibrate. time: int64 [n], event ms, ascending."""
+    held = np.zeros(len(time), np.bool_)
+    weekend = (time // DAY_MS + 3) % 7 >= 5  # the epoch began on a Thursday
+    for rows in (np.flatnonzero(weekend), np.flatnonzero(~weekend)):
+        held[rows[len(rows) - round(HELD_OUT * len(rows)) :]] = True
+    held[-MIN_EVENTS // 2 :] = True
+    return held
+
+
+def _distinct(features: FeatureBatch, rows: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Of these rows, in order of time, the first of each kind, and how many of each block it stands for: float64
+    [kinds, BLOCKS]."""
+    first, like = features.take(rows).distinct()
+    block = np.arange(len(rows)) * BLOCKS // len(rows)
+    counts = np.bincount(like * BLOCKS + block, minlength=len(first) * BLOCKS)
+    return rows[first], counts.reshape(-1, BLOCKS).astype(np.float64)
+
+
+def _fit_record(
+    encoder: Encoder, features: FeatureBatch, weights: NDArray[np.float64], later: FeatureBatch, seed: int
+) -> tuple[RecordScorer, NDArray[np.float64]]:
+    """The record part, and its evidence against each held-out event."""
+    vectors = encoder.encode(features).vectors
+    types = features.codes[:, 0].astype(np.int64)
+    numbers = [i for i, field in enumerate(encoder.schema.fields) if field.kind == "number"]
+    measured = (features.codes[:, numbers] > 0).any(1)
+    density = Density.fit(vectors[measured], weights[measured], types[measured], seed=seed)
+    present = features.codes > 0
+    share = present[:, numbers].sum(1) / present.sum(1)
+    quantities = np.array([share[measured & (types == kind)].mean() for kind in density.types])
+    baseline = Baseline.build(
+        vectors, seed=seed, lonely=lambda places: density.lonely(vectors[places], weights[places], types[places])
+    )
+    scorer = RecordScorer(baseline, density, quantities)
+    first, like = later.distinct()
+    distinct = later.take(first)
+    kinds = distinct.codes[:, 0].astype(np.int64)
+    raw = scorer.raw(encoder.encode(distinct), kinds)
+    scorer.fit({name: score[like] for name, score in raw.items()}, kinds[like])
+    return scorer, scorer.evidence(scorer.parts(raw, kinds))[like]
+
+
+def _fit_history(
+    encoder: Encoder,
+    loaded: _Loaded,
+    vectors: NDArray[np.float16],
+    held: NDArray[np.bool_],
+    seed: int,
+    kept: Path,
+    tell: Progress,
+) -> tuple[SequenceScorer | None, RateScorer | None, OverlapScorer | None, NDArray[np.float64], SequenceReport | None]:
+    """The parts that judge entities by what came before (None where the held-out events, or all others, name no
+    entity), their evidence against each held-out event, and how the fit went. vectors: float16 [n, d], behaviours."""
+    pairs = loaded.entities
+    evidence = np.zeros(len(held))
+    judged = np.flatnonzero(held[pairs.row])
+    if len(judged) in (0, len(pairs)):
+        return None, None, None, evidence[held], None
+    tell("sequences", 0, 0, "")
+    model, report = fit_sequences(
+        vectors,
+        loaded.time,
+        pairs,
+        withheld=held,
+        seed=seed,
+        device=encoder.device,
+        checkpoint=kept / "sequences.safetensors",
+        progress=lambda step, steps, loss: tell("sequences", step, steps, f"loss {loss:.3f}"),
+    )
+    sequences = SequenceScorer(model)
+    raw, levels, overlaps, overlap = _replayed(sequences, loaded, vectors, held)
+    last = dict(zip(pairs.entity, range(len(pairs.entity)), strict=True))
+    is_last = np.zeros(len(pairs.entity), bool)
+    is_last[list(last.values())] = True
+    quiet = np.array([model.silence.get(kind, 0) for kind in KINDS], np.int64)[pairs.kind]
+    ended = is_last & (quiet > 0) & (loaded.time[-1] - loaded.time[pairs.row] > quiet)
+    kinds = pairs.kind[judged]
+    sequences.fit(raw, kinds, ended[judged], pairs.row[judged])
+    habits, excess = Habits.fit(pairs.entity, pairs.kind, levels, loaded.time[pairs.row], kinds=len(KINDS))
+    rates = RateScorer(habits)
+    by_user = np.zeros(len(judged))
+    if len(held) == loaded.events:  # Of a sample, every count would be too low.
+        rates.fit(excess, pairs.kind, pairs.entity, pairs.row)
+        if len(overlap):
+            overlaps.fit(overlap, int(held.sum()))
+            by_user[kinds == JUDGED], _ = overlaps.evidence(overlap)
+    rate, _ = rates.evidence(excess.take(judged), kinds)
+    order, missing = (sequences.evidence(name, raw, kinds) for name in ("order", "missing"))
+    np.maximum.at(evidence, pairs.row[judged], weighed(order, missing, rate, by_user).max(0))
+    return sequences, rates, overlaps, evidence[held], report
+
+
+def _replayed(
+    scorer: SequenceScorer, loaded: _Loaded, vectors: NDArray[np.float16], held: NDArray[np.bool_]
+) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.uint8], OverlapScorer, NDArray[np.float64]]:
+    """All pairs through windows, as live: the raw scores of those of held-out events with all the history that they
+    had, and of all what they raised; what the others teach of who is where at once, and how surprising that is of the
+    held-out ones that are judged by it, float64 [k, PARTNERS]."""
+    pairs = loaded.entities
+    judged = np.flatnonzero(held[pairs.row])
+    counts = OverlapCounts()
+    at_once: list[tuple[list[str], NDArray[np.int16], NDArray[np.int16]]] = []
+    windows = MemoryWindows(dim=vectors.shape[1], max_entities=MAX_ENTITIES)
+    found: list[dict[str, NDArray[np.float64]]] = []
+    levels: list[NDArray[np.uint8]] = []
+    step = 8192
+    for start in range(0, len(pairs.row), step):
+        rows, kinds = pairs.row[start : start + step], pairs.kind[start : start + step]
+        entries = WindowEntries(
+            pairs.entity[start : start + step],
+            np.maximum(loaded.time[rows], 0),
+            vectors[rows],
+            (("training", 0),),
+            np.zeros(len(rows), np.int32),
+            rows.astype(np.int64),
+            np.zeros(len(rows), np.int32),
+            loaded.acts.take(slice(start, start + step)),
+        )
+        seen = windows.append(entries)
+        windows.committed({("training", 0): int(rows[-1])})
+        levels.append(seen.levels)
+        here = judged[slice(*np.searchsorted(judged, (start, start + step)))] - start
+        if len(here):
+            found.append(scorer.raw(seen.take(here), kinds[here]))
+        for later in (False, True):
+            users = np.flatnonzero((kinds == JUDGED) & (held[rows] == later))
+            names = [pairs.entity[start + i] for i in users.tolist()]
+            if later:
+                at_once.append((names, *near(seen.take(users))))
+            else:
+                counts.add(names, *near(seen.take(users)))
+    overlaps = counts.finish()
+    surprise = np.concatenate([overlaps.surprise(*part) for part in at_once])
+    raw = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    return raw, np.concatenate(levels), OverlapScorer(overlaps), surprise
+
+
+def _steps(
+    sequences: SequenceScorer | None, loaded: _Loaded, vectors: NDArray[np.float16], redactor: Redactor
+) -> list[bytes]:
+    """For each outcome of the sequences a normal event that is one, without who and where."""
+    if sequences is None:
+        return []
+    codes, rows = np.unique(sequences.model.codebook(vectors), return_index=True)
+    known = codes < sequences.model.codebook.other
+    first = dict(zip(codes[known].tolist(), rows[known].tolist(), strict=True))
+    named = {field.path for field in loaded.schema.fields if field.kind == "identity"}
+    events = exemplars([loaded.records[row] for row in first.values()], None, loaded.schema, redactor)
+    told = {
+        code: orjson.dumps({path: value for path, value in orjson.loads(event).items() if path not in named})
+        for code, event in zip(first, events, strict=True)
+    }
+    return [told.get(code, b"{}") for code in range(sequences.model.codebook.other)]
+
+
+def exemplars(records: list[bytes], places: list[str] | None, schema: Schema, redactor: Redactor) -> list[bytes]:
+    """Compact redacted copies of normal events, for explanations; with places (`topic:partition:offset:index`), each
+    says under PLACE where it stood."""
+    copies = [redactor.record(compact(orjson.loads(record), schema)).record for record in records]
+    if places is not None:
+        copies = [{PLACE: place} | copy for place, copy in zip(places, copies, strict=True)]
+    return [orjson.dumps(copy) for copy in copies]
+
+
+def shown_codes(codes: NDArray[np.int32], schema: Schema, redactor: Redactor) -> NDArray[np.uint16]:
+    """uint16 [fields, n], the features of examples, from int32 [n, fields]; those of attributes that examples hold
+    masked whole are missing here, too."""
+    shown = np.ascontiguousarray(codes.T.astype(np.uint16))
+    shown[[redactor.lists(field.path) for field in schema.fields]] = MISSING
+    return shown
+
+
+def summary(fitted: Fitted) -> list[tuple[str, Any]]:
+    """What a person wants to know of a fit, as (what, value)."""
+    schema, manifest = fitted.bundle.encoder.schema, fitted.bundle.manifest
+    record = fitted.bundle.scorer.record
+    kinds = Counter(field.kind for field in schema.fields)
+    fields = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+    rows: list[tuple[str, Any]] = [
+        ("events", f"{fitted.events:,} read, {fitted.used:,} used, {fitted.rejects:,} could not be read"),
+        (
+            "distinct",
+            f"{manifest['training']['distinct']:,} kinds of event to fit, "
+            f"{manifest['training']['held_out']:,} events held out to calibrate",
+        ),
+        ("schema", f"{len(schema.fields)} fields ({fields}), {len(schema.set_aside)} paths set aside"),
+        ("baseline", f"{len(record.baseline):,} vectors, {len(record.density.types)} event types with quantities"),
+        ("rate", f"{manifest['training']['events_per_day']:,.0f} events a day"),
+        ("bundle", fitted.bundle.version),
+        ("took", f"{fitted.seconds:.0f} s"),
+    ]
+    if fitted.repairs:
+        rows.insert(1, ("repairs", ", ".join(f"{n:,} {kind}" for kind, n in fitted.repairs.most_common())))
+    return rows
