@@ -340,25 +340,6 @@ class Book:
         return book
 
 
-class MemoryEpisodes:
-    """Episodes in this process: for `score` and evaluation."""
-
-    def __init__(self) -> None:
-        self._book, self._position = Book(), Position()
-
-    def decide(self, anomalies: Sequence[Anomaly], ends: Mapping[Source, End]) -> list[Decision]:
-        found = self._book.decide(anomalies, ends, self._position)
-        self._position.advance(ends)
-        self._book.changed.clear()
-        return found
-
-    def committed(self, offsets: Mapping[Source, int]) -> None:
-        self._position.commit(offsets)
-
-    def open(self) -> int:
-        return len(self._book)
-
-
 _NOTHING = _Applied(-1, 0, 0)
 _AFTER = 1 << 24
 """An index in a message that comes after all of them."""

@@ -7,14 +7,14 @@ and is rejected like one from Kafka.
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from encoder.ocsf.decoder import Message
+from encoder.ocsf.events import Message
 from streamer.errors import RipcurrentError
 
 BATCH = 4096
@@ -69,3 +69,10 @@ def _parquet(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _plain(value: Any) -> Any:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def event_uid(record: Mapping[str, Any], line: int) -> str:
+    """The event's `metadata.uid`, else the number of its line in the file, from 1."""
+    metadata = record.get("metadata")
+    uid = metadata.get("uid") if isinstance(metadata, dict) else None
+    return str(uid) if uid is not None else str(line)

@@ -337,3 +337,12 @@ def _describe(problem: Any) -> str:
     secret = any(known == name and is_secret(field) for known, field in leaves()) or name.startswith("kafka.properties")
     value = "" if secret else f" = {problem['input']!r}"
     return f"setting {name}{value}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def device_of(settings: Settings) -> str:
+    """cpu or cuda, also where the settings leave it open."""
+    if settings.device != "auto":
+        return settings.device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

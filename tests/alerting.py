@@ -10,10 +10,11 @@ import orjson
 from numpy.typing import NDArray
 from ocsf_json_schema import OcsfJsonSchemaEmbedded, get_ocsf_schema
 
-from encoder.ocsf.decoder import Message, decode
+from encoder.ocsf.decoder import decode
+from encoder.ocsf.events import Message
 from streamer.alerting.detection_finding import build_alerts
 from streamer.alerting.finding_frame import OCSF_VERSION, Alert
-from streamer.detection.detector import ScoredBatch
+from streamer.detection.batches import ScoredBatch
 from streamer.explain.attribution import Explanation, FieldFinding
 
 NOW = 1_790_000_000_000

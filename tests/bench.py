@@ -42,21 +42,27 @@ import encoder.models.record_encoder
 import encoder.training.masked_fields
 import encoder.training.sequence
 import state.baseline.baseline
+import state.baseline.density
 import state.redis.windows
 import streamer.alerting.pipeline
-import streamer.detection.combine
 import streamer.detection.detector
 import streamer.detection.inactivity
+import streamer.detection.rate_score
+import streamer.detection.record_score
+import streamer.detection.sequence_score
 import streamer.kafka.consumer
 import streamer.kafka.producer
 import streamer.service.loop
-from encoder.models.sequence_model import WIDTH
-from encoder.ocsf.decoder import Message, decode
-from streamer.bundles.bundle_files import Bundle
-from streamer.cli.main import configure_logging
+from encoder.models.temporal_convolution import WIDTH
+from encoder.ocsf.decoder import decode
+from encoder.ocsf.events import Message
+from streamer.detection.bundle import Bundle
 from streamer.devtools import servers
 from streamer.devtools.simulator.generator import simulate
+from streamer.explain.attribution import Explainer
 from streamer.kafka.client import consumer_properties
+from streamer.service.entity_state import open_detector
+from streamer.service.logs import configure_logging
 from streamer.settings import Settings, load
 from streamer.training.fit import fit
 
@@ -79,12 +85,12 @@ STAGES: Sequence[tuple[str, Any, tuple[str, ...]]] = (
     ("encode: conditional rarity", encoder.models.rarity.ContextRarity, ("__call__", "summary")),
     ("encode: network", encoder.models.record_encoder.Encoder, ("encode", "behaviours")),
     ("score records: baseline", state.baseline.baseline.Baseline, ("search",)),
-    ("score records: density", state.baseline.baseline.Density, ("__call__",)),
-    ("score records: calibration", streamer.detection.combine.RecordScorer, ("raw", "parts", "evidence")),
+    ("score records: density", state.baseline.density.Density, ("__call__",)),
+    ("score records: calibration", streamer.detection.record_score.RecordScorer, ("raw", "parts", "evidence")),
     ("entities, what each adds", streamer.detection.detector, ("find_entities", "acts")),
     ("windows (Redis)", state.redis.windows.RedisWindows, ("append", "prepare", "committed", "check_epoch")),
-    ("encode and score sequences", streamer.detection.combine.SequenceScorer, ("raw", "evidence")),
-    ("score rates", streamer.detection.combine.RateScorer, ("evidence",)),
+    ("encode and score sequences", streamer.detection.sequence_score.SequenceScorer, ("raw", "evidence")),
+    ("score rates", streamer.detection.rate_score.RateScorer, ("evidence",)),
     ("timers of silence", streamer.detection.inactivity.Watch, ("advance",)),
     ("rest of the detector", streamer.detection.detector.Detector, ("prepare", "judge")),
     ("explain, build alerts", streamer.service.loop.Service, ("_alerts",)),
@@ -211,10 +217,10 @@ def only_consume_and_parse(settings: Settings, events: int) -> tuple[float, floa
 def serve(settings: Settings, events: int, *, ahead: bool) -> Run:
     """Run the service over the whole topic."""
     configure_logging(settings)
-    detector, windows = streamer.detection.detector.open_detector(settings, settings.bundle)
+    detector, windows = open_detector(settings, settings.bundle)
     line = detector.bundle.line(settings.alerts_per_day)
     findings = streamer.alerting.pipeline.open_findings(
-        settings, detector, streamer.alerting.pipeline.open_episodes(settings)
+        settings, Explainer(detector.bundle, detector.windows), streamer.alerting.pipeline.open_episodes(settings)
     )
     clock = Clock()
     with clock.watching():

@@ -17,8 +17,8 @@ import numpy as np
 
 from encoder.training import masked_fields as training
 from encoder.training.trainer import Descent
-from state.baseline import baseline
-from streamer.detection import combine as scoring
+from state.baseline import density
+from streamer.detection import record_score as scoring
 from streamer.event_files import batches
 from streamer.offline.evaluation import metrics, read_events, read_labels
 from streamer.training import fit as fitting
@@ -30,8 +30,8 @@ VARIANTS: dict[str, Patches] = {
     "all of it": [],
     "identity path alone, no residual part": UNTRAINED,
     "residual part that may replace the identity path": [(training, "RESIDUAL_PENALTY", 0.0)],
-    "the loneliest kept in reference and baseline": [(baseline, "TRIM", 0.0)],
-    "the loneliest kept in the baseline": [(baseline.Density, "lonely", lambda _, v, *__: np.zeros(len(v), bool))],
+    "the loneliest kept in reference and baseline": [(density, "TRIM", 0.0)],
+    "the loneliest kept in the baseline": [(density.Density, "lonely", lambda _, v, *__: np.zeros(len(v), bool))],
     "without density": NO_DENSITY,
     "without the distance to the nearest": [(scoring, "_SURPRISES", {"odd_value": 1.0, "odd_for_actor": 1.0})],
     "without either: counting alone": [(scoring, "_SURPRISES", {"odd_value": 1.0, "odd_for_actor": 1.0}), *NO_DENSITY],

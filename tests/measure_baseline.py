@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from state.baseline.baseline import Exact, Hnsw
+from state.baseline.search import Exact, Hnsw
 from streamer.bundles.bundle_files import load
-from streamer.detection.combine import NEIGHBOURS
+from streamer.detection.record_score import NEIGHBOURS
 
 DIM = 64
 

@@ -19,10 +19,11 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from streamer.alerting.file_thresholds import lines_of
 from streamer.alerting.threshold import STORY_MS
 from streamer.bundles.bundle_files import load
+from streamer.detection.score_files import ScoredFile, score_files
 from streamer.devtools.simulator.generator import schedule, simulate, write
-from streamer.offline.file_scoring import ScoredFile, lines_of, score_files
 from streamer.training.fit import DAY_MS, fit
 
 WEEKS = 11

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import orjson
 
-from encoder.ocsf.decoder import Message
+from encoder.ocsf.events import Message
 from streamer.training.fit import fit
 
 CLASSES = [1000 * category + n for category in (1, 3, 4, 5, 6) for n in range(1, 7)]

@@ -10,8 +10,9 @@ import redis
 from numpy.typing import NDArray
 
 from encoder.ocsf.activity_counts import PARTNERS, Acts
+from state.memory.windows import MemoryWindows
 from state.redis.windows import RedisWindows
-from state.windows import MemoryWindows, WindowEntries, WindowStore
+from state.windows import WindowEntries, WindowStore
 from streamer.devtools.servers import ValkeyServer
 
 SOURCE = ("events", 0)

@@ -23,12 +23,13 @@ from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 from numpy.typing import NDArray
 
-from encoder.ocsf.decoder import Coordinates, Message, decode
+from encoder.ocsf.decoder import decode
+from encoder.ocsf.events import Coordinates, Message
 from state.redis.episodes import RedisEpisodes
 from state.windows import WindowEntries, Windows, WindowStore
 from streamer.alerting.finding_frame import Alert
 from streamer.alerting.pipeline import Findings
-from streamer.detection.detector import ScoredBatch
+from streamer.detection.batches import ScoredBatch
 from streamer.explain.attribution import Explanation
 from streamer.service.loop import Service
 from streamer.settings import Settings, load

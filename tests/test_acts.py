@@ -9,8 +9,9 @@ import orjson
 import pytest
 
 from encoder.ocsf.activity_counts import NOBODY, PARTNERS, Acts, acts
-from encoder.ocsf.decoder import Message, decode
+from encoder.ocsf.decoder import decode
 from encoder.ocsf.entities import KINDS, Entities, entities
+from encoder.ocsf.events import Message
 from state import rolling_counts as tally
 
 Json = dict[str, Any]

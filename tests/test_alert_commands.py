@@ -25,7 +25,8 @@ from test_cli import COMMAND
 from test_findings import Quiet
 from typer.testing import CliRunner, Result
 
-from state.episode_rules import MINUTE_MS, MemoryEpisodes
+from state.episode_rules import MINUTE_MS
+from state.memory.episodes import MemoryEpisodes
 from streamer.alerting.finding_frame import Alert
 from streamer.alerting.pipeline import Findings
 from streamer.cli.main import app

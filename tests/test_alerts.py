@@ -31,17 +31,17 @@ from hypothesis import strategies as st
 
 import encoder.training.masked_fields
 import encoder.training.sequence
-from encoder.ocsf.decoder import Message
 from encoder.ocsf.entities import KINDS
+from encoder.ocsf.events import Message
 from state.episodes import CREATE, UPDATE, Decision, Episode
-from state.windows import MemoryWindows
+from state.memory.windows import MemoryWindows
 from streamer.alerting.close_alert import close_alert
 from streamer.alerting.observables import EVIDENCE, Leaf, Shape
 from streamer.alerting.text import TELLING
-from streamer.bundles.bundle_files import Bundle
+from streamer.detection.bundle import Bundle
 from streamer.detection.detector import Detector
 from streamer.devtools.simulator.generator import schedule, simulate, write
-from streamer.explain.attribution import Explanation, FieldFinding
+from streamer.explain.attribution import Explainer, Explanation, FieldFinding
 from streamer.explain.peer_comparison import Others
 from streamer.offline.reference_detectors import flatten
 from streamer.redaction import Redactor
@@ -231,7 +231,10 @@ def explained(bundle: Bundle, lines: Sequence[bytes], each: int) -> tuple[Detect
         for kind in (by_sequence, ~by_sequence):
             rows = np.flatnonzero(kind)
             rows = rows[np.argsort(batch.p_value[rows], kind="stable")[:each]]
-            found += [(batch, int(r), e) for r, e in zip(rows, detector.explain(batch, rows), strict=True)]
+            found += [
+                (batch, int(r), e)
+                for r, e in zip(rows, Explainer(detector.bundle, detector.windows).explain(batch, rows), strict=True)
+            ]
     return detector, found
 
 
@@ -255,11 +258,11 @@ def test_a_fitted_detector_explains_in_words(day: tuple[Detector, Told]) -> None
 
 def test_explaining_an_alert_takes_milliseconds(day: tuple[Detector, Told]) -> None:
     detector, ((batch, _, _), *_) = day
-    detector.explain(batch, np.arange(3))
+    Explainer(detector.bundle, detector.windows).explain(batch, np.arange(3))
     took = []
     for rows in np.split(np.arange(50), 5):  # The quickest: what else the machine does is not at issue.
         started = time.process_time()
-        detector.explain(batch, rows)
+        Explainer(detector.bundle, detector.windows).explain(batch, rows)
         took.append((time.process_time() - started) / len(rows))
     assert min(took) < 0.02, f"{min(took) * 1e3:.0f} ms an alert"
 
@@ -267,11 +270,11 @@ def test_explaining_an_alert_takes_milliseconds(day: tuple[Detector, Told]) -> N
 def test_explaining_a_sequence_that_comes_alone_takes_milliseconds(day: tuple[Detector, Told]) -> None:
     detector, told = day
     rows = [(batch, row) for batch, row, why in told if why.window]
-    detector.explain(rows[0][0], np.array([rows[0][1]]))
+    Explainer(detector.bundle, detector.windows).explain(rows[0][0], np.array([rows[0][1]]))
     took = []
     for batch, row in rows[:10]:
         started = time.process_time()
-        detector.explain(batch, np.array([row]))
+        Explainer(detector.bundle, detector.windows).explain(batch, np.array([row]))
         took.append(time.process_time() - started)
     print(f"an alert on a sequence, alone: {min(took) * 1e3:.1f} ms, median {np.median(took) * 1e3:.1f}")
     assert min(took) < 0.02

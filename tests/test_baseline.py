@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import state.baseline.baseline
-from state.baseline.baseline import MIN_REFERENCE, TRIM, Baseline, BaselineError, Density, Exact, Hnsw
+from state.baseline.baseline import Baseline
+from state.baseline.density import MIN_REFERENCE, TRIM, Density
+from state.baseline.search import BaselineError, Exact, Hnsw
 
 DIM = 16
 

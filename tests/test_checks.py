@@ -13,9 +13,10 @@ from test_training import rows
 
 from encoder.models.rarity import ContextRarity
 from encoder.models.record_encoder import Encoder
+from encoder.models.record_network import DEPTH, EMBEDDING, WIDTH, network_sizes
 from encoder.models.resnet import TabularResNet
 from encoder.training.embedding_quality import EmbeddingChecks, check_embedding
-from encoder.training.masked_fields import DEPTH, EMBEDDING, WIDTH, fit_identity, network_sizes
+from encoder.training.masked_fields import fit_identity
 
 
 def checked(events: Sequence[dict[str, Any]], scale: float = 1.0) -> EmbeddingChecks:

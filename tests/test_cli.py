@@ -15,10 +15,10 @@ import pytest
 import structlog
 from stream import create
 
-from streamer.cli.main import configure_logging
+from streamer.service.logs import configure_logging
 from streamer.settings import Settings, leaves
 
-COMMAND = [sys.executable, "-c", "from streamer.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from streamer.cli.main import main; main()"]
 
 
 def ripcurrent(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -47,7 +47,9 @@ def test_help_names_every_setting_and_imports_nothing_heavy(tmp_path: Path) -> N
         flag = "--" + name.replace(".", "-").replace("_", "-").replace("properties", "property")
         assert (flag in text) == ("password" not in name), flag
         assert (field.description or "").split()[0] in text
-    program = "import sys, streamer.cli; print([m for m in ('torch', 'confluent_kafka', 'numpy') if m in sys.modules])"
+    program = (
+        "import sys, streamer.cli.main; print([m for m in ('torch', 'confluent_kafka', 'numpy') if m in sys.modules])"
+    )
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
 
 
@@ -73,7 +75,7 @@ def test_config_prints_toml_that_gives_the_same_settings_and_hides_secrets(tmp_p
 
 LOGS = """
 import sys, structlog
-from streamer.cli.main import configure_logging
+from streamer.service.logs import configure_logging
 from streamer.settings import load
 configure_logging(load({"log_format": sys.argv[1], "log_level": "warning"}))
 structlog.get_logger("ripcurrent.service").warning("read again", reason="it was\\nlost", times=3)

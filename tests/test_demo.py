@@ -21,10 +21,11 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
-from encoder.ocsf.decoder import Message, decode
+from encoder.ocsf.decoder import decode
+from encoder.ocsf.events import Message
 from streamer.alerting.detection_finding import build_alerts
 from streamer.alerting.finding_frame import Alert
-from streamer.detection.detector import ScoredBatch
+from streamer.detection.batches import ScoredBatch
 from streamer.devtools.demo import Scorecard, Seen, demo
 from streamer.devtools.simulator.generator import Label
 from streamer.errors import ConfigurationError, StreamError
@@ -142,7 +143,7 @@ def test_what_fails_is_said_with_its_reason(
 @pytest.mark.usefixtures("servers")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_leaves_no_process_and_no_file(tmp_path: Path, how: signal.Signals) -> None:
-    program = f"import sys; from streamer.demo import demo; sys.exit(demo(seconds=600, command={STAND_IN!r}))"
+    program = f"import sys; from streamer.devtools.demo import demo; sys.exit(demo(seconds=600, command={STAND_IN!r}))"
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen(
         [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True

@@ -18,7 +18,8 @@ import pytest
 import yaml
 from stream import create
 
-from encoder.ocsf.decoder import Message, decode
+from encoder.ocsf.decoder import decode
+from encoder.ocsf.events import Message
 from streamer.service.metrics import Metrics
 from streamer.settings import leaves, variable
 

@@ -13,14 +13,19 @@ import pytest
 
 import encoder.training.masked_fields
 import encoder.training.sequence
-from encoder.ocsf.decoder import Message
-from state.timers import MemoryTimers
-from state.windows import MemoryWindows
+from encoder.ocsf.events import Message
+from state.memory.timers import MemoryTimers
+from state.memory.windows import MemoryWindows
+from streamer.alerting.file_thresholds import line_of_a_day
 from streamer.bundles import bundle_files as bundles
-from streamer.bundles.bundle_files import Bundle, BundleError
-from streamer.detection.detector import Detector, ScoredBatch
+from streamer.bundles.bundle_files import BundleError
+from streamer.detection.batches import ScoredBatch
+from streamer.detection.bundle import Bundle
+from streamer.detection.detector import Detector
+from streamer.detection.score_files import score_files
 from streamer.devtools.simulator.generator import MONDAY, schedule, simulate, write
-from streamer.offline.file_scoring import line_of_a_day, score_files, write_alerts, write_scores
+from streamer.explain.attribution import Explainer
+from streamer.offline.file_output import write_alerts, write_scores
 from streamer.redaction import MASK
 from streamer.training import fit as fitting
 from streamer.training.fit import FitError, fit
@@ -122,7 +127,7 @@ def test_explanations_name_what_is_odd(fitted: tuple[Bundle, Path], days: tuple[
     event["process"]["file"]["path"] = "C:\\Temp\\mimikatz.exe"
     detector = Detector(fitted[0], MemoryWindows(dim=fitted[0].dim))
     scored = detector.score([Message("t", 0, 0, 1_800_000_000_000, orjson.dumps(event))])
-    explanation = detector.explain(scored, np.array([0]))[0]
+    explanation = Explainer(detector.bundle, detector.windows).explain(scored, np.array([0]))[0]
     assert any("mimikatz" in finding.observed for finding in explanation.fields[:3])
     assert explanation.neighbours and explanation.distance > 0
     assert scored.p_value[0] < np.median(score(fitted[0], [launches])[0].p_value)
@@ -133,7 +138,7 @@ def test_a_sequence_is_explained_by_its_window_as_it_was(fitted: tuple[Bundle, P
     (scored,) = score(fitted[0], [messages(days[1], 3000)])
     rows = np.flatnonzero(np.isin(scored.cause, ("sequence:order", "sequence:missing")))
     nothing = MemoryWindows(dim=fitted[0].dim)
-    told = Detector(fitted[0], nothing).explain(scored, rows)
+    told = Explainer(fitted[0], nothing).explain(scored, rows)
     assert len(rows) > 5
     for row, why in zip(rows.tolist(), told, strict=True):
         assert scored.coordinates.label(row) in [where for _, where, _, _ in why.window]

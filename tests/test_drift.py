@@ -15,9 +15,11 @@ from test_cli import ripcurrent
 from test_store import bundle
 from typer.testing import CliRunner
 
-from encoder.features.schema import Schema, SchemaLearner
+from encoder.features.learner import SchemaLearner
+from encoder.features.schema import Schema
 from encoder.features.vectorizer import Vectorizer
-from encoder.ocsf.decoder import Message, decode
+from encoder.ocsf.decoder import decode
+from encoder.ocsf.events import Message
 from streamer.bundles.store import Store
 from streamer.cli.doctor import examine
 from streamer.cli.main import app

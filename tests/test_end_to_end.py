@@ -20,8 +20,8 @@ from stream import Topics, create
 from test_cli import ripcurrent
 from whole import Service, alerts_of, lines, scores_of, short_training, undisturbed_run
 
-from encoder.ocsf.decoder import Message
-from state.windows import MemoryWindows
+from encoder.ocsf.events import Message
+from state.memory.windows import MemoryWindows
 from streamer.bundles.bundle_files import load
 from streamer.detection.detector import Detector
 from streamer.training.fit import fit

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from encoder.ocsf.decoder import EventBatch, Message, decode
+from encoder.ocsf.decoder import decode
 from encoder.ocsf.entities import KINDS, MAX_LENGTH, MAX_PER_EVENT, Entities, Rule, entities
+from encoder.ocsf.events import EventBatch, Message
 
 DATA = Path(os.environ.get("RIPCURRENT_EVAL_DATA", "/nonexistent"))
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from state.episode_rules import CROWD, MINUTE_MS, QUIET_MS, SAME_MS, STORY_MS, TELL_MS, MemoryEpisodes
+from state.episode_rules import CROWD, MINUTE_MS, QUIET_MS, SAME_MS, STORY_MS, TELL_MS
 from state.episodes import CLOSE, CREATE, UPDATE, Anomaly, Decision, End, EpisodeStore
+from state.memory.episodes import MemoryEpisodes
 from state.redis.episodes import RedisEpisodes
 from streamer.devtools.servers import ValkeyServer
 

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoder.ocsf.decoder import MAX_FIELDS, MAX_LIST, EventBatch, Message, Reject, decode
+from encoder.ocsf.decoder import MAX_FIELDS, MAX_LIST, decode
+from encoder.ocsf.events import EventBatch, Message, Reject
 
 settings.register_profile("ripcurrent", deadline=None)  # a shared machine is slow at times
 settings.load_profile("ripcurrent")

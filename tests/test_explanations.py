@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from encoder.ocsf.decoder import Message
-from state.timers import MemoryTimers
-from state.windows import MemoryWindows
+from encoder.ocsf.events import Message
+from state.memory.timers import MemoryTimers
+from state.memory.windows import MemoryWindows
+from streamer.alerting.file_thresholds import line_of_a_day
 from streamer.detection.detector import Detector
 from streamer.devtools.simulator.generator import Day, Label, schedule, simulate, write
-from streamer.explain.attribution import Explanation
-from streamer.offline.file_scoring import line_of_a_day
+from streamer.explain.attribution import Explainer, Explanation
 from streamer.training.fit import fit
 
 CAUSES: dict[str, tuple[str, ...]] = {
@@ -62,7 +62,11 @@ def first_alerts(detector: Detector, days: list[Day], before: int) -> Iterator[t
                     label = labels[int(scored.coordinates.offset[row]) - before]
                     if label.attack and label.sequence not in found:
                         found.add(label.sequence)
-                        yield label, str(scored.cause[row]), detector.explain(scored, np.array([row]))[0]
+                        yield (
+                            label,
+                            str(scored.cause[row]),
+                            Explainer(detector.bundle, detector.windows).explain(scored, np.array([row]))[0],
+                        )
             detector.windows.committed({("events", 0): offset})
 
 

@@ -28,7 +28,7 @@ from stream import EVENT, LINE, EachRow, HashDetector, Topics, create, p_value, 
 from test_rebuild import assert_undisturbed
 from test_rebuild import service_for as service_with_windows
 
-from encoder.ocsf.decoder import Message
+from encoder.ocsf.events import Message
 from state.baseline.baseline import Baseline
 from streamer.devtools.servers import KafkaServer, ValkeyServer
 from streamer.errors import StreamError

@@ -18,8 +18,8 @@ from test_alert_commands import create_topic, invoke, lines, send
 from test_findings import Quiet, lined
 from typer.testing import CliRunner
 
-from state.episode_rules import MemoryEpisodes
 from state.episodes import Anomaly
+from state.memory.episodes import MemoryEpisodes
 from streamer.alerting.pipeline import Findings
 from streamer.alerting.suppression_feed import Feedback, publish
 from streamer.alerting.verdicts import DAY_MS, Scope, Suppressions, preview, scope_of, verdict_on

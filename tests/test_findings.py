@@ -19,11 +19,11 @@ import pytest
 from alerting import NOW, WORD, check, explanation, scored
 from stream import HashDetector, Topics, create, findings, running
 
-from state.episode_rules import MemoryEpisodes
 from state.episodes import CLOSE, CREATE, UPDATE
+from state.memory.episodes import MemoryEpisodes
 from streamer.alerting.finding_frame import Alert
 from streamer.alerting.pipeline import Findings
-from streamer.detection.detector import ScoredBatch
+from streamer.detection.batches import ScoredBatch
 from streamer.redaction import Redactor
 from streamer.service.loop import Service
 

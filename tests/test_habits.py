@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from state.rate_profiles import BLOCKS, STRANGER, Excess, Habits
 from state.rolling_counts import LEVELS, level_of
-from streamer.detection.combine import MIN_ENTITIES, RateScorer
+from streamer.detection.rate_score import MIN_ENTITIES, RateScorer
 
 HOUR = 3_600_000
 PEOPLE = 40

@@ -221,7 +221,7 @@ def test_processes_on_one_host_have_different_names_that_a_restart_keeps(topics:
     settings = topics.settings(**{"kafka.instance_id": None})
     group = settings.kafka.group_id
     program = (
-        "import sys; from streamer.kafka import claim_instance; from streamer.settings import load\n"
+        "import sys; from streamer.kafka.client import claim_instance; from streamer.settings import load\n"
         "print(claim_instance(load({'kafka.group_id': sys.argv[1]})), flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", program, group]

@@ -14,10 +14,10 @@ import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
 from stream import EVENT, EachRow, HashDetector, Topics, create, p_value, running, until
 
-from encoder.ocsf.decoder import Message
+from encoder.ocsf.events import Message
 from streamer.alerting.threshold import HOUR_MS, Budget
 from streamer.alerting.threshold_ledger import Ledger, Lines
-from streamer.detection.detector import ScoredBatch
+from streamer.detection.batches import ScoredBatch
 from streamer.errors import ConfigurationError
 from streamer.service.loop import Service
 

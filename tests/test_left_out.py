@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from state.windows import MemoryWindows, WindowEntries, Windows
+from state.memory.windows import MemoryWindows
+from state.windows import WindowEntries, Windows
 from streamer.explain.leave_one_out import LATEST, cut, weights
 
 W = 32

@@ -7,10 +7,11 @@ import numpy as np
 from encoder.ocsf.activity_counts import NOBODY, PARTNERS, Acts
 from encoder.ocsf.entities import KINDS
 from state.calibration import Calibration
+from state.memory.windows import MemoryWindows
 from state.rate_profiles import GROUPS, Habits
 from state.rolling_counts import LEVELS, level_of
-from state.windows import MemoryWindows, WindowEntries
-from streamer.detection.combine import RateScorer
+from state.windows import WindowEntries
+from streamer.detection.rate_score import RateScorer
 from streamer.explain.rates import findings, levels
 
 MINUTE = 60_000

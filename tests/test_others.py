@@ -12,12 +12,13 @@ import pytest
 from alerting import Json, alerts, check
 from whole import short_training
 
-from encoder.ocsf.decoder import Message
 from encoder.ocsf.entities import KINDS
-from state.windows import MemoryWindows
+from encoder.ocsf.events import Message
+from state.memory.windows import MemoryWindows
 from streamer.bundles import bundle_files as bundles
-from streamer.bundles.bundle_files import Bundle
+from streamer.detection.bundle import Bundle
 from streamer.detection.detector import Detector
+from streamer.explain.attribution import Explainer
 from streamer.explain.peer_comparison import Others, kind_of, names_of
 from streamer.redaction import Redactor
 from streamer.training.fit import fit
@@ -82,7 +83,7 @@ def told(bundle: Bundle, event: Json, cause: str, entity: str) -> tuple[Others |
     detector = Detector(bundle, MemoryWindows(dim=bundle.dim))
     batch = detector.score([Message("events", 0, 0, -1, orjson.dumps(event))])
     batch.cause[:], batch.entity[:] = cause, entity
-    (why,) = detector.explain(batch, np.arange(1))
+    (why,) = Explainer(detector.bundle, detector.windows).explain(batch, np.arange(1))
     (alert,) = alerts(batch, [why])
     return why.others, check(alert)
 
@@ -161,7 +162,7 @@ def test_names_of_others_are_masked_where_their_attribute_is_listed(fitted: Bund
     detector = Detector(fitted, MemoryWindows(dim=fitted.dim))
     batch = detector.score([Message("events", 0, 0, -1, orjson.dumps(logon(LATER, "heidi", "mail")))])
     batch.cause[:], batch.entity[:] = "record:device.hostname", "user:heidi"
-    why = detector.explain(batch, np.arange(1))
+    why = Explainer(detector.bundle, detector.windows).explain(batch, np.arange(1))
     for listed in (["user.name", "actor.user.name"], ["user", "actor"]):
         (alert,) = alerts(batch, why, redactor=Redactor(listed))
         peers = check(alert)["unmapped"]["peers"]

@@ -5,8 +5,9 @@ from numpy.typing import NDArray
 
 from encoder.ocsf.entities import KINDS
 from state.cooccurrence import LEAST, SPAN_MS, OverlapCounts, Overlaps, near
+from state.memory.windows import MemoryWindows
 from state.rolling_counts import HOUR_MS, PARTNERS
-from state.windows import MemoryWindows, WindowEntries, Windows
+from state.windows import WindowEntries, Windows
 from streamer.detection.cooccurrence_score import CAUSES, CHANCE, OverlapScorer
 
 ADDRESS = 1

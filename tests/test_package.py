@@ -64,7 +64,7 @@ def test_the_wheel_names_its_license_its_command_and_its_extras(wheel: Path) -> 
     with zipfile.ZipFile(wheel) as archive:
         inside = {name.partition(".dist-info/")[2]: name for name in archive.namelist() if ".dist-info/" in name}
         metadata = archive.read(inside["METADATA"]).decode()
-        assert archive.read(inside["entry_points.txt"]).decode().split("\n")[1] == "ripcurrent = streamer.cli:main"
+        assert archive.read(inside["entry_points.txt"]).decode().split("\n")[1] == "ripcurrent = streamer.cli.main:main"
         assert sorted(archive.read(inside["top_level.txt"]).decode().split()) == sorted(PACKAGES)
     for line in ("Name: ripcurrent", "Requires-Python: >=3.11", "License-Expression: Apache-2.0"):
         assert line in metadata.splitlines()
@@ -101,7 +101,7 @@ def test_the_installed_command_works_from_another_directory(wheel: Path, tmp_pat
     shown = run(command, "--help")
     for name in ("fit", "run", "score", "evaluate", "simulate", "demo", "config", "schema", "gradients"):
         assert f" {name} " in shown
-    where = "import encoder.events, state.redis_server, streamer.servers as s; print(s.__file__, s._kafka_jars)"
+    where = "import encoder.ocsf.events, state.redis.client, streamer.devtools.servers as s; print(s.__file__, s._kafka_jars)"
     assert run(python, "-c", where).startswith(str(site))
-    pom = run(python, "-c", "from streamer import servers; print(servers._POM.read_text())")
+    pom = run(python, "-c", "from streamer.devtools import servers; print(servers._POM.read_text())")
     assert "kafka_2.13" in pom

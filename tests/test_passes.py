@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from encoder.models.fixed_shape_runner import Passes
-from encoder.ocsf.decoder import EncoderError
+from encoder.ocsf.events import EncoderError
 
 SIZE = 32
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")

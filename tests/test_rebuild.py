@@ -17,9 +17,9 @@ from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
 from stream import EVENT, LINE, EachRow, Topics, WindowDetector, create, running, until
 
-from encoder.ocsf.decoder import Message
+from encoder.ocsf.events import Message
+from state.memory.windows import MemoryWindows
 from state.redis.windows import RedisWindows
-from state.windows import MemoryWindows
 from streamer.devtools.servers import ValkeyServer
 from streamer.service.loop import Service
 

@@ -13,8 +13,9 @@ import redis
 from test_windows import AGE, DIM, SOURCES, WIDTH, Row, assert_same, entries, members, model
 
 from state.errors import StateError, StateLostError, StoreFullError, StoreRefusedError, StoreUnavailableError
+from state.memory.windows import MemoryWindows
 from state.redis.windows import RedisWindows
-from state.windows import MemoryWindows, Windows
+from state.windows import Windows
 from streamer.devtools.servers import ValkeyServer
 
 Open = Callable[..., RedisWindows]

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from whole import short_training
 
 from encoder.features.schema import FIRST
-from encoder.ocsf.decoder import Message, decode
+from encoder.ocsf.decoder import decode
+from encoder.ocsf.events import Message
 from state.baseline.baseline import Baseline
 from state.drift_guard import CAP, DAY_MS, MIN_DAYS, Quarantine, Released
-from streamer.bundles.bundle_files import Bundle, load
+from streamer.bundles.bundle_files import load
+from streamer.detection.bundle import Bundle
 from streamer.devtools.simulator.generator import Day, simulate, write
 from streamer.training.fit import PLACE, fit
 from streamer.training.refresh import refresh

@@ -30,7 +30,7 @@ from streamer.training.fit import fit
 
 Scores = dict[tuple[int, int, int], float]
 
-_QUICK = "import streamer.replay as r; r.CHECKPOINT_S = 0.05; from streamer.cli import main; main()"
+_QUICK = "import streamer.replay.replay as r; r.CHECKPOINT_S = 0.05; from streamer.cli.main import main; main()"
 KILLABLE = [sys.executable, "-c", _QUICK]
 """The command, with a checkpoint every few batches."""
 

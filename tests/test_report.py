@@ -18,7 +18,7 @@ from test_alert_commands import create_topic, invoke, lines, make, send
 from test_findings import Quiet, lined
 from typer.testing import CliRunner
 
-from state.episode_rules import MemoryEpisodes
+from state.memory.episodes import MemoryEpisodes
 from streamer.alerting.pipeline import Findings
 from streamer.cli.main import app
 from streamer.report.page import page

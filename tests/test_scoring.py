@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from state.calibration import FEW, Calibration
-from streamer.detection.combine import SEQUENCE_DOUBT, Parts, Scorer, SequenceScorer, beyond_doubt
+from streamer.detection.combine import SEQUENCE_DOUBT, Scorer, beyond_doubt
+from streamer.detection.record_score import Parts
+from streamer.detection.sequence_score import SequenceScorer
 
 NATS = st.floats(0, 600, allow_nan=False)
 

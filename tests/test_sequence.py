@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from encoder.models.codebook import Codebook
-from encoder.models.sequence_model import WIDTH, SequenceModel, SequenceNet, SequenceScores, gap_features, used_slots
-from encoder.ocsf.decoder import EncoderError
+from encoder.models.sequence_model import SequenceModel, SequenceScores
+from encoder.models.temporal_convolution import WIDTH, SequenceNet, gap_features, used_slots
 from encoder.ocsf.entities import KINDS
+from encoder.ocsf.events import EncoderError
 from encoder.training import sequence as sequence_training
 from encoder.training.sequence import fit_sequences
 

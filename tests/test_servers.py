@@ -45,7 +45,7 @@ def test_a_stopped_server_refuses_and_a_started_one_answers_again() -> None:
 
 def test_server_and_directory_are_gone_when_the_owner_is_killed() -> None:
     program = (
-        "import time\nfrom streamer.servers import ValkeyServer\n"
+        "import time\nfrom streamer.devtools.servers import ValkeyServer\n"
         "with ValkeyServer() as s:\n    print(s.port, s.directory, flush=True)\n    time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as owner:

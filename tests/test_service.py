@@ -22,9 +22,9 @@ import pytest
 from confluent_kafka import Producer
 from stream import EVENT, LINE, EachRow, HashDetector, Topics, create, p_value, running, until
 
-from encoder.ocsf.decoder import Message
+from encoder.ocsf.events import Message
 from state.errors import StateLostError, StoreUnavailableError
-from streamer.detection.detector import ScoredBatch
+from streamer.detection.batches import ScoredBatch
 from streamer.devtools.servers import _free_port
 from streamer.errors import ConfigurationError, StreamError
 from streamer.kafka.consumer import QUEUED_BATCHES

@@ -26,7 +26,9 @@ from state.calibration import Calibration
 from streamer.alerting.finding_frame import Alert
 from streamer.alerting.pipeline import open_episodes, open_findings
 from streamer.bundles.bundle_files import load, save
-from streamer.detection.detector import ScoredBatch, open_detector
+from streamer.detection.batches import ScoredBatch
+from streamer.explain.attribution import Explainer
+from streamer.service.entity_state import open_detector
 from streamer.service.loop import Service
 
 LINE = 0.4
@@ -128,7 +130,9 @@ def service_for(topics: Topics, folder: Path, redis_url: str, alerting: Any = No
     flags = {"redis.url": redis_url.removesuffix("/0") + "/2", "tenant": topics.name, "scores": "", "batch_size": 50}
     settings = topics.settings(**(flags | more))
     detector, remembering = open_detector(settings, folder / "bundle")
-    findings = alerting or open_findings(settings, detector, open_episodes(settings))
+    findings = alerting or open_findings(
+        settings, Explainer(detector.bundle, detector.windows), open_episodes(settings)
+    )
     return Service(settings, detector, findings, line=LINE, windows=remembering)
 
 

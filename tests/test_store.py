@@ -11,8 +11,9 @@ import pytest
 from stream import EVENT
 from test_cli import ripcurrent
 
-from encoder.features.schema import SchemaLearner
-from encoder.ocsf.decoder import Message, decode
+from encoder.features.learner import SchemaLearner
+from encoder.ocsf.decoder import decode
+from encoder.ocsf.events import Message
 from streamer.bundles.manifest import FORMAT, BundleError, resolve, verify
 from streamer.bundles.store import Store
 from streamer.errors import ConfigurationError

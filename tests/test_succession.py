@@ -16,14 +16,14 @@ import pytest
 import redis
 from stream import EVENT, LINE, EachRow, HashDetector, Topics, WindowDetector, create, p_value, running, until
 
-from encoder.ocsf.decoder import Message
+from encoder.ocsf.events import Message
+from state.memory.windows import MemoryWindows
 from state.redis.windows import RedisWindows
-from state.windows import MemoryWindows
-from streamer.detection.detector import ScoredBatch
+from streamer.detection.batches import ScoredBatch
 from streamer.devtools.servers import ValkeyServer
 from streamer.errors import RipcurrentError
-from streamer.service.bundle_rollout import Bundles, Opened
 from streamer.service.loop import Service
+from streamer.service.ports import Bundles, Opened
 
 
 class Judge(WindowDetector):

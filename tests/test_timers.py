@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.errors import StateLostError
+from state.memory.timers import MemoryTimers
 from state.redis.timers import RedisTimers
-from state.timers import AFTER, Heard, MemoryTimers, Silence, Span, Tick, TimerStore
+from state.timers import AFTER, Heard, Silence, Span, Tick, TimerStore
 
 A, B = ("events", 0), ("events", 1)
 QUIET = 60_000

@@ -13,9 +13,10 @@ from test_schema import decoded, feed, learn
 
 from encoder.features.schema import FIRST, Schema
 from encoder.features.vectorizer import FeatureBatch, Vectorizer
+from encoder.models.record_network import HEAD_VALUES, network_codes, network_sizes
 from encoder.models.resnet import TabularResNet
 from encoder.training import masked_fields as training
-from encoder.training.masked_fields import fit_identity, network_codes, network_sizes, train
+from encoder.training.masked_fields import fit_identity, train
 from encoder.training.trainer import Descent
 
 
@@ -122,7 +123,7 @@ def test_rare_values_share_the_last_code_of_the_network() -> None:
     sizes = network_sizes(schema)
     at = [field.name for field in schema.fields].index("unmapped.a")
     codes = network_codes(features.codes, sizes)
-    assert schema.fields[at].size == FIRST + 200 and sizes[at] == FIRST + training.HEAD_VALUES + 1
+    assert schema.fields[at].size == FIRST + 200 and sizes[at] == FIRST + HEAD_VALUES + 1
     assert codes.max(0)[at] == sizes[at] - 1 and np.all(codes < sizes)
 
 

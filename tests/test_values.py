@@ -22,7 +22,7 @@ from encoder.features.normalization import (
     normalise,
     number,
 )
-from encoder.ocsf.decoder import Column
+from encoder.ocsf.events import Column
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from encoder.features import vectorizer as vectorize_module
 from encoder.features.normalization import AGE, FOLDER, NETWORK, WORD
 from encoder.features.schema import FIRST, MISSING, UNKNOWN, UNSEEN_PATHS, Schema
 from encoder.features.vectorizer import FeatureBatch, Vectorizer, fitted_to, row_hash
-from encoder.ocsf.decoder import Message, decode
+from encoder.ocsf.decoder import decode
+from encoder.ocsf.events import Message
 
 DATA = os.environ.get("RIPCURRENT_EVAL_DATA")
 SCHEMA = learn(feed())

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from encoder.ocsf.activity_counts import Acts
 from state.errors import StateLostError
+from state.memory.windows import MemoryWindows
 from state.redis.windows import RedisWindows
 from state.rolling_counts import HOUR_MS, LEVELS, PARTNERS, count
-from state.windows import MemoryWindows, WindowEntries, Windows, WindowStore, source_id
+from state.windows import WindowEntries, Windows, WindowStore, source_id
 
 DIM, WIDTH, AGE = 4, 4, 1000
 SOURCES = (("events", 0), ("events", 1), ("other", 0))

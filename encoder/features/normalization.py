@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from encoder.ocsf.decoder import Column, read_time
+from encoder.ocsf.events import Column
+from encoder.ocsf.repairs import read_time
 
 FOLDER = "#folder"
 """Suffix of the field derived from a path-like attribute: the folder, without the name."""

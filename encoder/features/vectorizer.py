@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from encoder.features.normalization import AGE, FOLDER, ages, normalise, number
 from encoder.features.schema import FIRST, MISSING, UNKNOWN, UNSEEN_PATHS, Field, Schema
-from encoder.ocsf.decoder import Column, EventBatch
+from encoder.ocsf.events import Column, EventBatch
 
 _CACHE_LIMIT = 32_768
 _CACHED_LENGTH = 1024

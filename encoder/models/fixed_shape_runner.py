@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from encoder.ocsf.decoder import EncoderError
+from encoder.ocsf.events import EncoderError
 
 _LANES = 2
 """Chunks under way on a GPU: while one is computed, the other is copied."""

@@ -18,9 +18,9 @@ from encoder.features.schema import FIRST, MISSING, UNKNOWN, Field, Schema
 from encoder.features.vectorizer import FeatureBatch, Vectorizer
 from encoder.models.fixed_shape_runner import Passes, device_memory
 from encoder.models.rarity import TENSORS, ContextRarity
+from encoder.models.record_network import DEPTH, EMBEDDING, WIDTH, network_codes, network_sizes
 from encoder.models.resnet import TabularResNet
-from encoder.ocsf.decoder import EncoderError
-from encoder.training.masked_fields import DEPTH, EMBEDDING, WIDTH, network_codes, network_sizes
+from encoder.ocsf.events import EncoderError
 
 BEHAVIOUR_STEPS = 8
 """Into how many equal parts of training's values a quantity falls where only what was done counts."""

@@ -14,8 +14,8 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-from encoder.ocsf.decoder import EventBatch
 from encoder.ocsf.entities import KINDS, Entities
+from encoder.ocsf.events import EventBatch
 
 COUNTED = ("user", "address", "host", "service")
 """Kinds of entity that live long enough to have habits; they are each other's partners, too."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from encoder.ocsf.decoder import EventBatch
+from encoder.ocsf.events import EventBatch
 
 KINDS = ("correlation", "process", "user", "address", "host", "session", "service")
 """Kinds of entity; the first of them are kept where an event names more than `MAX_PER_EVENT`."""

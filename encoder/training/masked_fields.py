@@ -18,14 +18,10 @@ from torch import Tensor
 from encoder.features.normalization import NETWORK
 from encoder.features.schema import FIRST, UNKNOWN, Schema
 from encoder.features.vectorizer import FeatureBatch
+from encoder.models.record_network import DEPTH, EMBEDDING, WIDTH, network_codes, network_sizes
 from encoder.models.resnet import TabularResNet
 from encoder.training.trainer import Checkpoint, Descent, Progress, descend
 
-EMBEDDING = 64
-WIDTH = 128
-DEPTH = 3
-HEAD_VALUES = 128
-"""Values of a field that the network tells apart; the rarer ones share a code (rarity counts them one by one)."""
 BATCH = 512
 STEPS = 1500
 IDENTITY_ROWS = 100_000
@@ -38,16 +34,6 @@ _NUMBER_SCALE = 2.0
 _FLAG_SCALE = 0.5
 """Of two flags that differ, against 1 for two names: there are many flags, and most of them go together."""
 _COMMON = 5
-
-
-def network_sizes(schema: Schema) -> list[int]:
-    """How many codes of each field the network tells apart."""
-    return [min(field.size, FIRST + HEAD_VALUES + 1) for field in schema.fields]
-
-
-def network_codes(codes: NDArray[np.int32], sizes: list[int]) -> NDArray[np.int32]:
-    """Codes as the network reads them, int32 [n, fields]: the rare values of a field share its last code."""
-    return np.minimum(codes, np.array(sizes, np.int32) - 1)
 
 
 def fit_identity(net: TabularResNet, schema: Schema, features: FeatureBatch, weights: NDArray[np.float64]) -> None:

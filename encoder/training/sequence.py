@@ -19,10 +19,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from encoder.models.antecedents import LASTING, Predecessors, known, recent
-from encoder.models.codebook import ORDER, Codebook, RunCounts
-from encoder.models.sequence_model import AGE_MS, WIDTH, SequenceModel, SequenceNet, gap_features
-from encoder.ocsf.decoder import EncoderError
+from encoder.models.codebook import ORDER, Codebook
+from encoder.models.ngram_counts import RunCounts
+from encoder.models.sequence_model import SequenceModel
+from encoder.models.temporal_convolution import AGE_MS, WIDTH, SequenceNet, gap_features
 from encoder.ocsf.entities import KINDS
+from encoder.ocsf.events import EncoderError
 from encoder.training.trainer import Checkpoint, Progress, descend
 
 STEPS = 800

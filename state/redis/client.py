@@ -155,3 +155,12 @@ class RedisServer:
             if "already exists" not in str(error):
                 raise
         return action()
+
+
+def ping(url: str, **arguments: Any) -> None:
+    """One round trip, tried once. Raises StoreUnavailableError, also for a URL or arguments that redis-py refuses."""
+    try:
+        with redis.Redis.from_url(url, retry=None, **arguments) as client:
+            client.ping()
+    except (redis.RedisError, OSError, ValueError, TypeError) as error:
+        raise StoreUnavailableError(str(error)) from None

@@ -21,7 +21,7 @@ from state.episodes import CREATE, Decision, Episode
 from streamer.alerting import text as wording
 from streamer.alerting.finding_frame import Alert, Frame, confidence, finding_uid
 from streamer.alerting.observables import DEVICE, evidence, fit, observables
-from streamer.detection.detector import ScoredBatch
+from streamer.detection.batches import ScoredBatch
 from streamer.explain.attribution import Explanation, FieldFinding
 from streamer.explain.peer_comparison import CHANGE, COUNT, EVENT, LESS, MORE, Others
 from streamer.explain.rates import RateFinding

@@ -18,8 +18,9 @@ import orjson
 from numpy.typing import NDArray
 
 from encoder.features.normalization import normalise
-from encoder.ocsf.decoder import Message, decode
+from encoder.ocsf.decoder import decode
 from encoder.ocsf.entities import entities
+from encoder.ocsf.events import Message
 from state.episodes import CLOSE, Anomaly, Decision, End, Episode, EpisodeStore
 from state.errors import Source
 from streamer.alerting import text as wording
@@ -27,12 +28,11 @@ from streamer.alerting.close_alert import close_alert
 from streamer.alerting.detection_finding import build_alerts
 from streamer.alerting.finding_frame import Alert, level
 from streamer.alerting.verdicts import Suppression
-from streamer.detection.detector import ScoredBatch
-from streamer.explain.attribution import Explanation
+from streamer.detection.batches import ScoredBatch
+from streamer.explain.attribution import Explainer, Explanation
 from streamer.redaction import Redactor
 
 if TYPE_CHECKING:
-    from streamer.detection.detector import Detector
     from streamer.settings import Settings
 
 _SAYS_WHAT = wording.TELLING[1:]
@@ -43,8 +43,8 @@ _NEVER = 1 << 62
 """An event time after all others."""
 
 
-class Explainer(Protocol):
-    """What is needed of a `Detector`."""
+class Explaining(Protocol):
+    """What is needed of `streamer.explain.attribution.Explainer`."""
 
     def explain(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Explanation]: ...
 
@@ -67,7 +67,7 @@ class Findings:
 
     def __init__(
         self,
-        explainer: Explainer,
+        explainer: Explaining,
         episodes: EpisodeStore,
         *,
         bundle_version: str,
@@ -326,13 +326,13 @@ def open_episodes(settings: Settings) -> EpisodeStore:
 
 
 def open_findings(
-    settings: Settings, detector: Detector, episodes: EpisodeStore, suppressing: Suppressing | None = None
+    settings: Settings, explainer: Explainer, episodes: EpisodeStore, suppressing: Suppressing | None = None
 ) -> Findings:
-    """The findings of the service, explained by this detector."""
+    """The findings of the service, explained by this explainer."""
     return Findings(
-        detector,
+        explainer,
         episodes,
-        bundle_version=detector.bundle.version,
+        bundle_version=explainer.bundle.version,
         tenant=settings.tenant,
         redactor=Redactor(settings.redact),
         suppressing=suppressing,

@@ -21,7 +21,7 @@ from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType  # t
 from numpy.typing import NDArray
 
 from streamer.alerting.threshold import Budget, Line, Tally, line_at
-from streamer.detection.detector import ScoredBatch
+from streamer.detection.batches import ScoredBatch
 from streamer.errors import ConfigurationError
 from streamer.kafka.client import Offsets, SourcePartition, build, client_properties, reason_of
 from streamer.kafka.producer import Output

@@ -11,7 +11,6 @@ import hashlib
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,58 +26,25 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
 from encoder.models.record_encoder import Encoder
+from encoder.models.record_network import EMBEDDING
 from encoder.models.sequence_model import SequenceModel
-from encoder.training.masked_fields import EMBEDDING
-from state.baseline.baseline import Baseline, Density
+from state.baseline.baseline import Baseline
+from state.baseline.density import Density
 from state.calibration import Calibration
 from state.cooccurrence import Overlaps
 from state.drift_guard import Watch
 from state.rate_profiles import Habits
 from streamer.bundles.manifest import FORMAT, MANIFEST, SCHEMA, BundleError, digest_of, resolve, verify
-from streamer.detection.combine import RateScorer, RecordScorer, Scorer, SequenceScorer
+from streamer.detection.bundle import ENCODER_FILE, Bundle
+from streamer.detection.combine import Scorer
 from streamer.detection.cooccurrence_score import OverlapScorer
+from streamer.detection.rate_score import RateScorer
+from streamer.detection.record_score import RecordScorer
+from streamer.detection.sequence_score import SequenceScorer
 
-_ENCODER = "encoder.safetensors"
 _INDEX, _SCORES, _EXEMPLARS = "baseline.hnsw", "scores.safetensors", "exemplars.ndjson"
 _SEQUENCES, _BEHAVIOURS = "sequences.safetensors", "behaviours.ndjson"
 _HABITS = ("keys", "most", "usual", "kinds")
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """What a detector needs. exemplars: for each vector of the baseline, the normal event that it stands for, compact
-    and redacted; codes: uint16 [fields, exemplars], their features;
-    behaviours: for each outcome that sequences are made of, a normal event without who and where;
-    profile: how often each code of each field came in training; manifest: what `manifest.json` says; watch: how far
-    entities have come from what they did first, as of the last refresh."""
-
-    encoder: Encoder
-    scorer: Scorer
-    exemplars: list[bytes]
-    behaviours: list[bytes]
-    profile: NDArray[np.int64]
-    manifest: dict[str, Any]
-    codes: NDArray[np.uint16]
-    watch: Watch = field(default_factory=Watch)
-
-    @property
-    def version(self) -> str:
-        """Name and hash: two bundles with the same version score alike."""
-        return str(self.manifest["version"])
-
-    @property
-    def dim(self) -> int:
-        """The length of a record embedding."""
-        return self.scorer.record.baseline.dim
-
-    @property
-    def encoder_hash(self) -> str:
-        """Windows of vectors made by another encoder are never mixed with this one's."""
-        return str(self.manifest["files"][_ENCODER])[:16]
-
-    def line(self, alerts_per_day: float, events_per_day: float | None = None) -> float:
-        """The p-value at which normal traffic gives that many alerts a day, at the rate of training unless told."""
-        return min(0.5, alerts_per_day / max(events_per_day or float(self.manifest["training"]["events_per_day"]), 1.0))
 
 
 def save(
@@ -99,7 +65,7 @@ def save(
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         (temporary / SCHEMA).write_bytes(encoder.schema.to_json())
-        save_tensors(encoder.state(), temporary / _ENCODER)
+        save_tensors(encoder.state(), temporary / ENCODER_FILE)
         index = scorer.record.baseline.save(temporary / _INDEX)
         config = None
         if scorer.sequences is not None:
@@ -188,7 +154,7 @@ def load(path: Path, device: str = "cpu") -> Bundle:
     path = resolve(path)
     manifest, schema = verify(path)
     try:
-        encoder = Encoder.from_state(schema, load_tensors(path / _ENCODER), torch.device(device))
+        encoder = Encoder.from_state(schema, load_tensors(path / ENCODER_FILE), torch.device(device))
         arrays = load_arrays(path / _SCORES)
         baseline = Baseline.load(
             path / _INDEX, manifest["baseline"], arrays["baseline.members"], dim=EMBEDDING, device=device

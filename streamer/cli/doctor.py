@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from prometheus_client.parser import text_string_to_metric_families
 
 from state.errors import StateError
-from streamer.errors import ConfigurationError, RipcurrentError
+from streamer.errors import RipcurrentError
+from streamer.service.startup import check_redis
 from streamer.settings import Settings, shown
 
 SERVICE_S = 3.0
@@ -39,19 +40,6 @@ def examine(settings: Settings) -> Iterator[Finding]:
     if kafka.mark == "ok":
         yield _looked("ledger", _ledger, settings)
     yield from service(settings)
-
-
-def check_redis(settings: Settings) -> None:
-    """Raises ConfigurationError where Redis does not answer."""
-    import redis
-
-    url, wait = shown(settings)["redis.url"], min(settings.redis.timeout_s, 5.0)
-    arguments = settings.redis.client_arguments() | {"socket_timeout": wait, "socket_connect_timeout": wait}
-    try:
-        with redis.Redis.from_url(settings.redis.url, retry=None, **arguments) as client:
-            client.ping()
-    except (redis.RedisError, OSError, ValueError, TypeError) as error:
-        raise ConfigurationError(f"no Redis at {url} (redis.url): {error}") from None
 
 
 def _looked(what: str, look: Callable[[Settings], str], settings: Settings) -> Finding:

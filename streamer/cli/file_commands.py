@@ -18,7 +18,7 @@ from streamer.errors import ConfigurationError
 from streamer.settings import Settings
 
 if TYPE_CHECKING:
-    from encoder.ocsf.decoder import Message
+    from encoder.ocsf.events import Message
     from streamer.training.fit import Progress, Reread
 
 BUNDLE = Path("bundle")
@@ -130,8 +130,10 @@ def score(
     severity (0 to 100), alert (true or false), entity and cause. With --alerts, the findings: what is one story is
     told once there, updated and closed, as on the alert topic.
     """
+    from streamer.alerting.file_thresholds import lines_of
     from streamer.bundles.bundle_files import load
-    from streamer.offline.file_scoring import lines_of, score_files, write_alerts, write_scores
+    from streamer.detection.score_files import score_files
+    from streamer.offline.file_output import write_alerts, write_scores
 
     _must_exist([file])
     opened = load(bundle, device)
@@ -171,7 +173,7 @@ def evaluate(
 
     from streamer.offline.evaluation import evaluate as run
     from streamer.offline.evaluation import results_table
-    from streamer.offline.file_scoring import detect
+    from streamer.offline.file_output import detect
 
     _must_exist([*train, *test, labels])
     with tempfile.TemporaryDirectory() as folder, progress_bars() as progress:

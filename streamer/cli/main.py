@@ -6,31 +6,22 @@ imported before a command needs it. Does not contain any logic of the service.
 
 from __future__ import annotations
 
-import ctypes
-import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import MutableMapping
 from importlib.metadata import version as installed_version
-from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import orjson
-import structlog
 import typer
 
-from streamer.cli import alert_commands, bundle_commands
-from streamer.cli import dead_letter_commands as dlq_commands
-from streamer.cli import file_commands as commands
-from streamer.cli import replay_command as stream_commands
+from streamer.cli import alert_commands, bundle_commands, dead_letter_commands, file_commands, replay_command
 from streamer.cli.flags import takes_settings
-from streamer.errors import ConfigurationError, RipcurrentError
+from streamer.errors import RipcurrentError
+from streamer.service.logs import configure_logging
+from streamer.service.startup import serve
 from streamer.settings import Settings, leaves, shown, variable
-
-GIVE_BACK_S = 60.0
-"""How often memory that is free goes back to the system. It takes milliseconds."""
 
 app = typer.Typer(
     name="ripcurrent",
@@ -63,16 +54,16 @@ def _root(
 
 
 for _command in (
-    commands.fit,
-    commands.score,
-    commands.evaluate,
-    commands.schema,
-    commands.simulate,
-    commands.demo,
-    commands.gradients,
+    file_commands.fit,
+    file_commands.score,
+    file_commands.evaluate,
+    file_commands.schema,
+    file_commands.simulate,
+    file_commands.demo,
+    file_commands.gradients,
 ):
     app.command()(_command)
-app.command()(stream_commands.replay)
+app.command()(replay_command.replay)
 for _command in (
     alert_commands.tail,
     alert_commands.explain,
@@ -81,7 +72,7 @@ for _command in (
     alert_commands.report,
 ):
     app.command()(_command)
-app.add_typer(dlq_commands.app)
+app.add_typer(dead_letter_commands.app)
 app.add_typer(bundle_commands.app)
 
 
@@ -110,70 +101,6 @@ def run(
         serve(settings, stop)
     else:
         raise typer.Exit(watcher.run())
-
-
-def serve(settings: Settings, stop: threading.Event) -> None:
-    """The service, until `stop` is set. Raises ConfigurationError before anything is read, StreamError after."""
-    configure_logging(settings)
-    _check_bundle(settings)
-    from streamer.cli.doctor import check_redis
-
-    check_redis(settings)
-    from streamer.bundles.manifest import read_manifest, resolve, verify
-    from streamer.kafka.client import check_topics
-
-    check_topics(settings)
-    serving = resolve(settings.bundle)
-    verify(serving)
-    # Only now what takes seconds to import and load.
-    from streamer.alerting.pipeline import open_episodes, open_findings
-    from streamer.alerting.suppression_feed import open_feedback
-    from streamer.alerting.threshold_ledger import Ledger
-    from streamer.detection.detector import Detector, open_detector
-    from streamer.kafka.client import claim_instance
-    from streamer.service.bundle_rollout import Bundles, Opened
-    from streamer.service.loop import Service
-    from streamer.service.metric_collectors import BaselineCollector, DeviceCollector, DriftCollector
-
-    episodes, feedback = open_episodes(settings), open_feedback(settings)
-
-    def opening(path: Path) -> Opened:
-        detector, windows = open_detector(settings, path)
-        findings = open_findings(settings, detector, episodes, feedback)
-        return Opened(detector.bundle.version, detector, findings, windows)
-
-    first = opening(serving)
-    instance = claim_instance(settings)
-    rate = float(read_manifest(serving)["training"]["events_per_day"])
-    line = settings.line if settings.line is not None else Ledger(settings, instance, rate)
-    service = Service(
-        settings,
-        first.detector,
-        first.alerting,
-        line=line,
-        windows=first.windows,
-        instance=instance,
-        bundles=Bundles(serving, opening),
-    )
-    service.metrics.bundle.labels(first.version).set(1)
-
-    def serves() -> Detector:
-        """Another one may the next moment."""
-        return cast(Detector, service.detector)
-
-    service.metrics.registry.register(DriftCollector(lambda: serves().drift))
-    service.metrics.registry.register(DeviceCollector(lambda: serves().bundle.encoder.device))
-    service.metrics.registry.register(BaselineCollector(lambda: serves().bundle.scorer.record.baseline))
-
-    def follow() -> None:
-        # glibc keeps what was freed between what is held: 45 to 80 MB of 850 came back each time, in 3 to 7 ms.
-        give_back = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)
-        while not stop.wait(GIVE_BACK_S):
-            give_back(0)
-        service.stop()
-
-    threading.Thread(target=follow, name="stop", daemon=True).start()
-    service.run()
 
 
 @app.command()
@@ -224,52 +151,12 @@ def _toml(value: Any) -> str:
     return orjson.dumps(value).decode()
 
 
-def _check_bundle(settings: Settings) -> None:
-    from streamer.bundles.manifest import resolve
-
-    if not (resolve(settings.bundle) / "manifest.json").is_file():
-        raise ConfigurationError(
-            f"no bundle at {settings.bundle}; `ripcurrent fit FILES... --out {settings.bundle}` makes one"
-        )
-
-
-def configure_logging(settings: Settings) -> None:
-    """Structured logs on stderr, as lines for people or as JSON."""
-    renderer: Any = (
-        structlog.processors.JSONRenderer()
-        if settings.log_format == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
-    )
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            _masked,
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.log_level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
-
-
-def _masked(_logger: Any, _method: str, entry: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """What others say of an error may hold a secret, an address with its password."""
-    from streamer.redaction import mask_text
-
-    for name, value in entry.items():
-        if isinstance(value, str):
-            entry[name] = mask_text(value)
-    return entry
-
-
 def main() -> None:
     """Entry point: errors that a user can meet become one line and exit code 1."""
     # The network is small: a second thread gains it nothing, and where other programs want the cores too, threads that
     # wait for each other made training five times slower. One also gives the same bundle on any number of cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from encoder.ocsf.decoder import EncoderError
+    from encoder.ocsf.events import EncoderError
     from state.errors import StateError
 
     try:

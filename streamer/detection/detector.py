@@ -7,114 +7,38 @@ stream was cut into batches.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from time import perf_counter
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
-import torch
 from numpy.typing import NDArray
 
 from encoder.features.schema import Schema
 from encoder.models.record_encoder import Encoded
 from encoder.ocsf.activity_counts import acts
-from encoder.ocsf.decoder import Coordinates, EventBatch, Message, Reject, decode
+from encoder.ocsf.decoder import decode
 from encoder.ocsf.entities import Entities
 from encoder.ocsf.entities import entities as find_entities
+from encoder.ocsf.events import EventBatch, Message
+from state.memory.timers import MemoryTimers
 from state.rolling_counts import LEVELS
-from state.timers import Heard, MemoryTimers, Silence, TimerStore
+from state.timers import Heard, Silence, TimerStore
 from state.windows import WindowEntries, Windows, WindowStore
-from streamer.bundles.bundle_files import Bundle, load
-from streamer.detection.combine import DENSITY_TRUST, MISSING, ORDER, Parts, RateScorer, severity, weighed
+from streamer.detection.batches import Laps, PreparedBatch, ScoredBatch
+from streamer.detection.bundle import Bundle
+from streamer.detection.combine import severity, weighed
 from streamer.detection.cooccurrence_score import CAUSES as AT_ONCE
 from streamer.detection.drift import Drift
 from streamer.detection.inactivity import CAUSE as SILENCE
 from streamer.detection.inactivity import Watch, coordinates_of, rows_of, unpack
-from streamer.explain.attribution import Explaining, Explanation
-from streamer.service.entity_state import Remembering
+from streamer.detection.rate_score import RateScorer
+from streamer.detection.record_score import DENSITY_TRUST, Parts
+from streamer.detection.sequence_score import MISSING, ORDER
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from state.redis.windows import RedisWindows
-    from streamer.settings import Settings
-
-
-@dataclass(frozen=True)
-class ScoredBatch:
-    """n scored events.
-
-    coordinates, time: as in `EventBatch`; p_value: float64 [n] in (0, 1], how often normal data scores at least this;
-    severity: float32 [n], 0 to 100; entity: str object [n] (`kind:value`, "" where the event names none); cause: str
-    object [n] (`record:ATTRIBUTE PATH`, `sequence:WHAT`, `rate:WHAT` or `first:WHAT`); records: the n decoded events;
-    rejects: what could not be read; repairs: how often each kind of repair was made; complete: bool [n], False where
-    the history of an entity is known to be missing (None: nothing is); line: float64 [n], the p-value at or under which
-    each event is an alert (None: whoever scored did not ask); level: uint8 [n], of a rate the level that the event
-    raised its count to (`state.rolling_counts`; None: no cause is a rate); silences: the k last events of entities that
-    fell silent, as event time moved on by these events, judged by that (None: nobody did); of those, told: intp [k],
-    ascending, the rows here at which that was clear; windows: of the rows of which a sequence is the cause that window
-    as it was then (it may have moved on when it is explained); in_sequence: intp [s], ascending, those rows; seconds:
-    how long each stage took.
-    """
-
-    coordinates: Coordinates
-    time: NDArray[np.int64]
-    p_value: NDArray[np.float64]
-    severity: NDArray[np.float32]
-    entity: NDArray[np.object_]
-    cause: NDArray[np.object_]
-    records: list[dict[str, Any]]
-    rejects: list[Reject]
-    repairs: Counter[str] = field(default_factory=Counter)
-    complete: NDArray[np.bool_] | None = None
-    line: NDArray[np.float64] | None = None
-    level: NDArray[np.uint8] | None = None
-    silences: ScoredBatch | None = None
-    told: NDArray[np.intp] | None = None
-    windows: Windows | None = None
-    in_sequence: NDArray[np.intp] | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def story(self, row: int) -> str:
-        """What an alert on this event would be about: events of one story spend the budget once."""
-        return f"{self.cause[row]} {self.entity[row]}" if self.entity[row] else ""
-
-
-@dataclass(frozen=True)
-class PreparedBatch:
-    """n events of which all is known that does not depend on what came before.
-
-    codes: int32 [n, fields]; behaviours: float16 [n, d], what windows remember; record: float64 [n], nats, what each
-    event says by itself; cause: str object [n], of which of its attributes; rejects, seconds: as in `ScoredBatch`.
-    """
-
-    events: EventBatch
-    rejects: list[Reject]
-    codes: NDArray[np.int32]
-    behaviours: NDArray[np.float16]
-    record: NDArray[np.float64]
-    cause: NDArray[np.object_]
-    seconds: Mapping[str, float]
-
-
-class Laps:
-    """Seconds by stage, each from the end of the one before; goes on from those that were taken already."""
-
-    def __init__(self, seconds: Mapping[str, float] = MappingProxyType({})) -> None:
-        self.seconds = dict(seconds)
-        self._began = perf_counter()
-
-    def end(self, stage: str) -> None:
-        now = perf_counter()
-        self.seconds[stage], self._began = now - self._began, now
-
+    pass
 
 _RATES = np.array([f"rate:{name}" for name in LEVELS], object)
 
@@ -136,7 +60,7 @@ class _History:
 
 
 class Detector:
-    """Joins encoder and state: decodes, encodes, appends to windows, scores, explains.
+    """Joins encoder and state: decodes, encodes, appends to windows, scores.
 
     windows: where entities are remembered between batches; its vectors must be of the bundle's encoder. timers: who is
     waited for, so that silence is evidence; None: it is not.
@@ -306,10 +230,6 @@ class Detector:
             complete=np.array([heard.complete for heard in last], np.bool_),
         )
 
-    def explain(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Explanation]:
-        """Why these events scored as they did. Costs milliseconds an event: for alerts."""
-        return Explaining(self.bundle, self.windows)(scored, rows)
-
 
 def window_entries(events: EventBatch, entities: Entities, vectors: NDArray[np.float16]) -> WindowEntries:
     """The (event, entity) pairs of a batch as the window store takes them. vectors: float16 [n, d], one an event."""
@@ -338,27 +258,3 @@ def compact(record: dict[str, Any], schema: Schema) -> dict[str, Any]:
     events, _ = decode([Message("", 0, 0, -1, orjson.dumps(record))])
     read = {field.path for field in schema.fields}
     return {path: column.values[0] for path, column in events.columns.items() if path in read}
-
-
-def device_of(settings: Settings) -> str:
-    """cpu or cuda, also where the settings leave it open."""
-    if settings.device != "auto":
-        return settings.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def open_detector(settings: Settings, path: Path) -> tuple[Detector, RedisWindows | Remembering]:
-    """The detector of the service: the bundle at `path`, and windows in the settings' Redis; with them timers, where
-    some kind of entity comes to an end."""
-    from state.redis.timers import RedisTimers
-    from state.redis.windows import RedisWindows
-
-    bundle = load(path, device_of(settings))
-    place: dict[str, Any] = {"tenant": settings.tenant, "timeout_s": settings.redis.timeout_s}
-    place |= {"retries": settings.redis.retries, **settings.redis.client_arguments()}
-    windows = RedisWindows(settings.redis.url, encoder=bundle.encoder_hash, dim=bundle.dim, **place)
-    sequences = bundle.scorer.sequences
-    if sequences is None or not sequences.model.silence:
-        return Detector(bundle, windows, tenant=settings.tenant), windows
-    timers = RedisTimers(settings.redis.url, space=bundle.encoder_hash, **place)
-    return Detector(bundle, windows, tenant=settings.tenant, timers=timers), Remembering(windows, timers)

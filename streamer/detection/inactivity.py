@@ -15,12 +15,13 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from encoder.ocsf.decoder import Coordinates, EventBatch
 from encoder.ocsf.entities import KINDS, Entities
+from encoder.ocsf.events import Coordinates, EventBatch
 from state.errors import Source
 from state.timers import TICK_MS, Heard, Silence, Span, Tick, TimerStore
 from state.windows import Windows
-from streamer.detection.combine import HISTORY_TRUST, Scorer, SequenceScorer, beyond_doubt
+from streamer.detection.combine import HISTORY_TRUST, Scorer, beyond_doubt
+from streamer.detection.sequence_score import SequenceScorer
 
 CAUSE = "sequence:silence"
 MAX_EVENT = 16 * 1024

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import orjson
 
-from streamer.detection.detector import ScoredBatch
+from streamer.detection.batches import ScoredBatch
 
 
 def score_lines(scored: ScoredBatch) -> Iterator[tuple[str, bytes]]:

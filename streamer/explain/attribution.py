@@ -19,13 +19,15 @@ from encoder.features.normalization import FOLDER, WORD, derived, normalise
 from encoder.features.schema import FIRST, UNKNOWN, Field
 from encoder.features.vectorizer import FeatureBatch
 from encoder.models.rarity import Surprise
-from encoder.ocsf.decoder import EventBatch, Message, decode
+from encoder.ocsf.decoder import decode
 from encoder.ocsf.entities import KINDS
+from encoder.ocsf.events import EventBatch, Message
 from state.rolling_counts import LEVELS
 from state.windows import Windows, WindowStore
-from streamer.detection.combine import MISSING, NEIGHBOURS, ORDER
 from streamer.detection.cooccurrence_score import CAUSES as AT_ONCE
 from streamer.detection.inactivity import CAUSE as SILENCE
+from streamer.detection.record_score import NEIGHBOURS
+from streamer.detection.sequence_score import MISSING, ORDER
 from streamer.explain import peer_comparison as others
 from streamer.explain import rates as much
 from streamer.explain.leave_one_out import LATEST, cut, weights
@@ -33,8 +35,8 @@ from streamer.explain.peer_comparison import Others
 from streamer.explain.rates import RateFinding
 
 if TYPE_CHECKING:
-    from streamer.bundles.bundle_files import Bundle
-    from streamer.detection.detector import ScoredBatch
+    from streamer.detection.batches import ScoredBatch
+    from streamer.detection.bundle import Bundle
 
 
 Timeline = tuple[tuple[int, str, dict[str, Any], float], ...]
@@ -116,13 +118,13 @@ class _Event:
         return "" if found is None else _shown(found)
 
 
-class Explaining:
+class Explainer:
     """Says why, with the bundle that scored and the windows that it scored on."""
 
     def __init__(self, bundle: Bundle, windows: WindowStore) -> None:
         self.bundle, self.windows = bundle, windows
 
-    def __call__(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Explanation]:
+    def explain(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Explanation]:
         """Why these events scored as they did; all of them go through each model together. Costs milliseconds an event:
         for alerts."""
         if not len(rows):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.windows import Windows
-from streamer.detection.combine import SequenceScorer
+from streamer.detection.sequence_score import SequenceScorer
 
 LATEST = 12
 """Records of a window that are weighed, the latest: as many as an alert tells."""

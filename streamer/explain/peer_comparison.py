@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from encoder.features.normalization import number
 from encoder.features.schema import FIRST
-from encoder.ocsf.decoder import Column, Coordinates, EventBatch
 from encoder.ocsf.entities import KINDS, RULES
 from encoder.ocsf.entities import entities as find_entities
+from encoder.ocsf.events import Column, Coordinates, EventBatch
 from streamer.redaction import MASK
 
 if TYPE_CHECKING:
-    from streamer.bundles.bundle_files import Bundle
+    from streamer.detection.bundle import Bundle
 
 COUNT, VALUE, MORE, LESS, EVENT, CHANGE = "count", "value", "more", "less", "event", "change"
 NAMED = 5

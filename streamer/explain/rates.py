@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from encoder.ocsf.entities import KINDS
 from state.rolling_counts import HOUR_MS, HOURS, LEVELS, NEAR, SPANS, count
 from state.windows import Windows
-from streamer.detection.combine import RateScorer
+from streamer.detection.rate_score import RateScorer
 
 TOLD = 3
 """Counts named of one alert."""

@@ -20,7 +20,7 @@ from typing import Any
 import structlog
 from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Consumer, KafkaError, KafkaException, TopicPartition
 
-from encoder.ocsf.decoder import Message
+from encoder.ocsf.events import Message
 from streamer.errors import StreamError
 from streamer.kafka.client import (
     HOPELESS,

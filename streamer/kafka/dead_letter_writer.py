@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 from confluent_kafka import TIMESTAMP_NOT_AVAILABLE
 
-from encoder.ocsf.decoder import Reject
+from encoder.ocsf.events import Reject
 from streamer.kafka.producer import Output
 
 PREFIX = "__connect.errors."

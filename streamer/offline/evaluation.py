@@ -22,6 +22,7 @@ from rich.table import Table as RichTable
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from streamer.errors import RipcurrentError
+from streamer.event_files import event_uid
 from streamer.offline import reference_detectors as peers
 
 FALSE_ALARMS = 20
@@ -50,13 +51,6 @@ class Detected:
 
 
 Detect = Callable[[Sequence[Path], Sequence[Path]], Detected]
-
-
-def event_uid(record: Mapping[str, Any], line: int) -> str:
-    """The event's `metadata.uid`, else the number of its line in the file, from 1."""
-    metadata = record.get("metadata")
-    uid = metadata.get("uid") if isinstance(metadata, dict) else None
-    return str(uid) if uid is not None else str(line)
 
 
 def read_events(paths: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import orjson
 
-from encoder.ocsf.decoder import Message
-from streamer.detection.detector import ScoredBatch
+from encoder.ocsf.events import Message
+from streamer.detection.batches import ScoredBatch
 from streamer.kafka.client import Offsets
 from streamer.replay.replay import Judged, ReplayDetector, judged, wanted_rows
 

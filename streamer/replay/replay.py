@@ -18,25 +18,28 @@ import numpy as np
 from confluent_kafka import KafkaException, TopicPartition
 from numpy.typing import NDArray
 
-from encoder.ocsf.decoder import Coordinates, Message
-from state.episode_rules import MemoryEpisodes
-from state.timers import MemoryTimers
-from state.windows import MemoryWindows
+from encoder.ocsf.events import Coordinates, Message
+from encoder.ocsf.repairs import FUTURE_TOLERANCE_MS
+from state.memory.episodes import MemoryEpisodes
+from state.memory.timers import MemoryTimers
+from state.memory.windows import MemoryWindows
 from streamer.alerting.pipeline import Findings, Suppressing, lined
 from streamer.alerting.suppression_feed import open_feedback
 from streamer.alerting.threshold_ledger import Lines as RecordedLines
-from streamer.bundles.bundle_files import Bundle, load
-from streamer.detection.detector import Detector, ScoredBatch, device_of
+from streamer.bundles.bundle_files import load
+from streamer.detection.batches import ScoredBatch
+from streamer.detection.bundle import Bundle
+from streamer.detection.detector import Detector
 from streamer.detection.score_records import score_lines
 from streamer.errors import StreamError
+from streamer.explain.attribution import Explainer
 from streamer.kafka.client import Offsets, SourcePartition, reason_of
 from streamer.kafka.consumer import message_of
 from streamer.kafka.offset_ranges import KAFKA_S, Range, freeze, metadata_consumer, offsets_at
 from streamer.kafka.producer import Written
 from streamer.kafka.range_reader import RangeReader
 from streamer.redaction import Redactor
-from streamer.service.window_rebuild import FUTURE_MS
-from streamer.settings import Settings
+from streamer.settings import Settings, device_of
 
 MAX_ENTITIES = 1_000_000
 """Entities remembered, about 5 kB each; of more, those that were silent longest go, and their next scores say so."""
@@ -160,7 +163,7 @@ class ReplayDetector:
         self._detector = Detector(bundle, self._windows, tenant=tenant, timers=self._timers)
         redactor = Redactor(redact)
         self._findings = Findings(
-            self._detector,
+            Explainer(bundle, self._windows),
             MemoryEpisodes(),
             bundle_version=bundle.version,
             tenant=tenant,
@@ -260,7 +263,7 @@ def plan(settings: Settings, since: Sequence[str], until: Sequence[str], warmup_
     # Of a partition whose records before are gone, or are not read, nothing is known before its first.
     bare = {s: (at, scored[s][1]) for s, at in start.items() if at > 0 and (at == low[s] or not warmup_ms)}
     since_ms = max([first_ms, *_heads(settings, bare).values()])
-    return Plan(scored, start, since_ms + FUTURE_MS if any(start.values()) else 0)
+    return Plan(scored, start, since_ms + FUTURE_TOLERANCE_MS if any(start.values()) else 0)
 
 
 def _heads(settings: Settings, wanted: Range) -> dict[SourcePartition, int]:

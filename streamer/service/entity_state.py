@@ -6,10 +6,17 @@ Promises that what one of them lost is filled for both: each recognises what it 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 from state.errors import Source, StateLostError
+from state.redis.timers import RedisTimers
+from state.redis.windows import RedisWindows
 from state.timers import TimerStore
 from state.windows import WindowStore
+from streamer.bundles.bundle_files import load
+from streamer.detection.detector import Detector
+from streamer.settings import Settings, device_of
 
 
 class Remembering:
@@ -37,3 +44,17 @@ class Remembering:
 
     def finish_rebuild(self, sources: Iterable[Source], horizon_ms: int = 0) -> None:
         self._windows.finish_rebuild(sources, horizon_ms)
+
+
+def open_detector(settings: Settings, path: Path) -> tuple[Detector, RedisWindows | Remembering]:
+    """The detector of the service: the bundle at `path`, and windows in the settings' Redis; with them timers, where
+    some kind of entity comes to an end."""
+    bundle = load(path, device_of(settings))
+    place: dict[str, Any] = {"tenant": settings.tenant, "timeout_s": settings.redis.timeout_s}
+    place |= {"retries": settings.redis.retries, **settings.redis.client_arguments()}
+    windows = RedisWindows(settings.redis.url, encoder=bundle.encoder_hash, dim=bundle.dim, **place)
+    sequences = bundle.scorer.sequences
+    if sequences is None or not sequences.model.silence:
+        return Detector(bundle, windows, tenant=settings.tenant), windows
+    timers = RedisTimers(settings.redis.url, space=bundle.encoder_hash, **place)
+    return Detector(bundle, windows, tenant=settings.tenant, timers=timers), Remembering(windows, timers)

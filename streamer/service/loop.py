@@ -11,31 +11,33 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from encoder.ocsf.decoder import Message, Reject
+from encoder.ocsf.events import Message, Reject
 from state.episodes import CLOSE, CREATE
 from state.errors import Source as SourcePartition
 from state.errors import StateLostError, StoreFullError, StoreUnavailableError
 from streamer.alerting.pipeline import lined
 from streamer.alerting.threshold_ledger import Ledger
-from streamer.detection.detector import ScoredBatch
+from streamer.detection.batches import ScoredBatch
 from streamer.detection.score_records import score_lines
 from streamer.errors import StreamError
 from streamer.kafka.client import Offsets, TransactionAbortedError, claim_instance
 from streamer.kafka.consumer import Batch, Source
 from streamer.kafka.dead_letter_writer import dead_letter
 from streamer.kafka.producer import Output, PlainPublisher, Publisher, TransactionalPublisher, Written
-from streamer.service.bundle_rollout import Bundles, Shadow, Succession
+from streamer.service.bundle_rollout import Succession
 from streamer.service.metrics import Metrics, serve
-from streamer.service.window_rebuild import Rebuild, Rebuildable
+from streamer.service.ports import Alerting, Bundles, Remembering, Scorer, Told
+from streamer.service.shadow import Shadow
+from streamer.service.window_rebuild import Rebuild
 from streamer.settings import Settings
 
 ALIVE_S = 60.0
@@ -48,43 +50,6 @@ WATCH_S = 5.0
 
 T = TypeVar("T")
 _log = structlog.get_logger("ripcurrent.service")
-
-
-class Scorer(Protocol):
-    """What the loop needs of a `Detector`: scoring in two steps, of which the first may be done ahead."""
-
-    def prepare(self, messages: Sequence[Message]) -> Any: ...
-
-    def judge(self, prepared: Any) -> ScoredBatch: ...
-
-    def remember(self, messages: Sequence[Message]) -> None: ...
-
-
-class Remembering(Rebuildable, Protocol):
-    """What the loop needs of a `WindowStore`."""
-
-    def committed(self, offsets: Mapping[SourcePartition, int]) -> None: ...
-
-    def check_epoch(self, offsets: Mapping[SourcePartition, int]) -> None: ...
-
-
-class Told(Written, Protocol):
-    """What the loop needs of an `Alert`."""
-
-    @property
-    def activity(self) -> int: ...
-    @property
-    def row(self) -> int: ...
-
-
-class Alerting(Protocol):
-    """What the loop needs of `Findings`: it turns scored rows into alerts to publish, and may be asked again."""
-
-    def alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> Sequence[Told]: ...
-
-    def take_suppressed(self) -> Mapping[str, int]: ...
-
-    def committed(self, offsets: Mapping[SourcePartition, int]) -> None: ...
 
 
 @dataclass

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
-from encoder.ocsf.decoder import Message
+from encoder.ocsf.events import Message
+from encoder.ocsf.repairs import FUTURE_TOLERANCE_MS
 from state.errors import StateLostError
 from streamer.kafka.client import (
     Offsets,
@@ -26,28 +26,15 @@ from streamer.kafka.client import (
     topic_partitions,
 )
 from streamer.kafka.consumer import CHUNK, message_of
+from streamer.service.ports import Rebuildable
 from streamer.settings import Settings
 
-FUTURE_MS = 300_000
-"""How far an event's time may lie after its record's: later ones were clamped to that when they were decoded."""
 READ_S = 0.5
 KAFKA_S = 10.0
 _UNKNOWN = -1
 """A horizon that the first message that Kafka still has will tell."""
 
 _log = structlog.get_logger("ripcurrent.rebuild")
-
-
-class Rebuildable(Protocol):
-    """What a rebuild needs of a `WindowStore`."""
-
-    age_ms: int
-
-    def prepare(self, offsets: Mapping[SourcePartition, int]) -> None: ...
-
-    def begin_rebuild(self, lost: StateLostError, others: Iterable[SourcePartition] = ()) -> None: ...
-
-    def finish_rebuild(self, sources: Iterable[SourcePartition], horizon_ms: int = 0) -> None: ...
 
 
 class Rebuild:
@@ -169,7 +156,7 @@ class Rebuild:
                 if error is None and raw.offset() < self._targets[source]:
                     messages.append(message_of(raw))
                     if self._horizon_ms.get(source) == _UNKNOWN:
-                        self._horizon_ms[source] = max(messages[-1].timestamp, 0) + FUTURE_MS
+                        self._horizon_ms[source] = max(messages[-1].timestamp, 0) + FUTURE_TOLERANCE_MS
                 elif error is None or error.code() == KafkaError._PARTITION_EOF:
                     self._at_end.add(source)
                 else:
@@ -185,7 +172,7 @@ class Rebuild:
             # What lies between the last message and the commit are marks of transactions: nothing to append.
             self._windows.prepare({source: self._targets[source] for source in done})
             horizon = [self._horizon_ms.get(source, 0) for source in done]
-            unknown = self._now_ms + FUTURE_MS  # nothing is left to read
+            unknown = self._now_ms + FUTURE_TOLERANCE_MS  # nothing is left to read
             self._windows.finish_rebuild(done, max(unknown if at == _UNKNOWN else at for at in horizon))
             for source in done:
                 self._leave(source)

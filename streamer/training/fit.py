@@ -19,28 +19,36 @@ import orjson
 import torch
 from numpy.typing import NDArray
 
-from encoder.features.schema import MISSING, Schema, SchemaLearner
+from encoder.features.learner import SchemaLearner
+from encoder.features.schema import MISSING, Schema
 from encoder.features.vectorizer import FeatureBatch, Vectorizer, fitted_to
 from encoder.models.rarity import BLOCKS, ContextRarity
 from encoder.models.record_encoder import Encoder
 from encoder.ocsf.activity_counts import Acts, acts
-from encoder.ocsf.decoder import EventBatch, Message, decode
+from encoder.ocsf.decoder import decode
 from encoder.ocsf.entities import KINDS, Entities
 from encoder.ocsf.entities import entities as find_entities
+from encoder.ocsf.events import EventBatch, Message
 from encoder.training.embedding_quality import check_embedding
 from encoder.training.masked_fields import train
 from encoder.training.sequence import SequenceReport, fit_sequences
 from encoder.training.trainer import Descent
-from state.baseline.baseline import Baseline, Density
+from state.baseline.baseline import Baseline
+from state.baseline.density import Density
 from state.calibration import FEW, Calibration
 from state.cooccurrence import OverlapCounts, near
+from state.memory.windows import MemoryWindows
 from state.rate_profiles import Habits
-from state.windows import MemoryWindows, WindowEntries
-from streamer.bundles.bundle_files import Bundle, save
-from streamer.detection.combine import RateScorer, RecordScorer, Scorer, SequenceScorer, joined, weighed
+from state.windows import WindowEntries
+from streamer.bundles.bundle_files import save
+from streamer.detection.bundle import Bundle
+from streamer.detection.combine import Scorer, joined, weighed
 from streamer.detection.cooccurrence_score import JUDGED, OverlapScorer
 from streamer.detection.detector import compact
 from streamer.detection.drift import profile
+from streamer.detection.rate_score import RateScorer
+from streamer.detection.record_score import RecordScorer
+from streamer.detection.sequence_score import SequenceScorer
 from streamer.errors import RipcurrentError
 from streamer.event_files import batches
 from streamer.redaction import Redactor

@@ -16,15 +16,18 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from encoder.ocsf.decoder import EventBatch, Message, decode
+from encoder.ocsf.decoder import decode
 from encoder.ocsf.entities import entities as find_entities
+from encoder.ocsf.events import EventBatch, Message
 from state.baseline.baseline import Baseline
 from state.drift_guard import Quarantine, Released
-from streamer.bundles.bundle_files import Bundle, load, save
-from streamer.detection.combine import NEIGHBOURS
+from streamer.alerting.file_thresholds import lines_of
+from streamer.bundles.bundle_files import load, save
+from streamer.detection.bundle import Bundle
+from streamer.detection.record_score import NEIGHBOURS
+from streamer.detection.score_files import score_files
 from streamer.errors import RipcurrentError
 from streamer.event_files import batches
-from streamer.offline.file_scoring import lines_of, score_files
 from streamer.redaction import Redactor
 from streamer.training.fit import exemplars, shown_codes
 

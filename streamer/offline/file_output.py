@@ -1,0 +1,105 @@
+"""Scoring without servers: files in, one line an event out, windows in this process; by the service's own detector."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from state.episodes import CREATE
+from state.memory.episodes import MemoryEpisodes
+from state.memory.windows import MemoryWindows
+from streamer.alerting.file_thresholds import line_of_a_day
+from streamer.alerting.pipeline import Findings
+from streamer.detection.batches import ScoredBatch
+from streamer.detection.bundle import Bundle
+from streamer.detection.detector import Detector
+from streamer.detection.score_files import ScoredFile, score_files
+from streamer.event_files import batches
+from streamer.explain.attribution import Explainer
+from streamer.offline.evaluation import Detected
+from streamer.training.fit import Progress, fit
+
+
+def write_alerts(
+    paths: Sequence[Path],
+    bundle: Bundle,
+    scores: ScoredFile,
+    lines: NDArray[np.float64],
+    out: Path,
+    progress: Callable[[int], None] = lambda _: None,
+) -> int:
+    """Write what the service would publish of these files, a finding a line; returns how many alerts (Creates). It
+    reads them again, because what comes before an event must be at hand to explain it; and at the end all episodes
+    are over. scores: of these files; lines: of each event, float64 [n]; `progress` hears how many events are done."""
+    windows = MemoryWindows(dim=bundle.dim)
+    detector = Detector(bundle, windows)
+    findings = Findings(Explainer(bundle, windows), MemoryEpisodes(), bundle_version=bundle.version)
+    creates = done = 0
+    ends: dict[str, int] = {}
+    with out.open("wb") as file:
+        for batch in batches(paths):
+            seen = detector.score(batch)
+            here = slice(done, done + len(seen))
+            scored = _as_scored(seen, scores, here, lines)
+            alerts = findings.alerts(scored, np.flatnonzero(scores.p_value[here] <= lines[here]))
+            file.writelines(alert.value + b"\n" for alert in alerts)
+            creates += sum(alert.activity == CREATE for alert in alerts)
+            ends[batch[0].topic] = batch[-1].offset + 1
+            windows.committed({(batch[0].topic, 0): batch[-1].offset + 1})
+            done += len(scored)
+            progress(done)
+        for topic, end in ends.items():
+            file.writelines(alert.value + b"\n" for alert in findings.finish((topic, 0), end, float(lines[-1])))
+    return creates
+
+
+def _as_scored(batch: ScoredBatch, scores: ScoredFile, here: slice, lines: NDArray[np.float64]) -> ScoredBatch:
+    """The batch with the scores of its file: an entity's silence is known only at its end."""
+    level = np.where(scores.cause[here] == batch.cause, 0 if batch.level is None else batch.level, 0).astype(np.uint8)
+    return replace(
+        batch,
+        p_value=scores.p_value[here],
+        severity=scores.severity[here],
+        entity=scores.entity[here],
+        cause=scores.cause[here],
+        line=lines[here],
+        level=level,
+    )
+
+
+def write_scores(scored: ScoredFile, line: float | NDArray[np.float64], out: Path) -> int:
+    """Write one JSON line an event; returns how many alerts. line: the p-value at or under which an event is one, for
+    all or for each."""
+    alerts = scored.p_value <= line
+    rows = zip(
+        scored.uids,
+        scored.p_value.tolist(),
+        scored.severity.tolist(),
+        alerts.tolist(),
+        scored.entity.tolist(),
+        scored.cause.tolist(),
+        strict=True,
+    )
+    names = ("uid", "p_value", "severity", "alert", "entity", "cause")
+    with out.open("wb") as file:
+        for row in rows:
+            file.write(orjson.dumps(dict(zip(names, row, strict=True)), option=orjson.OPT_APPEND_NEWLINE))
+    return int(alerts.sum())
+
+
+def detect(
+    train: Sequence[Path], test: Sequence[Path], bundle: Path, *, seed: int, progress: Progress | None = None
+) -> Detected:
+    """Fit on one set of files and score another, for the evaluation."""
+    started = time.perf_counter()
+    fitted = fit(train, bundle, seed=seed, progress=progress)
+    scored = score_files(test, fitted.bundle)
+    lines = {budget: line_of_a_day(budget, len(scored)) for budget in (20, 100)}
+    p_value = dict(zip(scored.uids, scored.p_value.tolist(), strict=True))
+    return Detected(p_value, lines, time.perf_counter() - started)

@@ -1,0 +1,43 @@
+"""Structured logs on stderr, with secrets masked."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import MutableMapping
+from typing import Any
+
+import structlog
+
+from streamer.settings import Settings
+
+
+def configure_logging(settings: Settings) -> None:
+    """Structured logs on stderr, as lines for people or as JSON."""
+    renderer: Any = (
+        structlog.processors.JSONRenderer()
+        if settings.log_format == "json"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            _masked,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.log_level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+def _masked(_logger: Any, _method: str, entry: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """What others say of an error may hold a secret, an address with its password."""
+    from streamer.redaction import mask_text
+
+    for name, value in entry.items():
+        if isinstance(value, str):
+            entry[name] = mask_text(value)
+    return entry
