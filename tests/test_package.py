@@ -101,7 +101,7 @@ def test_the_installed_command_works_from_another_directory(wheel: Path, tmp_pat
     shown = run(command, "--help")
     for name in ("fit", "run", "score", "evaluate", "simulate", "demo", "config", "schema", "gradients"):
         assert f" {name} " in shown
-    where = "import encoder.ocsf.events, state.redis.client, streamer.devtools.servers as s; print(s.__file__, s._kafka_jars)"
+    where = "import encoder.ocsf.events, state.redis.client, streamer.devtools.servers as s; print(s.__file__)"
     assert run(python, "-c", where).startswith(str(site))
     pom = run(python, "-c", "from streamer.devtools import servers; print(servers._POM.read_text())")
     assert "kafka_2.13" in pom

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from test_events import events as any_event
 
-from encoder.features import learner
+from encoder.features import learner as learner_module
 from encoder.features.learner import MAX_VOCABULARY, MORE_PATHS, SchemaLearner, _DistinctCount, _order_statistics
 from encoder.features.normalization import AGE, FOLDER, NETWORK, WORD
 from encoder.features.schema import UNSEEN_PATHS, Field, Schema
@@ -213,7 +213,7 @@ def test_a_field_can_be_taken_out_by_hand() -> None:
 
 
 def test_many_values_are_bounded_and_what_was_left_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learner, "MAX_TRACKED", 2_000)
+    monkeypatch.setattr(learner_module, "MAX_TRACKED", 2_000)
     n = 15_000  # 10,000 names that come once, and 10 that make up the rest
     events = [
         {"user": {"name": f"user-{_letters(i)}" if i % 3 else f"often{chr(97 + i % 10)}"}, "unmapped": {"x": i * 7.0}}
@@ -231,7 +231,7 @@ def test_many_values_are_bounded_and_what_was_left_out_is_said(monkeypatch: pyte
 
 
 def test_common_values_outlive_the_many_rare(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learner, "MAX_TRACKED", 4_500)
+    monkeypatch.setattr(learner_module, "MAX_TRACKED", 4_500)
     often = [f"often-{_letters(i)}" for i in range(50)]
     events = [{"user": {"name": f"u-{_letters(i)}" if i % 3 == 0 else often[i % 50]}} for i in range(30_000)]
     field = by_name(learn(events, 1_000))["user.name"]
@@ -241,7 +241,7 @@ def test_common_values_outlive_the_many_rare(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_all_paths_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learner, "MAX_TRACKED_IN_ALL", 5_000)
+    monkeypatch.setattr(learner_module, "MAX_TRACKED_IN_ALL", 5_000)
     learner = SchemaLearner()
     for start in range(0, 1_000, 100):
         rows = range(start, start + 100)
@@ -250,7 +250,7 @@ def test_all_paths_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_paths_beyond_the_bound_are_said_to_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learner, "MAX_PATHS", 50)
+    monkeypatch.setattr(learner_module, "MAX_PATHS", 50)
     schema = learn([{"unmapped": {f"k{i}": i}} for i in range(100)])
     assert "first 50" in schema.set_aside[MORE_PATHS]
     assert len(schema.known_paths) <= 60
