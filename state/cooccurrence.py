@@ -41,7 +41,7 @@ def near(windows: Windows) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
     return mine, np.where(before[:, :, None], windows.partners, np.int16(_NONE))
 
 
-class Overlaps:
+class Cooccurrence:
     """keys: uint64 [e], ascending, entities; events: int32 [e, PARTNERS], how many events of each had a partner of each
     sort; pairs: int64 [k], ascending, of (entity, sort, place, place before), where the place or that before it may be
     any; counts: int32 [k], how many events that were."""
@@ -101,8 +101,8 @@ class Overlaps:
         return np.where(self.pairs[at] == wanted, self.counts[at], 0).astype(np.int64)
 
 
-class OverlapCounts:
-    """Counts training, batch by batch, into `Overlaps`."""
+class CooccurrenceCounts:
+    """Counts training, batch by batch, into `Cooccurrence`."""
 
     def __init__(self) -> None:
         self._number: dict[str, int] = {}
@@ -139,7 +139,7 @@ class OverlapCounts:
         self._pairs, self._counts, self._held = [pairs], [counts], len(pairs)
         return pairs, counts
 
-    def finish(self) -> Overlaps:
+    def finish(self) -> Cooccurrence:
         """What was counted, of the partners that are well known."""
         pairs, counts = self._merge()
         base, then = np.divmod(pairs, _BASE)
@@ -159,7 +159,7 @@ class OverlapCounts:
         rank[order] = np.arange(len(order))
         packed = _packed(rank[entity[kept]], sort[kept], now[kept], then[kept])
         by_key = np.argsort(packed, kind="stable")
-        return Overlaps(keys[order], events[order], packed[by_key], counts[kept][by_key].astype(np.int32))
+        return Cooccurrence(keys[order], events[order], packed[by_key], counts[kept][by_key].astype(np.int32))
 
 
 def _met(

@@ -3,8 +3,8 @@
 Promises: nothing that was at or under the alert line on one of the days it is shown gets through, nothing that was not
 seen on MIN_DAYS days, and no entity brings more than CAP new vectors a refresh; an entity that has been moving away
 from what was first learned, a little each day, is named and brings nothing. How far each has come is carried from one
-refresh to the next (`Watch`). So one machine cannot teach the baseline quickly, and not slowly unnoticed. It does not
-know whether what many entities do on many days is good.
+refresh to the next (`EntityDrifts`). So one machine cannot teach the baseline quickly, and not slowly unnoticed. It
+does not know whether what many entities do on many days is good.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Released:
     rows: NDArray[np.intp]
     refused: dict[str, int]
     drifting: dict[str, int]
-    watch: Watch
+    watch: EntityDrifts
 
 
 @dataclass(frozen=True)
-class Walk:
+class EntityDrift:
     """How far an entity has come. days, total, count: of the first days on which it did ENOUGH, how many there were and
     the sum of their evidence (nats) over so many events; last: the latest day taken in; away: the cumulated sum of how
     much farther it was than then; since: the day on which that rose over ALARM, -1 where it is not over it."""
@@ -62,7 +62,7 @@ class Walk:
     away: float = 0.0
     since: int = -1
 
-    def after(self, day: int, total: float, count: int) -> Walk:
+    def after(self, day: int, total: float, count: int) -> EntityDrift:
         """With another day; itself where that day is taken in already."""
         if day <= self.last or count < ENOUGH:
             return self
@@ -76,17 +76,17 @@ class Walk:
         return replace(self, last=day, away=away, since=since)
 
 
-class Watch:
+class EntityDrifts:
     """The walks of all entities, which are kept as hashes. keys: uint64 [e]; walks: float64 [e, 6], their fields."""
 
     def __init__(self, keys: NDArray[np.uint64] | None = None, walks: NDArray[np.float64] | None = None) -> None:
-        self._walks: dict[int, Walk] = {}
+        self._walks: dict[int, EntityDrift] = {}
         if keys is not None and walks is not None:
             for key, (days, total, count, last, away, since) in zip(keys.tolist(), walks.tolist(), strict=True):
-                self._walks[key] = Walk(int(days), total, int(count), int(last), away, int(since))
+                self._walks[key] = EntityDrift(int(days), total, int(count), int(last), away, int(since))
 
-    def of(self, entity: str) -> Walk:
-        return self._walks.get(_key(entity), Walk())
+    def of(self, entity: str) -> EntityDrift:
+        return self._walks.get(_key(entity), EntityDrift())
 
     def arrays(self) -> tuple[NDArray[np.uint64], NDArray[np.float64]]:
         """As it is made of."""
@@ -94,10 +94,10 @@ class Watch:
         walks = np.array([astuple(walk) for _, walk in latest], np.float64).reshape(-1, 6)
         return np.array([key for key, _ in latest], np.uint64), walks
 
-    def after(self, means: Mapping[str, Mapping[int, Sequence[float]]]) -> tuple[Watch, dict[str, int]]:
+    def after(self, means: Mapping[str, Mapping[int, Sequence[float]]]) -> tuple[EntityDrifts, dict[str, int]]:
         """With more days (entity -> day -> sum of its evidence and number of events), and the entities that were over
         ALARM on any of them, each with the day (ms) on which that began."""
-        watch, found = Watch(), {}
+        watch, found = EntityDrifts(), {}
         watch._walks = {**self._walks}
         for who, days in means.items():
             walk = self.of(who)
@@ -116,10 +116,10 @@ def _key(entity: str) -> int:
 
 
 @dataclass
-class Quarantine:
+class DriftGuard:
     """Fill it with `hold`, in order of event time, then `release`. watch: as the refresh before left it."""
 
-    watch: Watch = field(default_factory=Watch)
+    watch: EntityDrifts = field(default_factory=EntityDrifts)
     _first: dict[bytes, int] = field(default_factory=dict)
     _days: dict[bytes, set[int]] = field(default_factory=lambda: defaultdict(set))
     _sides: dict[bytes, set[str]] = field(default_factory=lambda: defaultdict(set))

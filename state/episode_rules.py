@@ -11,7 +11,8 @@ the first of these that is open, else it begins an episode (Create):
 2. *its story*: a sequence (or rate) anomaly and a record anomaly of such entities, at most `STORY_MS` apart, as long as
    the episode has fewer than `STORM` events: what comes in the middle of a storm is not part of it.
 3. *the same elsewhere*: the same cause, type of event and value at other entities, at most `SAME_MS` apart.
-4. *the crowd*: the same cause and type, whatever the value, once `CROWD` episodes of them are open that began within
+4. *the crowd*: the same cause and type, whatever the value, once `MASS_EVENT` episodes of them are open that began
+within
    an hour, unless its severity level is higher than that of the first of them.
 
 Joining is told (Update) when the severity level rises, a cause is new to the episode, the events or the entities reach
@@ -28,7 +29,7 @@ from typing import Any
 import orjson
 
 from state.episodes import CLOSE, CREATE, UPDATE, Anomaly, Decision, End, Episode, Place, Position, tick
-from state.errors import Source
+from state.errors import SourcePartition
 
 MINUTE_MS = 60_000
 QUIET_MS = 60 * MINUTE_MS
@@ -36,7 +37,7 @@ STORY_MS = 10 * MINUTE_MS
 SAME_MS = 10 * MINUTE_MS
 TELL_MS = 30 * MINUTE_MS
 STORM = 10
-CROWD, CROWD_MS = 8, 60 * MINUTE_MS
+MASS_EVENT, MASS_EVENT_MS = 8, 60 * MINUTE_MS
 MAX_OPEN = 4096
 """Episodes that are open at once: beyond it the one that was quiet longest is closed."""
 MAX_SHARING = 32
@@ -53,7 +54,7 @@ class _Open:
     name: what it is kept under, its first event, and of a silence also whose: an event may be the last of several."""
 
     episode: Episode
-    owner: Source
+    owner: SourcePartition
     sharing: list[str]
     type_uid: int
     what: str
@@ -103,23 +104,25 @@ class _Applied:
         return self.offset, self.index, self.number
 
 
-class Book:
+class EpisodeRules:
     """All that is remembered, and the rules; both stores keep one. changed: names of values to be stored."""
 
     def __init__(self) -> None:
         self.changed: set[str] = set()
         self._episodes: dict[str, _Open] = {}
-        self._applied: dict[Source, _Applied] = {}
-        self._decisions: dict[Source, list[Decision]] = {}
+        self._applied: dict[SourcePartition, _Applied] = {}
+        self._decisions: dict[SourcePartition, list[Decision]] = {}
         self._index: dict[_Key, set[str]] = {}
-        self._clocks: dict[Source, int] = {}
+        self._clocks: dict[SourcePartition, int] = {}
         """Event times as they are at the anomaly that is being decided."""
         self._turn = 0
 
     def __len__(self) -> int:
         return len(self._episodes)
 
-    def decide(self, anomalies: Sequence[Anomaly], ends: Mapping[Source, End], position: Position) -> list[Decision]:
+    def decide(
+        self, anomalies: Sequence[Anomaly], ends: Mapping[SourcePartition, End], position: Position
+    ) -> list[Decision]:
         """As `EpisodeStore.decide`."""
         for source in ends:
             self._forget(source, position.committed.get(source, 0))
@@ -157,8 +160,8 @@ class Book:
         for found in self._at(("value", anomaly.cause, anomaly.type_uid, anomaly.what), time, SAME_MS):
             return found
         alike = self._at(("type", anomaly.cause, anomaly.type_uid), time, QUIET_MS)
-        alike = [found for found in alike if found.crowd or time - found.episode.first_seen <= CROWD_MS]
-        if len(alike) >= CROWD or any(found.crowd for found in alike):
+        alike = [found for found in alike if found.crowd or time - found.episode.first_seen <= MASS_EVENT_MS]
+        if len(alike) >= MASS_EVENT or any(found.crowd for found in alike):
             crowd = min(alike, key=lambda found: (not found.crowd, found.episode.first_seen, found.episode.first))
             if anomaly.level <= crowd.episode.level:
                 crowd.crowd = True
@@ -253,7 +256,7 @@ class Book:
         found.told_at, found.told_count, found.told_entities = anomaly.time, now.count, now.entities
         return UPDATE
 
-    def _close(self, ends: Mapping[Source, End]) -> None:
+    def _close(self, ends: Mapping[SourcePartition, End]) -> None:
         """Close what has been quiet for too long by the event time of its partition, and the quietest of too many."""
         for source, end in ends.items():
             tick(self._clocks, source, end.time)
@@ -272,7 +275,7 @@ class Book:
         self._decisions.setdefault(decision.source, []).append(decision)
         self.changed.add(f"d|{_name(decision.source)}")
 
-    def _forget(self, source: Source, committed: int) -> None:
+    def _forget(self, source: SourcePartition, committed: int) -> None:
         """What was decided before the commit is published: it is not asked for again."""
         decisions, done = self._decisions.get(source, []), self._applied.get(source, _NOTHING)
         kept = [decision for decision in decisions if decision.offset >= committed]
@@ -283,7 +286,7 @@ class Book:
             self._applied[source] = replace(done, committed=committed)
             self.changed.add(f"a|{_name(source)}")
 
-    def _set_applied(self, source: Source, at: Place, position: Position) -> None:
+    def _set_applied(self, source: SourcePartition, at: Place, position: Position) -> None:
         done, known = self._applied.get(source, _NOTHING), position.committed.get(source, 0)
         self._applied[source] = _Applied(at[0], at[1], max(done.committed, known), at[2])
         self.changed.add(f"a|{_name(source)}")
@@ -321,7 +324,7 @@ class Book:
         return orjson.dumps(value, default=sorted) if value else b""
 
     @classmethod
-    def read(cls, values: Mapping[str, bytes]) -> Book:
+    def read(cls, values: Mapping[str, bytes]) -> EpisodeRules:
         """The book of which these are all names and values."""
         book = cls()
         opened: list[_Open] = []
@@ -371,10 +374,10 @@ def _decision(found: dict[str, Any]) -> Decision:
     return Decision(**found | {"source": tuple(found["source"]), "episode": _episode(found["episode"])})
 
 
-def _name(source: Source) -> str:
+def _name(source: SourcePartition) -> str:
     return f"{source[1]}|{source[0]}"
 
 
-def _source(name: str) -> Source:
+def _source(name: str) -> SourcePartition:
     partition, topic = name.split("|", 1)
     return topic, int(partition)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from state.errors import Source
+from state.errors import SourcePartition
 
 CREATE, UPDATE, CLOSE = 1, 2, 3
 Place = tuple[int, int, int]
@@ -30,7 +30,7 @@ class Anomaly:
     (offset, index, number among those told there): of an entity that fell silent the later event of the same source
     that made it clear; None: it is told where it stands."""
 
-    source: Source
+    source: SourcePartition
     offset: int
     index: int
     time: int
@@ -86,7 +86,7 @@ class Decision:
     passing of time at these coordinates."""
 
     activity: int
-    source: Source
+    source: SourcePartition
     offset: int
     index: int
     episode: Episode
@@ -111,15 +111,15 @@ class End:
 class Position:
     """Where this process stands: the latest event time it saw of each source, and what it knows to be committed."""
 
-    clocks: dict[Source, int] = field(default_factory=dict)
-    committed: dict[Source, int] = field(default_factory=dict)
+    clocks: dict[SourcePartition, int] = field(default_factory=dict)
+    committed: dict[SourcePartition, int] = field(default_factory=dict)
 
-    def advance(self, ends: Mapping[Source, End]) -> None:
+    def advance(self, ends: Mapping[SourcePartition, End]) -> None:
         """The batch that ends so is decided."""
         for source, end in ends.items():
             tick(self.clocks, source, end.time)
 
-    def commit(self, offsets: Mapping[Source, int]) -> None:
+    def commit(self, offsets: Mapping[SourcePartition, int]) -> None:
         """These offsets are committed."""
         for source, offset in offsets.items():
             self.committed[source] = max(offset, self.committed.get(source, 0))
@@ -128,13 +128,13 @@ class Position:
 class EpisodeStore(Protocol):
     """What the flow needs of episodes."""
 
-    def decide(self, anomalies: Sequence[Anomaly], ends: Mapping[Source, End]) -> list[Decision]:
+    def decide(self, anomalies: Sequence[Anomaly], ends: Mapping[SourcePartition, End]) -> list[Decision]:
         """What to tell of one batch: by source, in the order of offsets. anomalies: in stream order; ends: of all
         sources of the batch. Gives also what was decided at these offsets before, so that it is published with them.
         Raises a `StateError`, and then may be called again with the same."""
         ...
 
-    def committed(self, offsets: Mapping[Source, int]) -> None:
+    def committed(self, offsets: Mapping[SourcePartition, int]) -> None:
         """These offsets are committed, with what was decided before them."""
         ...
 
@@ -143,11 +143,11 @@ class EpisodeStore(Protocol):
         ...
 
 
-def label(source: Source, offset: int, index: int) -> str:
+def label(source: SourcePartition, offset: int, index: int) -> str:
     """Coordinates as one text, as everywhere."""
     return f"{source[0]}:{source[1]}:{offset}:{index}"
 
 
-def tick(clocks: dict[Source, int], source: Source, time: int) -> None:
+def tick(clocks: dict[SourcePartition, int], source: SourcePartition, time: int) -> None:
     """Move a source's clock on to a time, never back."""
     clocks[source] = max(time, clocks.get(source, 0))

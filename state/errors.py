@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-Source = tuple[str, int]
+SourcePartition = tuple[str, int]
 """A source partition: (topic, partition)."""
 
 
@@ -32,7 +32,7 @@ class StateLostError(StateError):
     concerned, the offset from which its events must be appended again; None is as far back as the windows' age reaches.
     """
 
-    def __init__(self, message: str, *, wiped: bool, resume: Mapping[Source, int | None]) -> None:
+    def __init__(self, message: str, *, wiped: bool, resume: Mapping[SourcePartition, int | None]) -> None:
         super().__init__(message)
         self.wiped = wiped
         self.resume = dict(resume)

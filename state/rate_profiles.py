@@ -32,15 +32,15 @@ GROUPS = STRANGER + 1
 
 
 @dataclass(frozen=True)
-class Excess:
+class RateExcess:
     """Of m events of entities and 8 counts: over: float64 [m, 8], levels beyond what was known of the entity, NaN where
     the event raised nothing; group: int8 [m, 8], how it was known (0 to 3: the band of its own level; STRANGER)."""
 
     over: NDArray[np.float64]
     group: NDArray[np.int8]
 
-    def take(self, rows: NDArray[Any]) -> Excess:
-        return Excess(self.over[rows], self.group[rows])
+    def take(self, rows: NDArray[Any]) -> RateExcess:
+        return RateExcess(self.over[rows], self.group[rows])
 
 
 @lru_cache(maxsize=16_384)
@@ -53,7 +53,7 @@ def hashed(entities: Sequence[str]) -> NDArray[np.uint64]:
     return np.array([_key(name) for name in entities], np.uint64)
 
 
-class Habits:
+class RateProfiles:
     """keys: uint64 [e], ascending; most: uint8 [e, 8], the highest level of each count; usual: uint8 [kinds, 8], what a
     stranger of each kind is measured by; kinds: int8 [e], of what kind each is."""
 
@@ -71,7 +71,7 @@ class Habits:
         time: NDArray[np.int64],
         *,
         kinds: int,
-    ) -> tuple[Habits, Excess]:
+    ) -> tuple[RateProfiles, RateExcess]:
         """Learn from m training events of entities, and judge each block of them by the others.
 
         kind: int8 [m]; levels: uint8 [m, 8] as `Windows.levels`; time: int64 [m], event ms; kinds: how many there are.
@@ -114,7 +114,7 @@ class Habits:
         found: NDArray[np.uint8] = self.most[(self.kinds == kind) & (self.keys != np.uint64(_key(entity)))]
         return found
 
-    def excess(self, entities: Sequence[str], kind: NDArray[np.int8], levels: NDArray[np.uint8]) -> Excess:
+    def excess(self, entities: Sequence[str], kind: NDArray[np.int8], levels: NDArray[np.uint8]) -> RateExcess:
         """How far beyond what is known of them m events of entities go; arrays as in `fit`."""
         own, known = self.own(entities)
         return _excess(levels, own, known, self.usual[kind])
@@ -122,7 +122,7 @@ class Habits:
 
 def _excess(
     levels: NDArray[np.uint8], own: NDArray[np.uint8], known: NDArray[np.bool_], usual: NDArray[np.uint8]
-) -> Excess:
+) -> RateExcess:
     group = np.where(known[:, None], np.searchsorted(BANDS, own, side="right"), STRANGER).astype(np.int8)
     measure = np.where(known[:, None], own, usual).astype(np.float64)
-    return Excess(np.where(levels > 0, levels - measure, np.nan), group)
+    return RateExcess(np.where(levels > 0, levels - measure, np.nan), group)

@@ -35,7 +35,7 @@ LEVELS = tuple(f"{count}.{span}" for count in COUNTS for span in SPANS)
 STEPS = 6
 
 
-class Acts(Protocol):
+class ActivityCounts(Protocol):
     """What m entries add, as `encoder.ocsf.activity_counts` finds it: counted and failed bool [m], amount int64 [m] in
     0..2^44, partners int16 [m, PARTNERS], places in 0..255 or -1."""
 
@@ -94,7 +94,7 @@ def _raised(before: int, now: int) -> int:
     return now if now > before else 0
 
 
-class Tally:
+class RollingCounts:
     """The counts of one entity."""
 
     __slots__ = ("buckets", "day", "hour", "near")

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from state.errors import Source, StateLostError
+from state.errors import SourcePartition, StateLostError
 from state.windows import source_id
 
 TICK_MS = 1000
@@ -31,13 +31,13 @@ AFTER = 1 << 23
 
 
 @dataclass(frozen=True)
-class Heard:
+class Activity:
     """An event of an entity that may fall silent: its coordinates and time (ms); quiet: ms that it is given; p_value of
     its being the last, and whether the window that says so was complete; event: as whoever asks keeps it; newest: False
     for one that came late, of which all but the judgement is then passed over."""
 
     entity: str
-    source: Source
+    source: SourcePartition
     offset: int
     index: int
     time: int
@@ -54,20 +54,20 @@ class Heard:
 
 
 @dataclass(frozen=True)
-class Tick:
+class ClockAdvance:
     """The event that moves a partition's clock (ms) on: before what it says of entities."""
 
-    source: Source
+    source: SourcePartition
     offset: int
     index: int
     clock: int
 
 
 @dataclass(frozen=True)
-class Silence:
+class Inactivity:
     """An entity that fell silent after its last event, and the coordinates in the same source where that was clear."""
 
-    last: Heard
+    last: Activity
     offset: int
     index: int
 
@@ -85,21 +85,23 @@ class TimerStore(Protocol):
 
     keeps_events: bool
 
-    def advance(self, steps: Sequence[Heard | Tick], spans: Mapping[Source, Span]) -> list[Silence]:
+    def advance(
+        self, steps: Sequence[Activity | ClockAdvance], spans: Mapping[SourcePartition, Span]
+    ) -> list[Inactivity]:
         """Take what a batch says, in stream order, and return who fell silent at its events, in that order; also what
         was found there before. spans: of all its sources. Raises a `StateError`, and then may be called again with
         the same."""
         ...
 
-    def prepare(self, offsets: Mapping[Source, int]) -> None:
+    def prepare(self, offsets: Mapping[SourcePartition, int]) -> None:
         """As `WindowStore.prepare`."""
         ...
 
-    def committed(self, offsets: Mapping[Source, int]) -> None:
+    def committed(self, offsets: Mapping[SourcePartition, int]) -> None:
         """These offsets are committed: what was told before them is not asked for again."""
         ...
 
-    def check_epoch(self, offsets: Mapping[Source, int]) -> None:
+    def check_epoch(self, offsets: Mapping[SourcePartition, int]) -> None:
         """Compare with what Kafka holds as committed, at start and on assignment. Raises `StateLostError`."""
         ...
 

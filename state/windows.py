@@ -23,8 +23,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from state.errors import Source, StateLostError
-from state.rolling_counts import PARTNERS, Acts
+from state.errors import SourcePartition, StateLostError
+from state.rolling_counts import PARTNERS, ActivityCounts
 
 DAY_MS = 86_400_000
 MAX_SLACK = 16_384
@@ -44,11 +44,11 @@ class WindowEntries:
     entity: Sequence[str]
     time: NDArray[np.int64]
     vectors: NDArray[np.float16]
-    sources: tuple[Source, ...]
+    sources: tuple[SourcePartition, ...]
     source: NDArray[np.int32]
     offset: NDArray[np.int64]
     index: NDArray[np.int32]
-    acts: Acts | None = None
+    activity_counts: ActivityCounts | None = None
 
     def __len__(self) -> int:
         return len(self.entity)
@@ -63,8 +63,8 @@ class Windows:
     bool [m], False where members are known to be missing. Coordinates of the members: sources, with source: int32
     [m, W] (index into them, -1 unused), offset: int64 [m, W] and index: int32 [m, W]. levels: uint8 [m, 8], what the
     entry raised (`tally.LEVELS`), all 0 where it is not a member. raised: uint8 [m, W, 8], what each member raised;
-    only from `latest`, else [m, 0, 8]. partners: int16 [m, W, PARTNERS], those of each member (`tally.Acts`), -1 for
-    none.
+    only from `latest`, else [m, 0, 8]. partners: int16 [m, W, PARTNERS], those of each member (`tally.ActivityCounts`),
+    -1 for none.
     """
 
     vectors: NDArray[np.float16]
@@ -72,7 +72,7 @@ class Windows:
     length: NDArray[np.int32]
     own: NDArray[np.int32]
     complete: NDArray[np.bool_]
-    sources: tuple[Source, ...]
+    sources: tuple[SourcePartition, ...]
     source: NDArray[np.int32]
     offset: NDArray[np.int64]
     index: NDArray[np.int32]
@@ -112,33 +112,33 @@ class WindowStore(Protocol):
         """The windows as they are now (`own` is the newest member, length 0 where there is none)."""
         ...
 
-    def prepare(self, offsets: Mapping[Source, int]) -> None:
+    def prepare(self, offsets: Mapping[SourcePartition, int]) -> None:
         """Record, before they are committed to Kafka, how far the sources have been appended."""
         ...
 
-    def committed(self, offsets: Mapping[Source, int]) -> None:
+    def committed(self, offsets: Mapping[SourcePartition, int]) -> None:
         """These offsets are committed: what only a redelivery before them would need may be forgotten."""
         ...
 
-    def check_epoch(self, offsets: Mapping[Source, int]) -> None:
+    def check_epoch(self, offsets: Mapping[SourcePartition, int]) -> None:
         """Compare with what Kafka holds as committed (sources without a commit left out), at start and on assignment.
         Raises `StateLostError` where the store remembers less."""
         ...
 
-    def begin_rebuild(self, lost: StateLostError, others: Iterable[Source] = ()) -> None:
+    def begin_rebuild(self, lost: StateLostError, others: Iterable[SourcePartition] = ()) -> None:
         """From here on appended entries fill what was lost, and no window is complete until `finish_rebuild` was called
         for all of `lost.resume` and, where all was lost, for the `others` (partitions with commits) by the
         consumers that read those."""
         ...
 
-    def finish_rebuild(self, sources: Iterable[Source], horizon_ms: int = 0) -> None:
+    def finish_rebuild(self, sources: Iterable[SourcePartition], horizon_ms: int = 0) -> None:
         """These sources are appended again up to their commit. horizon_ms: event time from which on nothing is
         missing, 0 if the replay reached back as far as the windows' age."""
         ...
 
 
 @lru_cache(maxsize=65536)
-def source_id(source: Source) -> int:
+def source_id(source: SourcePartition) -> int:
     """48 bits that stand for a source wherever windows are kept and in the order of entries with equal times."""
     return int.from_bytes(blake2b(f"{source[0]}\0{source[1]}".encode(), digest_size=6).digest(), "little")
 
@@ -150,8 +150,10 @@ def validate(entries: WindowEntries, dim: int) -> None:
     expected = {name: (m, dim) if name == "vectors" else (m,) for name in shapes}
     if shapes != expected:
         raise ValueError(f"window entries do not fit together: {shapes}, expected {expected}")
-    if entries.acts is not None and entries.acts.partners.shape != (m, PARTNERS):
-        raise ValueError(f"acts with partners {entries.acts.partners.shape} do not fit: [{m}, {PARTNERS}] was expected")
+    if entries.activity_counts is not None and entries.activity_counts.partners.shape != (m, PARTNERS):
+        raise ValueError(
+            f"acts with partners {entries.activity_counts.partners.shape} do not fit: [{m}, {PARTNERS}] was expected"
+        )
     if entries.vectors.dtype != np.float16:
         raise ValueError(f"window vectors must be float16, not {entries.vectors.dtype}")
     if m:
@@ -161,7 +163,7 @@ def validate(entries: WindowEntries, dim: int) -> None:
                 raise ValueError(f"{name} of window entries must be in 0..2^{bits}, got {low}..{high}")
 
 
-def progress_of(entries: WindowEntries) -> dict[Source, int]:
+def progress_of(entries: WindowEntries) -> dict[SourcePartition, int]:
     """The next offset of each source after these entries."""
     top = np.full(len(entries.sources), -1, np.int64)
     np.maximum.at(top, entries.source, entries.offset)

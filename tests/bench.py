@@ -83,19 +83,19 @@ STAGES: Sequence[tuple[str, Any, tuple[str, ...]]] = (
     ("vectorize", encoder.features.vectorizer.Vectorizer, ("__call__",)),
     ("vectorize", encoder.features.vectorizer.FeatureBatch, ("distinct", "take")),
     ("encode: conditional rarity", encoder.models.rarity.ContextRarity, ("__call__", "summary")),
-    ("encode: network", encoder.models.record_encoder.Encoder, ("encode", "behaviours")),
+    ("encode: network", encoder.models.record_encoder.RecordEncoder, ("encode", "anonymised")),
     ("score records: baseline", state.baseline.baseline.Baseline, ("search",)),
     ("score records: density", state.baseline.density.Density, ("__call__",)),
     ("score records: calibration", streamer.detection.record_score.RecordScorer, ("raw", "parts", "evidence")),
-    ("entities, what each adds", streamer.detection.detector, ("find_entities", "acts")),
+    ("entities, what each adds", streamer.detection.detector, ("find_entities", "activity_counts")),
     ("windows (Redis)", state.redis.windows.RedisWindows, ("append", "prepare", "committed", "check_epoch")),
     ("encode and score sequences", streamer.detection.sequence_score.SequenceScorer, ("raw", "evidence")),
     ("score rates", streamer.detection.rate_score.RateScorer, ("evidence",)),
-    ("timers of silence", streamer.detection.inactivity.Watch, ("advance",)),
+    ("timers of silence", streamer.detection.inactivity.InactivityMonitor, ("advance",)),
     ("rest of the detector", streamer.detection.detector.Detector, ("prepare", "judge")),
     ("explain, build alerts", streamer.service.loop.Service, ("_alerts",)),
     ("produce and commit", streamer.kafka.producer.TransactionalPublisher, ("publish",)),
-    ("wait for messages", streamer.kafka.consumer.Source, ("wait",)),
+    ("wait for messages", streamer.kafka.consumer.EventConsumer, ("wait",)),
 )
 """(stage, where, what): a stage's time is that of its functions without that of other stages called from them."""
 
@@ -323,7 +323,7 @@ def train(history: Path, out: Path) -> tuple[dict[str, float], Bundle]:
         for name, where in (("record", encoder.training.masked_fields), ("sequence", encoder.training.sequence)):
 
             def timed(
-                *arguments: Any, name: str = name, where: Any = where, call: Any = where.descend, **named: Any
+                *arguments: Any, name: str = name, where: Any = where, call: Any = where.train_network, **named: Any
             ) -> Any:
                 began = time.process_time()
                 found = call(*arguments, **named)

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import numpy as np
 
 from encoder.training import masked_fields as training
-from encoder.training.trainer import Descent
+from encoder.training.trainer import TrainingRun
 from state.baseline import density
 from streamer.detection import record_score as scoring
 from streamer.event_files import batches
@@ -25,7 +25,7 @@ from streamer.training import fit as fitting
 
 Patches = list[tuple[Any, str, Any]]
 NO_DENSITY: Patches = [(scoring, "DENSITY_TRUST", 0.0)]
-UNTRAINED: Patches = [(training, "descend", lambda *_, **__: Descent())]
+UNTRAINED: Patches = [(training, "descend", lambda *_, **__: TrainingRun())]
 VARIANTS: dict[str, Patches] = {
     "all of it": [],
     "identity path alone, no residual part": UNTRAINED,

@@ -19,7 +19,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from streamer.alerting.file_thresholds import lines_of
+from streamer.alerting.file_thresholds import thresholds_of
 from streamer.alerting.threshold import STORY_MS
 from streamer.bundles.bundle_files import load
 from streamer.detection.score_files import ScoredFile, score_files
@@ -55,7 +55,7 @@ def weeks(folder: Path, seed: int) -> None:
         print(f"{name}: {_told(scored.p_value[rows])}")
     for budget in BUDGETS:
         fixed = np.full(len(scored), budget / float(opened.manifest["training"]["events_per_day"]))
-        for name, line in (("stays", fixed), ("moves", lines_of(scored, budget, opened))):
+        for name, line in (("stays", fixed), ("moves", thresholds_of(scored, budget, opened))):
             alert = scored.p_value <= line
             false = _first_of_story(scored, alert) & normal
             days = np.bincount(day[false], minlength=7 * (WEEKS - 1))

@@ -9,7 +9,7 @@ import numpy as np
 import redis
 from numpy.typing import NDArray
 
-from encoder.ocsf.activity_counts import PARTNERS, Acts
+from encoder.ocsf.activity_counts import PARTNERS, ActivityCounts
 from state.memory.windows import MemoryWindows
 from state.redis.windows import RedisWindows
 from state.windows import WindowEntries, WindowStore
@@ -20,11 +20,11 @@ DIM, BATCH = 64, 2000
 STEP_MS = 100
 
 
-def some_acts(at: NDArray[np.int64]) -> Acts:
+def some_acts(at: NDArray[np.int64]) -> ActivityCounts:
     """Every tenth a failure, some bytes, two partners each."""
     partners = np.full((len(at), PARTNERS), -1, np.int16)
     partners[:, :2] = np.column_stack([at * 7 % 256, at // 3 % 256])
-    return Acts(np.ones(len(at), bool), at % 10 == 0, at % 1500, partners)
+    return ActivityCounts(np.ones(len(at), bool), at % 10 == 0, at % 1500, partners)
 
 
 def push(store: WindowStore, entity: list[str], first: int) -> float:

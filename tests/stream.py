@@ -28,7 +28,7 @@ from encoder.ocsf.events import Coordinates, Message
 from state.redis.episodes import RedisEpisodes
 from state.windows import WindowEntries, Windows, WindowStore
 from streamer.alerting.finding_frame import Alert
-from streamer.alerting.pipeline import Findings
+from streamer.alerting.pipeline import AlertPipeline
 from streamer.detection.batches import ScoredBatch
 from streamer.explain.attribution import Explanation
 from streamer.service.loop import Service
@@ -285,16 +285,16 @@ def running(service: Service) -> Iterator[list[BaseException]]:
         assert not thread.is_alive()
 
 
-def findings(detector: HashDetector, redis_url: str, tenant: str) -> Findings:
+def findings(detector: HashDetector, redis_url: str, tenant: str) -> AlertPipeline:
     """The real ones, with episodes in Redis."""
     episodes = RedisEpisodes(redis_url, tenant=tenant)
-    return Findings(detector, episodes, bundle_version="b", tenant=tenant, clock=lambda: 1_700_000_000.0)
+    return AlertPipeline(detector, episodes, bundle_version="b", tenant=tenant, clock=lambda: 1_700_000_000.0)
 
 
 class Dying:
     """Findings that kill the process when they have stored their n-th decisions (0: never), before Kafka knows."""
 
-    def __init__(self, inner: Findings, n: int) -> None:
+    def __init__(self, inner: AlertPipeline, n: int) -> None:
         self.inner, self.left = inner, n
 
     def alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Alert]:

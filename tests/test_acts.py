@@ -8,7 +8,7 @@ import numpy as np
 import orjson
 import pytest
 
-from encoder.ocsf.activity_counts import NOBODY, PARTNERS, Acts, acts
+from encoder.ocsf.activity_counts import NOBODY, PARTNERS, ActivityCounts, activity_counts
 from encoder.ocsf.decoder import decode
 from encoder.ocsf.entities import KINDS, Entities, entities
 from encoder.ocsf.events import Message
@@ -27,14 +27,14 @@ LOGON: Json = {
 }
 
 
-def added(*events: Json) -> tuple[Entities, Acts]:
+def added(*events: Json) -> tuple[Entities, ActivityCounts]:
     batch, rejects = decode([Message("t", 0, i, 0, orjson.dumps(event)) for i, event in enumerate(events)])
     assert not rejects
     named = entities(batch)
-    return named, acts(batch, named)
+    return named, activity_counts(batch, named)
 
 
-def partners(named: Entities, found: Acts, entity: str) -> set[int]:
+def partners(named: Entities, found: ActivityCounts, entity: str) -> set[int]:
     return {int(place) for place in found.partners[named.entity.index(entity)] if place != NOBODY}
 
 

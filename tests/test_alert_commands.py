@@ -28,7 +28,7 @@ from typer.testing import CliRunner, Result
 from state.episode_rules import MINUTE_MS
 from state.memory.episodes import MemoryEpisodes
 from streamer.alerting.finding_frame import Alert
-from streamer.alerting.pipeline import Findings
+from streamer.alerting.pipeline import AlertPipeline
 from streamer.cli.main import app
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +43,7 @@ def make(times: int, entity: str = "user:bob", severity: float = 75.0, minutes: 
     batch = scored(records, entity=entity)
     batch.severity[:] = severity
     batch = replace(batch, line=np.full(len(batch), 1e-4))
-    return Findings(Quiet(), MemoryEpisodes(), bundle_version="b").alerts(batch, np.arange(times))
+    return AlertPipeline(Quiet(), MemoryEpisodes(), bundle_version="b").alerts(batch, np.arange(times))
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from alerting import (
     PROFILE,
     VALIDATOR,
     WORD,
+    EmittedAlert,
     Json,
-    Told,
     alerts,
     check,
     explanation,
@@ -42,7 +42,7 @@ from streamer.detection.bundle import Bundle
 from streamer.detection.detector import Detector
 from streamer.devtools.simulator.generator import schedule, simulate, write
 from streamer.explain.attribution import Explainer, Explanation, FieldFinding
-from streamer.explain.peer_comparison import Others
+from streamer.explain.peer_comparison import PeerComparison
 from streamer.offline.reference_detectors import flatten
 from streamer.redaction import Redactor
 from streamer.training.fit import fit
@@ -112,7 +112,7 @@ def test_every_part_that_an_analyst_needs_is_there() -> None:
     assert json.loads(finding["raw_data"])["device"]["hostname"] == "PC-7"
 
 
-OTHERS = Others("value", "dst_endpoint.port", "host", 2, 211, ("pc-9", "build01"), at_least=True)
+OTHERS = PeerComparison("value", "dst_endpoint.port", "host", 2, 211, ("pc-9", "build01"), at_least=True)
 
 
 def test_the_documented_alert_is_the_one_that_comes_out() -> None:
@@ -208,7 +208,7 @@ def test_lengths_that_differ_are_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def day(tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, Told]:
+def day(tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, EmittedAlert]:
     """A detector fitted to two simulated days, its training cut short, and the oddest of a third day."""
     folder = tmp_path_factory.mktemp("alerts")
     days = list(simulate(seed=5, days=3, events_per_day=2_600, incidents=schedule(3, clean=2)))
@@ -220,11 +220,11 @@ def day(tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, Told]:
     return explained(bundle, days[2].events, each=4)
 
 
-def explained(bundle: Bundle, lines: Sequence[bytes], each: int) -> tuple[Detector, Told]:
+def explained(bundle: Bundle, lines: Sequence[bytes], each: int) -> tuple[Detector, EmittedAlert]:
     """The most unusual of each batch, by record and by sequence, explained as the service does: right after scoring."""
     detector = Detector(bundle, MemoryWindows(dim=bundle.dim))
     stream = [Message("events", 0, i, NOW, line) for i, line in enumerate(lines)]
-    found: Told = []
+    found: EmittedAlert = []
     for start in range(0, len(stream), 256):
         batch = detector.score(stream[start : start + 256])
         by_sequence = np.array([cause.startswith("sequence:") for cause in batch.cause])
@@ -238,7 +238,7 @@ def explained(bundle: Bundle, lines: Sequence[bytes], each: int) -> tuple[Detect
     return detector, found
 
 
-def test_a_fitted_detector_explains_in_words(day: tuple[Detector, Told]) -> None:
+def test_a_fitted_detector_explains_in_words(day: tuple[Detector, EmittedAlert]) -> None:
     _, told = day
     assert {batch.cause[row].partition(":")[0] for batch, row, _ in told} >= {"record", "sequence"}
     for batch, row, why in told:
@@ -256,7 +256,7 @@ def test_a_fitted_detector_explains_in_words(day: tuple[Detector, Told]) -> None
     assert sum(why.others is not None for _, _, why in told) > len(told) / 4
 
 
-def test_explaining_an_alert_takes_milliseconds(day: tuple[Detector, Told]) -> None:
+def test_explaining_an_alert_takes_milliseconds(day: tuple[Detector, EmittedAlert]) -> None:
     detector, ((batch, _, _), *_) = day
     Explainer(detector.bundle, detector.windows).explain(batch, np.arange(3))
     took = []
@@ -267,7 +267,7 @@ def test_explaining_an_alert_takes_milliseconds(day: tuple[Detector, Told]) -> N
     assert min(took) < 0.02, f"{min(took) * 1e3:.0f} ms an alert"
 
 
-def test_explaining_a_sequence_that_comes_alone_takes_milliseconds(day: tuple[Detector, Told]) -> None:
+def test_explaining_a_sequence_that_comes_alone_takes_milliseconds(day: tuple[Detector, EmittedAlert]) -> None:
     detector, told = day
     rows = [(batch, row) for batch, row, why in told if why.window]
     Explainer(detector.bundle, detector.windows).explain(rows[0][0], np.array([rows[0][1]]))
@@ -396,7 +396,7 @@ EXPLANATIONS = st.builds(
     ).map(tuple),
     others=st.none()
     | st.builds(
-        Others,
+        PeerComparison,
         st.sampled_from(["count", "value", "more", "less", "event", "change"]),
         st.sampled_from(["", "dst_endpoint.port", "bytes.hour"]) | st.text(max_size=8),
         st.sampled_from(KINDS) | st.text(max_size=8),

@@ -70,13 +70,13 @@ def test_a_fold_of_unlabelled_attacks_is_left_out_of_the_baseline() -> None:
     normal, attacks = vectors(2000, 0), (vectors(80, 1) * 0.05 + 30).astype(np.float16)
     data, types, weights = np.concatenate([normal, attacks]), np.ones(2080, np.int64), np.ones(2080)
     density = Density.fit(data, weights, types, seed=0)
-    lonely = density.lonely(data, weights, types)
-    assert lonely[2000:].all() and lonely.mean() <= TRIM
+    sparse = density.sparse(data, weights, types)
+    assert sparse[2000:].all() and sparse.mean() <= TRIM
     trusting = Baseline.build(data, seed=0)
     wary = Baseline.build(
-        data, seed=0, lonely=lambda places: density.lonely(data[places], weights[places], types[places])
+        data, seed=0, sparse=lambda places: density.sparse(data[places], weights[places], types[places])
     )
-    assert len(wary) == len(trusting) - int(lonely.sum())
+    assert len(wary) == len(trusting) - int(sparse.sum())
     another = (vectors(1, 2) * 0.05 + 30).astype(np.float16)
     assert wary.search(another, 1)[0] > 10 > trusting.search(another, 1)[0]
 
@@ -86,7 +86,7 @@ def test_what_nothing_is_known_of_is_not_lonely() -> None:
     few, one = vectors(MIN_REFERENCE - 1, 0), vectors(1, 1)
     data, weights = np.concatenate([few, one]), np.append(np.ones(len(few)), 1000.0)
     types = np.append(np.ones(len(few), np.int64), 2)
-    assert not Density.fit(data, weights, types, seed=0).lonely(data, weights, types).any()
+    assert not Density.fit(data, weights, types, seed=0).sparse(data, weights, types).any()
 
 
 def test_few_vectors_are_searched_exactly_and_a_tiny_baseline_gives_what_it_has() -> None:

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from streamer.alerting.threshold import ALWAYS, CORRECTION, HOUR_MS, Budget, Line, Tally, line_at
+from streamer.alerting.threshold import (
+    ALWAYS,
+    CORRECTION,
+    HOUR_MS,
+    HourCounts,
+    MovingThreshold,
+    Threshold,
+    threshold_at,
+)
 
 DAY_MS = 24 * HOUR_MS
 MONDAY = 20_454 * DAY_MS
@@ -25,7 +33,9 @@ def traffic(days: int, events_per_day: int, *, seed: int = 0, start: int = MONDA
     return np.sort(np.concatenate(parts))
 
 
-def run(budget: Budget, time: NDArray[np.int64], p: NDArray[np.float64], size: int = 500) -> NDArray[np.float64]:
+def run(
+    budget: MovingThreshold, time: NDArray[np.int64], p: NDArray[np.float64], size: int = 500
+) -> NDArray[np.float64]:
     return np.concatenate([budget.judge(time[i : i + size], p[i : i + size]) for i in range(0, len(time), size)])
 
 
@@ -41,7 +51,7 @@ def test_weeks_of_normal_traffic_cost_what_was_promised(alerts_per_day: int, ske
     """skew: how often p-values that should be met once are met, because calibration was on another week."""
     time = traffic(28, 5_000)
     p = np.random.default_rng(1).random(len(time)) / skew
-    line = run(Budget(alerts_per_day, 5_000), time, p)
+    line = run(MovingThreshold(alerts_per_day, 5_000), time, p)
     spent = a_day(time, p <= line, 7, 28)
     assert 0.5 * alerts_per_day <= spent <= 1.5 * alerts_per_day
     if skew != 1.0:  # A line that stays does not.
@@ -56,7 +66,7 @@ def test_what_alerts_whatever_is_spent_is_made_up_for_by_the_line(beyond: int) -
     generator = np.random.default_rng(4)
     p = generator.random(len(time))
     p[generator.random(len(time)) < beyond / 4_000] = 1e-9
-    line = run(Budget(20, 4_000), time, p)
+    line = run(MovingThreshold(20, 4_000), time, p)
     assert 10 <= a_day(time, p <= line, 7, 35) <= 24
     assert a_day(time, p <= 1e-9, 7, 35) == a_day(time, (p <= line) & (p <= 1e-9), 7, 35)
     fixed = a_day(time, p <= 20 / 4_000, 7, 35)
@@ -68,7 +78,7 @@ def test_the_budget_holds_again_after_the_rate_has_changed(factor: float) -> Non
     before, after = traffic(7, 5000), traffic(14, int(5000 * factor), seed=2, start=MONDAY + 7 * DAY_MS)
     time = np.concatenate([before, after])
     p = np.random.default_rng(3).random(len(time))
-    line = run(Budget(50, 5000), time, p)
+    line = run(MovingThreshold(50, 5000), time, p)
     assert 25 <= a_day(time, p <= line, 14, 21) <= 75
     assert max(a_day(time, p <= line, day, day + 1) for day in range(7, 21)) <= 100
 
@@ -80,7 +90,7 @@ def test_any_six_hours_spend_at_most_half_and_what_is_far_under_the_line_always_
 ) -> None:
     time = traffic(3, 3000, seed=seed)
     p = np.maximum(np.random.default_rng(seed).random(len(time)) / skew, 1e-9)
-    budget = Budget(alerts_per_day, 3000)
+    budget = MovingThreshold(alerts_per_day, 3000)
     line = run(budget, time, p, size=seed % 700 + 1)
     open_line = np.array([each.p_value for each in budget.lines])
     open_at = open_line[np.maximum(np.searchsorted([each.start for each in budget.lines], time, side="right") - 1, 0)]
@@ -95,21 +105,21 @@ def test_any_six_hours_spend_at_most_half_and_what_is_far_under_the_line_always_
 def test_a_line_depends_on_what_was_before_and_not_on_how_the_stream_was_cut(seed: int, one: int, other: int) -> None:
     time = traffic(2, 2000, seed=seed)
     p = np.random.default_rng(seed).random(len(time)) / 3
-    whole, half = Budget(30, 2000), Budget(30, 2000)
+    whole, half = MovingThreshold(30, 2000), MovingThreshold(30, 2000)
     lines = run(whole, time, p, one)
     cut = len(time) // 2
     np.testing.assert_array_equal(run(half, time[:cut], p[:cut], other), lines[:cut])
-    np.testing.assert_array_equal(run(Budget(30, 2000), time, p, other), lines)
+    np.testing.assert_array_equal(run(MovingThreshold(30, 2000), time, p, other), lines)
 
 
 def test_the_recorded_lines_are_those_that_events_were_held_against() -> None:
     time = traffic(3, 4000)
     time[::7] -= 90 * 60_000  # late by up to an hour and a half
     p = np.random.default_rng(0).random(len(time)) / 5
-    budget = Budget(20, 4000)
+    budget = MovingThreshold(20, 4000)
     lines = run(budget, time, p)
     assert any(line.share == ALWAYS for line in budget.lines)
-    replayed = line_at(budget.lines, time)
+    replayed = threshold_at(budget.lines, time)
     np.testing.assert_array_equal(p <= lines, p <= replayed)
 
 
@@ -118,7 +128,7 @@ def test_the_recorded_lines_are_those_that_events_were_held_against() -> None:
 def test_the_correction_is_bounded(skew: float, alerts_per_day: float) -> None:
     time = np.sort(np.random.default_rng(0).integers(0, 3 * DAY_MS, 3000)) + MONDAY
     p = np.minimum(np.random.default_rng(1).random(3000) / (skew + 1e-9), 1.0)
-    budget = Budget(alerts_per_day, 1000)
+    budget = MovingThreshold(alerts_per_day, 1000)
     run(budget, time, p)
     for line in budget.lines:
         assert 0.99 / CORRECTION <= line.correction <= CORRECTION
@@ -128,7 +138,7 @@ def test_the_correction_is_bounded(skew: float, alerts_per_day: float) -> None:
 def test_what_goes_on_about_the_same_thing_spends_once_and_closes_nothing() -> None:
     time = MONDAY + np.arange(4000) * 3000
     p = np.where(np.arange(4000) % 2, 0.5, 0.0005)
-    storm, alone = Budget(20, 24_000), Budget(20, 24_000)
+    storm, alone = MovingThreshold(20, 24_000), MovingThreshold(20, 24_000)
     for budget, story in ((storm, lambda _: "record:cmd_line user:eve"), (alone, lambda _: "")):
         line = np.concatenate([budget.judge(time[i : i + 64], p[i : i + 64], story=story) for i in range(0, 4000, 64)])
         if budget is storm:
@@ -143,7 +153,7 @@ def test_what_goes_on_about_the_same_thing_spends_once_and_closes_nothing() -> N
 
 
 def test_a_copy_goes_its_own_way() -> None:
-    budget = Budget(20, 1000)
+    budget = MovingThreshold(20, 1000)
     budget.judge(np.array([MONDAY]), np.array([0.5]))
     other = budget.copy()
     other.judge(np.array([MONDAY + HOUR_MS]), np.array([0.001]))
@@ -154,9 +164,9 @@ def test_a_copy_goes_its_own_way() -> None:
 
 def test_what_others_spend_counts_and_what_they_let_through_is_not_judged_anew() -> None:
     hour = MONDAY // HOUR_MS
-    budget = Budget(20, 1000, elsewhere={hour: Tally(10, 0.2, 0.2, 10, MONDAY + 60_000)})
+    budget = MovingThreshold(20, 1000, elsewhere={hour: HourCounts(10, 0.2, 0.2, 10, MONDAY + 60_000)})
     budget.advance(hour)
-    assert budget.lines == [Line(MONDAY + 60_001, budget.lines[0].p_value, 1.0, share=ALWAYS)]
+    assert budget.lines == [Threshold(MONDAY + 60_001, budget.lines[0].p_value, 1.0, share=ALWAYS)]
     np.testing.assert_array_equal(
         budget.judge(np.array([MONDAY + 70_000]), np.array([0.01]), moves=False), [budget.lines[0].p_value * ALWAYS]
     )

@@ -12,7 +12,7 @@ from test_schema import feed
 from test_training import rows
 
 from encoder.models.rarity import ContextRarity
-from encoder.models.record_encoder import Encoder
+from encoder.models.record_encoder import RecordEncoder
 from encoder.models.record_network import DEPTH, EMBEDDING, WIDTH, network_sizes
 from encoder.models.resnet import TabularResNet
 from encoder.training.embedding_quality import EmbeddingChecks, check_embedding
@@ -28,7 +28,7 @@ def checked(events: Sequence[dict[str, Any]], scale: float = 1.0) -> EmbeddingCh
     fit_identity(net, schema, features, weights)
     for buffer in (net.identity_codes, net.identity_numbers, net.identity_bias):
         buffer.mul_(scale)
-    encoder = Encoder(schema, net, ContextRarity.fit(schema, features, weights[:, None]), torch.device("cpu"))
+    encoder = RecordEncoder(schema, net, ContextRarity.fit(schema, features, weights[:, None]), torch.device("cpu"))
     return check_embedding(encoder, features, seed=0)
 
 

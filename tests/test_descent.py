@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from encoder.training.trainer import REPORT_EVERY, Checkpoint, Descent, descend
+from encoder.training.trainer import REPORT_EVERY, Checkpoint, TrainingRun, train_network
 
 STEPS = 6 * REPORT_EVERY
 DATA = np.arange(10.0)
@@ -20,7 +20,7 @@ class KilledError(Exception):
     pass
 
 
-def run(path: Path | None, *, killed_at: int = -1, seed: int = 0) -> tuple[dict[str, Tensor], Descent, list[int]]:
+def run(path: Path | None, *, killed_at: int = -1, seed: int = 0) -> tuple[dict[str, Tensor], TrainingRun, list[int]]:
     """Fit a line to noise; returns weights, report and the steps that were made."""
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 1))
@@ -38,7 +38,7 @@ def run(path: Path | None, *, killed_at: int = -1, seed: int = 0) -> tuple[dict[
         return float((net(x)[:, 0] - x.sum(1)).square().mean())
 
     kept = Checkpoint.of(path, [DATA], seed)
-    report = descend(net, loss, steps=STEPS, weight_decay=1e-2, validate=validate, checkpoint=kept)
+    report = train_network(net, loss, steps=STEPS, weight_decay=1e-2, validate=validate, checkpoint=kept)
     return net.state_dict(), report, made
 
 
@@ -76,7 +76,7 @@ def test_the_weights_are_the_best_and_enough_is_enough() -> None:
         seen.append(net.weight.clone())
         return next(losses)
 
-    report = descend(
+    report = train_network(
         net, lambda _: net(torch.ones(1, 1)).square().sum(), steps=STEPS * 5, weight_decay=0.0, validate=validate
     )
     assert report.validation == [3.0, 1.0, *[2.0] * 6] and report.steps == 8 * REPORT_EVERY

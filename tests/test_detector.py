@@ -16,7 +16,7 @@ import encoder.training.sequence
 from encoder.ocsf.events import Message
 from state.memory.timers import MemoryTimers
 from state.memory.windows import MemoryWindows
-from streamer.alerting.file_thresholds import line_of_a_day
+from streamer.alerting.file_thresholds import daily_threshold
 from streamer.bundles import bundle_files as bundles
 from streamer.bundles.bundle_files import BundleError
 from streamer.detection.batches import ScoredBatch
@@ -144,7 +144,7 @@ def test_a_sequence_is_explained_by_its_window_as_it_was(fitted: tuple[Bundle, P
         assert scored.coordinates.label(row) in [where for _, where, _, _ in why.window]
 
 
-Told = list[tuple[int, str, int, str, float]]
+EmittedAlert = list[tuple[int, str, int, str, float]]
 """(offset at which a silence was clear, entity, offset of its last event, type of that, p-value)"""
 
 
@@ -159,9 +159,9 @@ def restless(fitted: tuple[Bundle, Path]) -> Iterator[Bundle]:
         yield fitted[0]
 
 
-def silences(bundle: Bundle, batches: Sequence[Sequence[Message]], timers: MemoryTimers) -> Told:
+def silences(bundle: Bundle, batches: Sequence[Sequence[Message]], timers: MemoryTimers) -> EmittedAlert:
     detector = Detector(bundle, MemoryWindows(dim=bundle.dim), timers=timers)
-    told: Told = []
+    told: EmittedAlert = []
     for batch in batches:
         scored = detector.score(batch)
         found = scored.silences
@@ -256,7 +256,7 @@ def test_a_folder_that_is_no_bundle_is_not_replaced(days: tuple[Path, Path], qui
 
 def test_exemplars_hold_listed_attributes_masked(days: tuple[Path, Path], quick: None, tmp_path: Path) -> None:
     bundle = fit([days[0]], tmp_path / "b", redact=["process.cmd_line"]).bundle
-    for told in (bundle.exemplars, bundle.behaviours):
+    for told in (bundle.exemplars, bundle.anonymised):
         lines = {orjson.loads(each).get("process.cmd_line") for each in told}
         assert lines == {None, MASK}
 
@@ -269,7 +269,7 @@ def test_too_few_events_to_fit_are_refused(tmp_path: Path) -> None:
 
 def test_a_score_file_has_a_line_an_event(fitted: tuple[Bundle, Path], days: tuple[Path, Path], tmp_path: Path) -> None:
     scored = score_files([days[1]], fitted[0])
-    alerts = write_scores(scored, line_of_a_day(20, len(scored)), tmp_path / "out.ndjson")
+    alerts = write_scores(scored, daily_threshold(20, len(scored)), tmp_path / "out.ndjson")
     rows = [orjson.loads(line) for line in (tmp_path / "out.ndjson").read_bytes().splitlines()]
     assert len(rows) == len(scored) and sum(row["alert"] for row in rows) == alerts
     assert set(rows[0]) == {"uid", "p_value", "severity", "alert", "entity", "cause"}

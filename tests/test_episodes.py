@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from state.episode_rules import CROWD, MINUTE_MS, QUIET_MS, SAME_MS, STORY_MS, TELL_MS
+from state.episode_rules import MASS_EVENT, MINUTE_MS, QUIET_MS, SAME_MS, STORY_MS, TELL_MS
 from state.episodes import CLOSE, CREATE, UPDATE, Anomaly, Decision, End, EpisodeStore
 from state.memory.episodes import MemoryEpisodes
 from state.redis.episodes import RedisEpisodes
@@ -188,7 +188,7 @@ def test_the_same_at_another_entity_much_later_is_another_alert(make: Make) -> N
 def test_a_crowd_with_values_of_its_own_becomes_one_alert_but_what_is_worse_stands_out(make: Make) -> None:
     store = make()
     found = decide(store, *hosts(0, 200))
-    assert [d.offset for d in found if d.activity == CREATE] == list(range(CROWD))
+    assert [d.offset for d in found if d.activity == CREATE] == list(range(MASS_EVENT))
     worse = decide(store, *hosts(200, 1, severity=95.0, level=5))
     assert told(worse) == [(CREATE, 200)]
     for minutes in range(10, 200, 10):

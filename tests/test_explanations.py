@@ -12,7 +12,7 @@ import pytest
 from encoder.ocsf.events import Message
 from state.memory.timers import MemoryTimers
 from state.memory.windows import MemoryWindows
-from streamer.alerting.file_thresholds import line_of_a_day
+from streamer.alerting.file_thresholds import daily_threshold
 from streamer.detection.detector import Detector
 from streamer.devtools.simulator.generator import Day, Label, schedule, simulate, write
 from streamer.explain.attribution import Explainer, Explanation
@@ -51,7 +51,7 @@ def first_alerts(detector: Detector, days: list[Day], before: int) -> Iterator[t
     labels = [label for day in days for label in day.labels]
     offset = before
     for day in days:
-        line = line_of_a_day(20, len(day.events))
+        line = daily_threshold(20, len(day.events))
         for start in range(0, len(day.events), 256):
             lines = day.events[start : start + 256]
             # Of no time of its own: Kafka's would be taken for the latest that an event can be of.

@@ -15,13 +15,13 @@ from alerting import SCHEMA, WORD, one, scored
 from ocsf_json_schema import OcsfJsonSchemaEmbedded
 from stream import EVENT, HashDetector, Topics, create, p_value, running, until
 from test_alert_commands import create_topic, invoke, lines, send
-from test_findings import Quiet, lined
+from test_findings import Quiet, with_threshold
 from typer.testing import CliRunner
 
 from state.episodes import Anomaly
 from state.memory.episodes import MemoryEpisodes
-from streamer.alerting.pipeline import Findings
-from streamer.alerting.suppression_feed import Feedback, publish
+from streamer.alerting.pipeline import AlertPipeline
+from streamer.alerting.suppression_feed import SuppressionFeed, publish
 from streamer.alerting.verdicts import DAY_MS, Scope, Suppressions, preview, scope_of, verdict_on
 from streamer.cli.main import app
 from streamer.errors import ConfigurationError
@@ -121,26 +121,26 @@ def settings_for(kafka: str, unique: Callable[[str], str]) -> Iterator[Any]:
 
 def test_feedback_is_given_previewed_listed_followed_and_lifted(kafka: str, settings_for: Any) -> None:
     now = int(time.time() * 1000)
-    batch = lined(scored([{**WORD, "time": now - 60_000 + i} for i in range(12)]))
+    batch = with_threshold(scored([{**WORD, "time": now - 60_000 + i} for i in range(12)]))
     memory = MemoryEpisodes()
-    alerts = Findings(Quiet(), memory, bundle_version="b").alerts(batch, np.arange(12))
+    alerts = AlertPipeline(Quiet(), memory, bundle_version="b").alerts(batch, np.arange(12))
     send(kafka, settings_for.alerts, alerts)
     uid, flag = alerts[0].uid, f"--feedback={settings_for.feedback}"
 
     def run(*arguments: str) -> list[str]:
         return lines(invoke(kafka, settings_for.alerts, *arguments, flag))
 
-    following = Feedback(settings_for)
+    following = SuppressionFeed(settings_for)
     anomaly = replace(ODD, time=now + 10_000)
     assert following.covering(anomaly) is None
-    (close,) = Findings(Quiet(), memory, bundle_version="b").finish(("events", 3), 200, 1e-4)
+    (close,) = AlertPipeline(Quiet(), memory, bundle_version="b").finish(("events", 3), 200, 1e-4)
     send(kafka, settings_for.alerts, [close])
     assert run("feedback", close.uid, "true-positive", "--yes")[0].endswith("like none seen before")
     told = run("feedback", uid[:12], "benign", "--for", "7d", "--why", "a backup", "--by", "ann", "--yes")
     assert told[1].startswith("silences host:PC-7, class 4001, record:dst_endpoint.port until ")
     assert told[2] == "of the last day that is 1 alert with 10 events"
     until(lambda: following.covering(anomaly) is not None, 10)
-    assert Feedback(settings_for).covering(anomaly) is not None, "also at the next start"
+    assert SuppressionFeed(settings_for).covering(anomaly) is not None, "also at the next start"
     (listed,) = [orjson.loads(line) for line in run_listed(kafka, settings_for, "--json")]
     assert (listed["verdict"], listed["by"], listed["why"]) == ("benign", "ann", "a backup")
     text = "\n".join(run("explain", uid))
@@ -175,9 +175,9 @@ def test_the_service_tells_nothing_of_what_is_silenced_and_counts_it(
     finding["finding_info"]["related_events"][0]["type_uid"] = EVENT["type_uid"]
     start = int(EVENT["time"])  # type: ignore[call-overload]
     publish(settings_for, verdict_on(finding, "benign", by="ann", why="", now_ms=start)[0])
-    feedback = Feedback(settings_for)
+    feedback = SuppressionFeed(settings_for)
     detector = HashDetector()
-    findings = Findings(detector, MemoryEpisodes(), bundle_version="b", suppressing=feedback)
+    findings = AlertPipeline(detector, MemoryEpisodes(), bundle_version="b", suppressing=feedback)
     service = Service(topics.settings(), detector, findings, line=0.02)
     with running(service) as raised:
         topics.wait_until_read(n)

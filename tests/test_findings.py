@@ -22,7 +22,7 @@ from stream import HashDetector, Topics, create, findings, running
 from state.episodes import CLOSE, CREATE, UPDATE
 from state.memory.episodes import MemoryEpisodes
 from streamer.alerting.finding_frame import Alert
-from streamer.alerting.pipeline import Findings
+from streamer.alerting.pipeline import AlertPipeline
 from streamer.detection.batches import ScoredBatch
 from streamer.redaction import Redactor
 from streamer.service.loop import Service
@@ -41,13 +41,13 @@ class Quiet:
         return [explanation() for _ in rows]
 
 
-def lined(batch: ScoredBatch) -> ScoredBatch:
+def with_threshold(batch: ScoredBatch) -> ScoredBatch:
     return replace(batch, line=np.full(len(batch), 1e-4))
 
 
 def published(batch: ScoredBatch, **options: Any) -> list[Alert]:
-    return Findings(Quiet(), MemoryEpisodes(), bundle_version="b", **options).alerts(
-        lined(batch), np.arange(len(batch))
+    return AlertPipeline(Quiet(), MemoryEpisodes(), bundle_version="b", **options).alerts(
+        with_threshold(batch), np.arange(len(batch))
     )
 
 
@@ -58,9 +58,9 @@ def test_a_storm_is_explained_a_few_times_and_costs_less_than_scoring_it() -> No
         batch.coordinates.offset[:] += 2048 * number
         batch.entity[:] = [f"host:pc-{record['device']['hostname'][3:]}" for record in batch.records]
     quiet = Quiet()
-    made = Findings(quiet, MemoryEpisodes(), bundle_version="b")
+    made = AlertPipeline(quiet, MemoryEpisodes(), bundle_version="b")
     began = time.process_time()
-    alerts = [alert for batch in batches for alert in made.alerts(lined(batch), np.arange(len(batch)))]
+    alerts = [alert for batch in batches for alert in made.alerts(with_threshold(batch), np.arange(len(batch)))]
     per_event = (time.process_time() - began) / 8192
     assert Counter(alert.activity for alert in alerts) == {CREATE: 1, UPDATE: 4}
     assert quiet.asked == 5
@@ -78,8 +78,8 @@ def test_the_entity_of_a_story_is_masked_also_where_its_close_is_told() -> None:
 
 
 def test_a_batch_delivered_again_gives_the_same_messages() -> None:
-    batch = lined(scored([WORD] * 12))
-    made = Findings(Quiet(), MemoryEpisodes(), bundle_version="b", clock=lambda: NOW / 1000)
+    batch = with_threshold(scored([WORD] * 12))
+    made = AlertPipeline(Quiet(), MemoryEpisodes(), bundle_version="b", clock=lambda: NOW / 1000)
     rows = np.arange(12)
     first = made.alerts(batch, rows)
     assert [alert.activity for alert in first] == [CREATE, UPDATE, UPDATE]

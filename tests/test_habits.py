@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from state.rate_profiles import BLOCKS, STRANGER, Excess, Habits
+from state.rate_profiles import BLOCKS, STRANGER, RateExcess, RateProfiles
 from state.rolling_counts import LEVELS, level_of
 from streamer.detection.rate_score import MIN_ENTITIES, RateScorer
 
@@ -22,16 +22,16 @@ def a_week(counts: NDArray[np.int64]) -> tuple[list[str], NDArray[np.uint8], NDA
     return names, levels, time, np.arange(counts.size, dtype=np.int32)
 
 
-def fitted(counts: NDArray[np.int64]) -> tuple[Habits, Excess, RateScorer]:
+def fitted(counts: NDArray[np.int64]) -> tuple[RateProfiles, RateExcess, RateScorer]:
     names, levels, time, rows = a_week(counts)
     kind = np.zeros(len(names), np.int8)
-    habits, excess = Habits.fit(names, kind, levels, time, kinds=1)
+    habits, excess = RateProfiles.fit(names, kind, levels, time, kinds=1)
     rates = RateScorer(habits)
     rates.fit(excess, kind, names, rows)
     return habits, excess, rates
 
 
-def judged(habits: Habits, rates: RateScorer, name: str, count: int) -> tuple[float, str]:
+def judged(habits: RateProfiles, rates: RateScorer, name: str, count: int) -> tuple[float, str]:
     levels = np.zeros((1, len(LEVELS)), np.uint8)
     levels[0, LEVELS.index("failures.day")] = level_of(count)
     kind = np.zeros(1, np.int8)
@@ -65,7 +65,7 @@ def test_a_newcomer_that_does_as_the_few_that_do_most_is_not_odd() -> None:
     counts = np.ones((30 * 20, BLOCKS), np.int64)
     counts[:20] = 200
     names, levels, time, _ = a_week(counts)
-    habits, _ = Habits.fit(names, np.zeros(len(names), np.int8), levels, time, kinds=1)
+    habits, _ = RateProfiles.fit(names, np.zeros(len(names), np.int8), levels, time, kinds=1)
     column = LEVELS.index("failures.day")
     new = [a_week(np.full((1, 1), many))[1] for many in (200, 4000)]
     over = [habits.excess(["user:new"], np.zeros(1, np.int8), level).over[0, column] for level in new]
@@ -85,7 +85,7 @@ def test_a_stranger_is_measured_by_what_its_kind_seldom_exceeds_and_only_where_t
     levels[PEOPLE * BLOCKS :, LEVELS.index("failures.day")] = level_of(1)
     names = [name for name, yes in zip(names, there, strict=True) if yes]
     kind, rows = np.zeros(len(names), np.int8), np.arange(len(names), dtype=np.int32)
-    habits, excess = Habits.fit(names, kind, levels[there], time[there], kinds=1)
+    habits, excess = RateProfiles.fit(names, kind, levels[there], time[there], kinds=1)
     rates = RateScorer(habits)
     rates.fit(excess, kind, names, rows)
     assert judged(habits, rates, "user:new", 500)[0] > 2
@@ -106,7 +106,7 @@ def test_half_of_what_is_normal_says_little() -> None:
 def test_others_are_of_the_same_kind_and_not_the_one_itself() -> None:
     names, levels, time, _ = a_week(COUNTS)
     kind = np.array([int(name.removeprefix("user:")) % 2 for name in names], np.int8)
-    habits, _ = Habits.fit(names, kind, levels, time, kinds=2)
+    habits, _ = RateProfiles.fit(names, kind, levels, time, kinds=2)
     failures = LEVELS.index("failures.day")
     others = np.sort(habits.others("user:2", 0)[:, failures])
     assert others.tolist() == sorted(level_of(int(COUNTS[i].max())) for i in range(PEOPLE) if i % 2 == 0 and i != 2)

@@ -18,7 +18,7 @@ from streamer.errors import ConfigurationError, StreamError
 from streamer.kafka import consumer as source_module
 from streamer.kafka import producer as publishing
 from streamer.kafka.client import TransactionAbortedError, check_topics, claim_instance, patiently
-from streamer.kafka.consumer import Source
+from streamer.kafka.consumer import EventConsumer
 from streamer.kafka.producer import TransactionalPublisher
 from streamer.service.loop import Service
 
@@ -30,7 +30,7 @@ def topics(kafka: str, unique: Callable[[str], str]) -> Topics:
 
 def test_polling_goes_on_while_nobody_takes_batches_and_nothing_is_lost_by_the_pause(topics: Topics) -> None:
     topics.produce_events(1000)
-    source = Source(topics.settings(), lambda gone, lost: None, len)
+    source = EventConsumer(topics.settings(), lambda gone, lost: None, len)
     source.open()
     try:
         until(lambda: len(source._queue) == 2)
@@ -59,7 +59,7 @@ def test_polling_goes_on_while_nobody_takes_batches_and_nothing_is_lost_by_the_p
 
 def test_a_rewind_gives_again_what_is_not_committed(topics: Topics) -> None:
     topics.produce_events(400)
-    source = Source(topics.settings(), lambda gone, lost: None, len)
+    source = EventConsumer(topics.settings(), lambda gone, lost: None, len)
     source.open()
     try:
         wanted = {(0, offset) for offset in range(50, 200)} | {(1, offset) for offset in range(200)}
@@ -168,7 +168,7 @@ def test_a_producer_whose_transaction_cannot_be_aborted_is_made_anew(
 )
 def test_errors_are_told_apart(topics: Topics, error: KafkaError, outcome: Any) -> None:
     """Again: what waiting mends. Aborted: what reading again mends. StreamError: what needs a person."""
-    publisher = TransactionalPublisher(topics.settings(), Source(topics.settings(), lambda *_: None, len), "one")
+    publisher = TransactionalPublisher(topics.settings(), EventConsumer(topics.settings(), lambda *_: None, len), "one")
     calls = []
 
     def call() -> None:

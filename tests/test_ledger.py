@@ -15,8 +15,8 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from stream import EVENT, EachRow, HashDetector, Topics, create, p_value, running, until
 
 from encoder.ocsf.events import Message
-from streamer.alerting.threshold import HOUR_MS, Budget
-from streamer.alerting.threshold_ledger import Ledger, Lines
+from streamer.alerting.threshold import HOUR_MS, MovingThreshold
+from streamer.alerting.threshold_ledger import RecordedThresholds, ThresholdLedger
 from streamer.detection.batches import ScoredBatch
 from streamer.errors import ConfigurationError
 from streamer.service.loop import Service
@@ -47,13 +47,13 @@ def service_for(
     topics: Topics, instance: str = "one", before: Callable[[Sequence[Message]], None] = lambda _: None, **more: Any
 ) -> Service:
     settings = topics.settings(**({"alerts_per_day": 60, "kafka.instance_id": instance} | more))
-    ledger = Ledger(settings, instance, RATE)
+    ledger = ThresholdLedger(settings, instance, RATE)
     return Service(settings, Alone(before), EachRow(), line=ledger, instance=instance)
 
 
-def expected(topics: Topics, n: int) -> tuple[list[str], Budget]:
+def expected(topics: Topics, n: int) -> tuple[list[str], MovingThreshold]:
     """The alerts of an undisturbed run over `produce_hours(topics, 0, n)` on one partition, and its budget."""
-    budget = Budget(60, RATE)
+    budget = MovingThreshold(60, RATE)
     labels = [f"{topics.events}:0:{i}:0" for i in range(n)]
     p = np.array([p_value(label) for label in labels])
     line = budget.judge(START + np.arange(n) * HOUR_MS // 200, p)
@@ -69,8 +69,8 @@ def test_lines_are_recorded_with_the_alerts_and_give_the_same_alerts_again(topic
     assert raised == []
     alerts, budget = expected(topics, n)
     assert topics.alerts() == alerts != []
-    assert len(Lines.read(topics.settings())) == 0  # for another budget
-    lines = Lines.read(topics.settings(alerts_per_day=60))
+    assert len(RecordedThresholds.read(topics.settings())) == 0  # for another budget
+    lines = RecordedThresholds.read(topics.settings(alerts_per_day=60))
     assert len(lines) == len(budget.lines) >= 20
     labels = [f"{topics.events}:0:{i}:0" for i in range(n)]
     replayed = lines.at(START + np.arange(n) * HOUR_MS // 200)
@@ -125,7 +125,7 @@ def test_two_processes_share_one_line_and_one_budget(kafka: str, unique: Callabl
         deciding = [service._ledger._owner for service in (first, second) if service._ledger is not None]
         assert sorted(deciding) == [False, True]
     assert raised == raised_too == []
-    ledger = Ledger(topics.settings(), "reader", RATE)
+    ledger = ThresholdLedger(topics.settings(), "reader", RATE)
     ledger.open()
     ledger.close()
     counted = ledger._budget.elsewhere
@@ -142,6 +142,6 @@ def test_a_ledger_that_kafka_would_forget_is_refused(kafka: str, unique: Callabl
     admin = AdminClient({"bootstrap.servers": kafka})
     admin.create_topics([NewTopic(name, 1, 1)])[name].result(10)
     with pytest.raises(ConfigurationError, match=r"cleanup\.policy=compact"):
-        Ledger(topics.settings(ledger=name), "one", RATE).open()
+        ThresholdLedger(topics.settings(ledger=name), "one", RATE).open()
     with pytest.raises(ValueError, match="no line"):
-        Lines.read(topics.settings()).at(np.array([0]))
+        RecordedThresholds.read(topics.settings()).at(np.array([0]))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from encoder.ocsf.activity_counts import NOBODY, PARTNERS, Acts
+from encoder.ocsf.activity_counts import NOBODY, PARTNERS, ActivityCounts
 from encoder.ocsf.entities import KINDS
 from state.calibration import Calibration
 from state.memory.windows import MemoryWindows
-from state.rate_profiles import GROUPS, Habits
+from state.rate_profiles import GROUPS, RateProfiles
 from state.rolling_counts import LEVELS, level_of
 from state.windows import WindowEntries
 from streamer.detection.rate_score import RateScorer
@@ -22,10 +22,14 @@ USER = KINDS.index("user")
 def store(times: list[int], failed: list[bool]) -> MemoryWindows:
     n = len(times)
     windows = MemoryWindows(dim=2, width=32)
-    acts = Acts(np.ones(n, bool), np.array(failed), np.zeros(n, np.int64), np.full((n, PARTNERS), NOBODY, np.int16))
+    activity_counts = ActivityCounts(
+        np.ones(n, bool), np.array(failed), np.zeros(n, np.int64), np.full((n, PARTNERS), NOBODY, np.int16)
+    )
     at, none = np.arange(n, dtype=np.int64), np.zeros(n, np.int32)
     vectors = np.zeros((n, 2), np.float16)
-    windows.append(WindowEntries(["user:bob"] * n, np.array(times), vectors, (("t", 0),), none, at, none, acts))
+    windows.append(
+        WindowEntries(["user:bob"] * n, np.array(times), vectors, (("t", 0),), none, at, none, activity_counts)
+    )
     return windows
 
 
@@ -45,7 +49,7 @@ def test_a_count_is_what_it_was_last_raised_to_within_its_span() -> None:
 
 
 def test_the_cause_is_named_first_and_then_what_else_is_beyond_the_habits() -> None:
-    habits, _ = Habits.fit(
+    habits, _ = RateProfiles.fit(
         ["user:bob"] * 2, np.full(2, USER, np.int8), np.full((2, 8), 12, np.uint8), np.array([0, HOUR]), kinds=8
     )
     nothing_like_it = Calibration.fit(np.linspace(-10, 0, 200))
@@ -65,7 +69,7 @@ def test_of_those_of_its_kind_it_is_told_how_many_reached_as_much() -> None:
     most = {"user:bob": 6, "user:ann": level_of(30), "user:eve": level_of(20), "user:joe": 0, "host:pc": 255}
     names, kinds = list(most), np.array([KINDS.index(name.partition(":")[0]) for name in most], np.int8)
     reached = np.repeat(np.array(list(most.values()), np.uint8)[:, None], len(LEVELS), axis=1)
-    habits, _ = Habits.fit(names * 2, np.tile(kinds, 2), np.tile(reached, (2, 1)), np.arange(10) * HOUR, kinds=8)
+    habits, _ = RateProfiles.fit(names * 2, np.tile(kinds, 2), np.tile(reached, (2, 1)), np.arange(10) * HOUR, kinds=8)
     rates = RateScorer(habits)
     now = np.full((1, len(LEVELS)), level_of(30), np.uint8)
     for who, count, among in (("user:bob", 1, 3), ("user:new", 1, 4), ("user:ann", 0, 3)):

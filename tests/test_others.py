@@ -19,7 +19,7 @@ from streamer.bundles import bundle_files as bundles
 from streamer.detection.bundle import Bundle
 from streamer.detection.detector import Detector
 from streamer.explain.attribution import Explainer
-from streamer.explain.peer_comparison import Others, kind_of, names_of
+from streamer.explain.peer_comparison import PeerComparison, kind_of, names_of
 from streamer.redaction import Redactor
 from streamer.training.fit import fit
 
@@ -78,7 +78,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return bundles.load(folder / "bundle")
 
 
-def told(bundle: Bundle, event: Json, cause: str, entity: str) -> tuple[Others | None, Json]:
+def told(bundle: Bundle, event: Json, cause: str, entity: str) -> tuple[PeerComparison | None, Json]:
     """What is said of others, were this event an alert for this cause; and the whole alert."""
     detector = Detector(bundle, MemoryWindows(dim=bundle.dim))
     batch = detector.score([Message("events", 0, 0, -1, orjson.dumps(event))])
@@ -143,7 +143,7 @@ def test_where_the_examples_show_nobody_nothing_is_said(fitted: Bundle) -> None:
 
 def test_a_value_that_is_new_was_nobodys(fitted: Bundle) -> None:
     others, finding = told(fitted, logon(LATER, "ben", "attic"), "record:device.hostname", "user:ben")
-    assert others == Others("value", "device.hostname", "user", 0, 7)
+    assert others == PeerComparison("value", "device.hostname", "user", 0, 7)
     assert "host (device.hostname): attic; " in finding["finding_info"]["desc"]
     assert "never seen in training." in finding["finding_info"]["desc"]
     assert " known from training " not in finding["finding_info"]["desc"], "that is said already"

@@ -4,11 +4,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from encoder.ocsf.entities import KINDS
-from state.cooccurrence import LEAST, SPAN_MS, OverlapCounts, Overlaps, near
+from state.cooccurrence import LEAST, SPAN_MS, Cooccurrence, CooccurrenceCounts, near
 from state.memory.windows import MemoryWindows
 from state.rolling_counts import HOUR_MS, PARTNERS
 from state.windows import WindowEntries, Windows
-from streamer.detection.cooccurrence_score import CAUSES, CHANCE, OverlapScorer
+from streamer.detection.cooccurrence_score import CAUSES, CHANCE, CooccurrenceScorer
 
 ADDRESS = 1
 HERE, THERE, PHONE = 10, 20, 30
@@ -54,8 +54,8 @@ def weeks() -> list[Visit]:
     return visits
 
 
-def learn(visits: list[Visit], *cuts: int) -> Overlaps:
-    counts = OverlapCounts()
+def learn(visits: list[Visit], *cuts: int) -> Cooccurrence:
+    counts = CooccurrenceCounts()
     mine, before = near(windows_at(visits))
     names = [user for user, _, _ in visits]
     for start, end in zip((0, *cuts), (*cuts, len(visits)), strict=True):
@@ -63,7 +63,7 @@ def learn(visits: list[Visit], *cuts: int) -> Overlaps:
     return counts.finish()
 
 
-def surprise(overlaps: Overlaps, visits: list[Visit]) -> NDArray[np.float64]:
+def surprise(overlaps: Cooccurrence, visits: list[Visit]) -> NDArray[np.float64]:
     """Of the last of these visits."""
     mine, before = near(windows_at(visits))
     found: NDArray[np.float64] = overlaps.surprise([visits[-1][0]], mine[-1:], before[-1:])[0]
@@ -94,7 +94,7 @@ def test_nothing_is_said_of_strangers_and_of_places_that_are_not_well_known() ->
     assert not surprise(learned, [("user:eve", 30 * DAY, HERE), ("user:eve", 30 * DAY + 1, THERE)]).any()
     for place in (40, 41):
         assert not surprise(learned, [("user:ann", 30 * DAY, HERE), ("user:ann", 30 * DAY + 1, place)]).any()
-    assert not surprise(OverlapCounts().finish(), [("user:ann", 1, HERE), ("user:ann", 2, THERE)]).any()
+    assert not surprise(CooccurrenceCounts().finish(), [("user:ann", 1, HERE), ("user:ann", 2, THERE)]).any()
 
 
 def test_how_many_others_change_within_the_hour_is_counted() -> None:
@@ -124,7 +124,7 @@ def test_an_event_that_is_late_or_out_of_order_meets_only_what_lies_before_it() 
 
 
 def test_a_user_who_flips_is_evidence_and_a_host_that_many_visit_is_not() -> None:
-    scorer = OverlapScorer(learn(weeks()))
+    scorer = CooccurrenceScorer(learn(weeks()))
     visits = weeks()
     mine, before = near(windows_at(visits))
     scorer.fit(scorer.overlaps.surprise([user for user, _, _ in visits], mine, before), events=2 * len(visits))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from encoder.models.fixed_shape_runner import Passes
+from encoder.models.fixed_shape_runner import FixedShapeRunner
 from encoder.ocsf.events import EncoderError
 
 SIZE = 32
@@ -18,7 +18,7 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPU])]
 
 
-def network(device: str) -> tuple[nn.Module, Passes]:
+def network(device: str) -> tuple[nn.Module, FixedShapeRunner]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(20, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 16)).to(device).eval()
 
@@ -26,7 +26,7 @@ def network(device: str) -> tuple[nn.Module, Passes]:
         out: Tensor = net(x) + add[:, None]
         return out
 
-    return net, Passes(function, torch.device(device), size=SIZE)
+    return net, FixedShapeRunner(function, torch.device(device), size=SIZE)
 
 
 def rows(n: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
@@ -80,4 +80,4 @@ def test_a_device_without_memory_is_an_error_in_words() -> None:
         raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
 
     with pytest.raises(EncoderError, match="RIPCURRENT_DEVICE"):
-        Passes(function, torch.device("cpu"), size=4)(np.zeros((3, 2), np.float32))
+        FixedShapeRunner(function, torch.device("cpu"), size=4)(np.zeros((3, 2), np.float32))

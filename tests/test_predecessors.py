@@ -3,14 +3,14 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from encoder.models.antecedents import LEAST, SPAN_MS, Predecessors, known, recent
+from encoder.models.antecedents import LEAST, SPAN_MS, Antecedents, known, recent
 from encoder.ocsf.entities import KINDS
 
 JOB, INSTALLER, NOISE, OTHER = 0, 1, 2, 3
 HOST, RUN = KINDS.index("host"), KINDS.index("correlation")
 
 
-def learned(jobs: int, without: int = 0, kind: int = HOST) -> Predecessors:
+def learned(jobs: int, without: int = 0, kind: int = HOST) -> Antecedents:
     """Jobs after an installer, with noise between in every third; some without an installer; and the noise itself."""
     before = np.full((jobs, 4), -1, np.int64)
     before[:, 1] = INSTALLER
@@ -18,10 +18,10 @@ def learned(jobs: int, without: int = 0, kind: int = HOST) -> Predecessors:
     before[:without, 1] = -1
     kinds, outcome = np.full(jobs, kind, np.int64), np.full(jobs, JOB, np.int64)
     noise = (kinds, np.full(jobs, NOISE, np.int64), np.full((jobs, 4), -1, np.int64))
-    return Predecessors.fit([(kinds, outcome, before), noise], OTHER + 1)
+    return Antecedents.fit([(kinds, outcome, before), noise], OTHER + 1)
 
 
-def missing(found: Predecessors, *before: int, kind: int = HOST) -> float:
+def missing(found: Antecedents, *before: int, kind: int = HOST) -> float:
     asked = np.array([kind], np.int64), np.array([JOB], np.int64)
     assert found.asked(*asked).all()
     nats, which = found.missing(*asked, np.array([before], np.int64))
@@ -48,8 +48,8 @@ def test_what_has_no_usual_predecessor_and_what_was_seldom_seen_is_not_asked() -
 def test_training_in_parts_is_training_in_one() -> None:
     before = np.random.default_rng(0).integers(-1, 3, (500, 6))
     kind, outcome = np.full(500, HOST, np.int64), np.arange(500) % 3
-    whole = Predecessors.fit([(kind, outcome, before)], 4)
-    parts = Predecessors.fit([(kind[s], outcome[s], before[s]) for s in (slice(0, 7), slice(7, 500))], 4)
+    whole = Antecedents.fit([(kind, outcome, before)], 4)
+    parts = Antecedents.fit([(kind[s], outcome[s], before[s]) for s in (slice(0, 7), slice(7, 500))], 4)
     for name in ("keys", "before", "nats"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(parts, name))
 

@@ -16,7 +16,7 @@ from encoder.features.schema import FIRST
 from encoder.ocsf.decoder import decode
 from encoder.ocsf.events import Message
 from state.baseline.baseline import Baseline
-from state.drift_guard import CAP, DAY_MS, MIN_DAYS, Quarantine, Released
+from state.drift_guard import CAP, DAY_MS, MIN_DAYS, DriftGuard, Released
 from streamer.bundles.bundle_files import load
 from streamer.detection.bundle import Bundle
 from streamer.devtools.simulator.generator import Day, simulate, write
@@ -27,7 +27,7 @@ MONDAY = 20_454 * DAY_MS
 DIM = 8
 
 
-def day(quarantine: Quarantine, number: int, vectors: list[int], who: list[str], **more: list[float]) -> None:
+def day(quarantine: DriftGuard, number: int, vectors: list[int], who: list[str], **more: list[float]) -> None:
     """A day of events: numbers stand for vectors."""
     n = len(vectors)
     quarantine.hold(
@@ -41,7 +41,7 @@ def day(quarantine: Quarantine, number: int, vectors: list[int], who: list[str],
 
 
 def test_what_came_on_enough_days_joins_and_what_was_alerted_on_never() -> None:
-    quarantine = Quarantine()
+    quarantine = DriftGuard()
     for number in range(MIN_DAYS):
         vectors = [1, 2, 3] if number else [1, 3]
         alert = [float(vector == 3 and number == 1) for vector in vectors]
@@ -52,7 +52,7 @@ def test_what_came_on_enough_days_joins_and_what_was_alerted_on_never() -> None:
 
 
 def test_one_entity_brings_little_and_many_bring_what_they_share() -> None:
-    quarantine = Quarantine()
+    quarantine = DriftGuard()
     own, shared = list(range(100)), [500, 501]
     for number in range(MIN_DAYS):
         day(quarantine, number, own + shared * 3, ["host:eve"] * 100 + [f"host:{n}" for n in (1, 1, 2, 2, 3, 3)])
@@ -66,7 +66,7 @@ def test_one_entity_brings_little_and_many_bring_what_they_share() -> None:
 def test_a_slow_drift_is_alarmed_before_its_end_state_joins(step: float, seed: int) -> None:
     """Each day a little further from what was first learned, under the line all the time, and then staying there."""
     generator = np.random.default_rng(seed)
-    quarantine = Quarantine()
+    quarantine = DriftGuard()
     entities = [f"user:{n}" for n in range(20)]
     for number in range(35):
         for entity in entities:
@@ -92,7 +92,7 @@ def test_many_small_refreshes_name_whom_a_single_one_does(step: float, seed: int
     days = [(generator.exponential(1.0, 20) * (1 + step * number)).tolist() for number in range(35)]
 
     def refreshed(first: int, last: int, before: Released | None) -> Released:
-        quarantine = Quarantine(before.watch) if before else Quarantine()
+        quarantine = DriftGuard(before.watch) if before else DriftGuard()
         for number in range(max(first, 0), last):
             day(quarantine, number, [0] * 20, ["user:eve"] * 20, novelty=days[number])
         return quarantine.release()
@@ -110,20 +110,20 @@ def test_many_small_refreshes_name_whom_a_single_one_does(step: float, seed: int
 
 
 def test_who_goes_back_to_what_they_did_is_trusted_again() -> None:
-    quarantine, named = Quarantine(), []
+    quarantine, named = DriftGuard(), []
     for number in range(90):
         novelty = [3.0 if 10 <= number < 40 else 1.0] * 20
         day(quarantine, number, [0] * 20, ["user:eve"] * 20, novelty=novelty)
         if number % 10 == 9:
             released = quarantine.release()
             named.append(bool(released.drifting))
-            quarantine = Quarantine(released.watch)
+            quarantine = DriftGuard(released.watch)
     assert named == [False, *[True] * 4, *[False] * 4]
 
 
 def test_entities_that_stay_as_they_are_are_not_named() -> None:
     generator = np.random.default_rng(0)
-    quarantine = Quarantine()
+    quarantine = DriftGuard()
     for number in range(28):
         for who in range(50):
             novelty = generator.exponential(1.0 + who % 5, 15).tolist()

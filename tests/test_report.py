@@ -15,11 +15,11 @@ import orjson
 import pytest
 from alerting import WORD, scored
 from test_alert_commands import create_topic, invoke, lines, make, send
-from test_findings import Quiet, lined
+from test_findings import Quiet, with_threshold
 from typer.testing import CliRunner
 
 from state.memory.episodes import MemoryEpisodes
-from streamer.alerting.pipeline import Findings
+from streamer.alerting.pipeline import AlertPipeline
 from streamer.cli.main import app
 from streamer.report.page import page
 from streamer.report.report import DECADES, Material, report
@@ -44,8 +44,8 @@ def files(tmp_path: Path) -> list[Path]:
     rng = np.random.default_rng(0)
     p_values = rng.random(10_000)
     p_values[5000:] **= 2
-    batch = lined(scored([{**WORD, "actor": {"user": {"name": HOSTILE}}}], entity=f"user:{HOSTILE}"))
-    hostile = Findings(Quiet(), MemoryEpisodes(), bundle_version="b").alerts(batch, np.arange(1))
+    batch = with_threshold(scored([{**WORD, "actor": {"user": {"name": HOSTILE}}}], entity=f"user:{HOSTILE}"))
+    hostile = AlertPipeline(Quiet(), MemoryEpisodes(), bundle_version="b").alerts(batch, np.arange(1))
     alerts = [*make(12), *make(1, "host:fs01", 95.0, 300), *make(2, "user:eve", 45.0, 90), *hostile]
     contents = {
         "eval.json": orjson.dumps(EVALUATION),

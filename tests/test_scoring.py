@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from state.calibration import FEW, Calibration
-from streamer.detection.combine import SEQUENCE_DOUBT, Scorer, beyond_doubt
+from streamer.detection.combine import SEQUENCE_DOUBT, EventScorer, beyond_doubt
 from streamer.detection.record_score import Parts
 from streamer.detection.sequence_score import SequenceScorer
 
@@ -33,7 +33,7 @@ def test_a_sequence_says_nothing_until_it_is_rare() -> None:
 
 def p_values(held_out: NDArray[np.float64], evidence: NDArray[np.float64]) -> NDArray[np.float64]:
     record: Any = None  # Not asked.
-    scorer = Scorer(record, None, None, Calibration.fit(held_out, tail_from=FEW), None)
+    scorer = EventScorer(record, None, None, Calibration.fit(held_out, tail_from=FEW), None)
     return scorer.p_value(evidence, np.zeros(len(evidence)))
 
 

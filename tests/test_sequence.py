@@ -26,13 +26,13 @@ VECTORS = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float16)
 
 
 @dataclass(frozen=True)
-class Told:
+class EmittedAlert:
     row: NDArray[np.int32]
     kind: NDArray[np.int8]
     entity: list[str]
 
 
-def routines(runs: int) -> tuple[NDArray[np.float16], NDArray[np.int64], Told]:
+def routines(runs: int) -> tuple[NDArray[np.float16], NDArray[np.int64], EmittedAlert]:
     """Runs of the routine, one a second, a step every 200 ms, in a jumble on one host; step 2 sometimes twice."""
     rng = np.random.default_rng(1)
     events: list[tuple[int, int, str]] = []
@@ -47,7 +47,7 @@ def routines(runs: int) -> tuple[NDArray[np.float16], NDArray[np.int64], Told]:
     kind = np.tile(np.array([RUN, HOST], np.int8), n)
     entity = [name for _, _, run in events for name in (run, "host:h")]
     codes = np.array([code for _, code, _ in events])
-    return VECTORS[codes], np.array([time for time, _, _ in events], np.int64), Told(row, kind, entity)
+    return VECTORS[codes], np.array([time for time, _, _ in events], np.int64), EmittedAlert(row, kind, entity)
 
 
 def fitted(runs: int, *, seed: int) -> SequenceModel:
@@ -157,7 +157,7 @@ def test_the_same_seed_gives_the_same_model(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_events_that_name_nobody_teach_no_sequences() -> None:
-    nobody = Told(np.empty(0, np.int32), np.empty(0, np.int8), [])
+    nobody = EmittedAlert(np.empty(0, np.int32), np.empty(0, np.int8), [])
     with pytest.raises(EncoderError, match="names an entity"):
         fit_sequences(VECTORS, np.arange(8), nobody, withheld=np.zeros(8, np.bool_), seed=0, device=CPU)
 

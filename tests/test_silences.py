@@ -69,7 +69,7 @@ def folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             sequences.calibrations[name] = Calibration(known.scores, float(middle), float(high - middle) / 20 + 1e-3)
     save(
         anxious / "bundle", encoder=bundle.encoder, scorer=bundle.scorer, exemplars=bundle.exemplars,
-        behaviours=bundle.behaviours, profile=bundle.profile, training=bundle.manifest["training"], codes=bundle.codes,
+        anonymised=bundle.anonymised, profile=bundle.profile, training=bundle.manifest["training"], codes=bundle.codes,
     )  # fmt: skip
     return anxious
 

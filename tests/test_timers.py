@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from state.errors import StateLostError
 from state.memory.timers import MemoryTimers
 from state.redis.timers import RedisTimers
-from state.timers import AFTER, Heard, Silence, Span, Tick, TimerStore
+from state.timers import AFTER, Activity, ClockAdvance, Inactivity, Span, TimerStore
 
 A, B = ("events", 0), ("events", 1)
 QUIET = 60_000
@@ -44,24 +44,24 @@ def make(request: pytest.FixtureRequest) -> Iterator[Make]:
         store.close()
 
 
-def steps(rows: Sequence[Row], first: int = 0, source: Any = A, **more: Any) -> list[Heard | Tick]:
+def steps(rows: Sequence[Row], first: int = 0, source: Any = A, **more: Any) -> list[Activity | ClockAdvance]:
     """Each row an event, at offsets from `first` on."""
-    found: list[Heard | Tick] = []
+    found: list[Activity | ClockAdvance] = []
     clock = -1
     for offset, (entity, seconds) in enumerate(rows, first):
         clock = max(clock, seconds * 1000)
-        found.append(Tick(source, offset, 0, clock))
+        found.append(ClockAdvance(source, offset, 0, clock))
         if entity:
             given = {"p_value": 1 / (offset + 2), "event": b"%d" % offset} | more
-            found.append(Heard(entity, source, offset, 0, seconds * 1000, QUIET, **given))
+            found.append(Activity(entity, source, offset, 0, seconds * 1000, QUIET, **given))
     return found
 
 
-def advance(store: TimerStore, rows: Sequence[Row], first: int = 0, source: Any = A, **more: Any) -> list[Silence]:
+def advance(store: TimerStore, rows: Sequence[Row], first: int = 0, source: Any = A, **more: Any) -> list[Inactivity]:
     return store.advance(steps(rows, first, source, **more), {source: Span(first, first + len(rows) - 1)})
 
 
-def told(silences: Sequence[Silence]) -> list[tuple[str, int, int]]:
+def told(silences: Sequence[Inactivity]) -> list[tuple[str, int, int]]:
     """(entity, offset of its last event, offset at which its silence was clear)"""
     return [(silence.last.entity, silence.last.offset, silence.offset) for silence in silences]
 

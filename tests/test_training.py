@@ -17,7 +17,7 @@ from encoder.models.record_network import HEAD_VALUES, network_codes, network_si
 from encoder.models.resnet import TabularResNet
 from encoder.training import masked_fields as training
 from encoder.training.masked_fields import fit_identity, train
-from encoder.training.trainer import Descent
+from encoder.training.trainer import TrainingRun
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def rows(events: Sequence[dict[str, Any]]) -> tuple[Schema, FeatureBatch, np.nda
     return schema, features.take(first), np.bincount(like).astype(np.float64)
 
 
-def trained(events: Sequence[dict[str, Any]], seed: int = 0) -> tuple[Schema, FeatureBatch, TabularResNet, Descent]:
+def trained(events: Sequence[dict[str, Any]], seed: int = 0) -> tuple[Schema, FeatureBatch, TabularResNet, TrainingRun]:
     schema, features, weights = rows(events)
     held = features.take(np.arange(len(features) // 2, len(features)))
     net, report = train(schema, features, weights, held, seed=seed, device=torch.device("cpu"))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoder.ocsf.activity_counts import Acts
+from encoder.ocsf.activity_counts import ActivityCounts
 from state.errors import StateLostError
 from state.memory.windows import MemoryWindows
 from state.redis.windows import RedisWindows
@@ -37,11 +37,11 @@ def entries(rows: Sequence[Row]) -> WindowEntries:
         source=np.array([row[2] for row in rows], np.int32),
         offset=np.array([row[3] for row in rows], np.int64),
         index=np.zeros(m, np.int32),
-        acts=acts_of(rows),
+        activity_counts=acts_of(rows),
     )
 
 
-def acts_of(rows: Sequence[Row]) -> Acts:
+def acts_of(rows: Sequence[Row]) -> ActivityCounts:
     """What the rows add to the counts: hosts nothing, every third offset a failure, two partners of forty, one or no
     partner, none, or the same twice."""
     offsets = np.array([offset for _, _, _, offset in rows], np.int64)
@@ -49,7 +49,7 @@ def acts_of(rows: Sequence[Row]) -> Acts:
     partners[:, 1] = 6 * offsets % 256
     partners[:, 3] = np.where(offsets % 5 == 4, -1, offsets % 7)
     counted = np.array([not entity.startswith("host:") for entity, *_ in rows], bool)
-    return Acts(counted, offsets % 3 == 2, 1000 * offsets**4 * (offsets % 2), partners)
+    return ActivityCounts(counted, offsets % 3 == 2, 1000 * offsets**4 * (offsets % 2), partners)
 
 
 def members(windows: Windows, row: int) -> list[tuple[int, tuple[str, int], int]]:
@@ -180,7 +180,7 @@ def test_members_keep_their_partners_also_where_nothing_is_counted(make: Make) -
     whole = [members(windows, i) for i in range(len(rows))]
     again = store.append(entries(rows))
     assert [members(again, i) for i in range(len(rows))] == whole
-    bare = replace(entries([("user:c", 5, 0, 99)]), acts=None)
+    bare = replace(entries([("user:c", 5, 0, 99)]), activity_counts=None)
     assert (store.append(bare).partners == -1).all()
 
 
@@ -241,9 +241,9 @@ def test_events_failures_partners_and_bytes_are_counted_over_an_hour_and_a_day(m
             slack = 0.1 * whole[row] if of == "partners" else 0  # linear counting is an estimate
             assert low - slack <= whole[row] < high + slack + 1e-6, (name, row)
         assert levels[:60, column].any(), name
-    acts = acts_of(rows)
-    assert not levels[:60, LEVELS.index("failures.day")][~acts.failed[:60]].any()
-    assert not levels[:60, LEVELS.index("bytes.day")][acts.amount[:60] == 0].any()
+    activity_counts = acts_of(rows)
+    assert not levels[:60, LEVELS.index("failures.day")][~activity_counts.failed[:60]].any()
+    assert not levels[:60, LEVELS.index("bytes.day")][activity_counts.amount[:60] == 0].any()
     assert levels[:4, 1].tolist() == [6, 9, 12, 13]  # 1, 2, 3, 4 events
     assert not levels[60].any()  # hosts are not counted here
     np.testing.assert_array_equal(store.latest(["user:a"]).raised[0], levels[28:60])
@@ -252,14 +252,14 @@ def test_events_failures_partners_and_bytes_are_counted_over_an_hour_and_a_day(m
 
 def model_counts(rows: Sequence[Row]) -> list[np.ndarray]:
     """Of each row of user:a, the true counts in the order of LEVELS: of its hour and the one before, and of 24."""
-    acts = acts_of(rows)
+    activity_counts = acts_of(rows)
     mine = [i for i, row in enumerate(rows) if row[0] == "user:a"]
     found: list[list[float]] = [[] for _ in LEVELS]
     for i in mine:
         for s, hours in enumerate((2, 24)):
             span = [k for k in mine if k <= i and rows[k][1] // HOUR_MS > rows[i][1] // HOUR_MS - hours]
-            partners = {int(p) for k in span for p in acts.partners[k] if p >= 0}
-            values = (len(span), acts.failed[span].sum(), len(partners), acts.amount[span].sum())
+            partners = {int(p) for k in span for p in activity_counts.partners[k] if p >= 0}
+            values = (len(span), activity_counts.failed[span].sum(), len(partners), activity_counts.amount[span].sum())
             for c, value in enumerate(values):
                 found[2 * c + s].append(float(value))
     return [np.array(values) for values in found]

@@ -47,7 +47,7 @@ def known(times: NDArray[np.int64], used: NDArray[np.bool_]) -> NDArray[np.bool_
     return whole
 
 
-class Predecessors:
+class Antecedents:
     """Of (kind of entity, outcome), what usually comes before.
 
     keys: int64 [k], ascending, kind * outcomes + outcome; before: int32 [k, KEPT], outcomes (-2: no more); nats:
@@ -62,7 +62,7 @@ class Predecessors:
     @classmethod
     def fit(
         cls, parts: Iterable[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]], outcomes: int
-    ) -> Predecessors:
+    ) -> Antecedents:
         """parts: kind and outcome, int64 [m], and what came before, int64 [m, W], -1 for nothing; outcomes: how many
         there are, the last of which is "like nothing known" and stands for nothing in particular."""
         size = len(KINDS) * outcomes

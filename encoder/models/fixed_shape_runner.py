@@ -36,7 +36,7 @@ def device_memory(device: torch.device) -> Iterator[None]:
         ) from error
 
 
-class Passes:
+class FixedShapeRunner:
     """`function` applied to n rows.
 
     function: tensors [size, ...] to one tensor [size, ...], row by row, without reading values back from the device

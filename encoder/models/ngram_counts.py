@@ -9,7 +9,7 @@ from encoder.features.vectorizer import row_hash
 from encoder.models.codebook import ORDER
 
 
-class RunCounts:
+class NgramCounts:
     """-log p of an outcome after the runs of up to ORDER outcomes before it, by counting, with Witten-Bell backoff
     (Bell et al. 1990): what a network has to beat on routines.
 
@@ -29,7 +29,7 @@ class RunCounts:
         runs: NDArray[np.int64],
         outcome: NDArray[np.int64],
         outcomes: int,
-    ) -> RunCounts:
+    ) -> NgramCounts:
         """entity, kind: int64 [m]; runs: int64 [m, ORDER], latest first, -1 where there was nothing; outcome: int64
         [m]."""
         keys: list[NDArray[np.int64]] = []

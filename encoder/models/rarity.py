@@ -37,7 +37,7 @@ day's news."""
 NEW_NAME_SURPRISE = 2.0
 """At most this (nats) for a name of a user, host or address that training had not or in YOUNG blocks at most: new names
 come every day, and one that came yesterday is no odder than one that comes today."""
-YOUNG = 2
+RECENT = 2
 
 TENSORS = ("keys", "counts", "groups", "young")
 
@@ -83,7 +83,7 @@ class ContextRarity:
     def fit(cls, schema: Schema, features: FeatureBatch, weights: NDArray[np.float64]) -> ContextRarity:
         """features: distinct rows; weights: float64 [n, blocks], how many training events of each block of time each
         stands for."""
-        groups, young = _groups(schema, features), _young(schema, features, weights)
+        groups, young = _groups(schema, features), _recent(schema, features, weights)
         rarity = cls(schema, torch.empty(0, dtype=torch.int64), torch.empty(0), groups, young)
         keys: list[NDArray[np.int64]] = []
         counts: list[NDArray[np.float64]] = []
@@ -187,7 +187,7 @@ def _discrete(schema: Schema) -> list[int]:
     return [i for i, field in enumerate(schema.fields) if field.kind != "number" and field.derives != NETWORK]
 
 
-def _young(schema: Schema, features: FeatureBatch, weights: NDArray[np.float64]) -> Tensor:
+def _recent(schema: Schema, features: FeatureBatch, weights: NDArray[np.float64]) -> Tensor:
     """bool [values of all discrete fields]: of fields that name who or where, UNKNOWN and what came in few blocks."""
     found = []
     for position in _discrete(schema):
@@ -196,7 +196,7 @@ def _young(schema: Schema, features: FeatureBatch, weights: NDArray[np.float64])
         if field.kind == "identity":
             codes = features.codes[:, position]
             blocks = sum((np.bincount(codes, block, field.size) > 0).astype(int) for block in weights.T)
-            young = np.asarray(blocks <= min(YOUNG, weights.shape[1] - 1))
+            young = np.asarray(blocks <= min(RECENT, weights.shape[1] - 1))
             young[MISSING] = False
         found.append(young)
     return torch.from_numpy(np.concatenate(found))

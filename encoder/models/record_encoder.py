@@ -16,7 +16,7 @@ from torch import Tensor
 
 from encoder.features.schema import FIRST, MISSING, UNKNOWN, Field, Schema
 from encoder.features.vectorizer import FeatureBatch, Vectorizer
-from encoder.models.fixed_shape_runner import Passes, device_memory
+from encoder.models.fixed_shape_runner import FixedShapeRunner, device_memory
 from encoder.models.rarity import TENSORS, ContextRarity
 from encoder.models.record_network import DEPTH, EMBEDDING, WIDTH, network_codes, network_sizes
 from encoder.models.resnet import TabularResNet
@@ -38,10 +38,10 @@ class Encoded:
     """
 
     vectors: NDArray[np.float16]
-    odd_value: NDArray[np.float32]
-    odd_for_actor: NDArray[np.float32]
-    odd_field: NDArray[np.int32]
-    far_number: NDArray[np.int32]
+    max_surprise: NDArray[np.float32]
+    max_surprise_for_actor: NDArray[np.float32]
+    most_surprising_field: NDArray[np.int32]
+    farthest_number: NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Expectation:
     expected: tuple[tuple[str, float], ...]
 
 
-class Encoder:
+class RecordEncoder:
     """Schema, vectorizer, rarity counts and network as one, on `device`."""
 
     def __init__(self, schema: Schema, net: TabularResNet, rarity: ContextRarity, device: torch.device) -> None:
@@ -64,7 +64,7 @@ class Encoder:
         with device_memory(device):
             self.net = net.to(device).eval().requires_grad_(False)
             self.rarity = rarity.to(device)
-        self._passes = Passes(lambda codes, quantiles: self.net(codes, quantiles).half(), device, size=CHUNK)
+        self._passes = FixedShapeRunner(lambda codes, quantiles: self.net(codes, quantiles).half(), device, size=CHUNK)
         numbers = [i for i, field in enumerate(schema.fields) if field.kind == "number"]
         self._numbers = np.array(numbers, np.int32)
         bins = [len(schema.fields[i].edges) + 1 for i in numbers]
@@ -73,7 +73,7 @@ class Encoder:
         self._discrete = np.array(rarity.columns, np.int32)
 
     @classmethod
-    def from_state(cls, schema: Schema, state: dict[str, Tensor], device: torch.device) -> Encoder:
+    def from_state(cls, schema: Schema, state: dict[str, Tensor], device: torch.device) -> RecordEncoder:
         """From what `state` gave. Raises EncoderError where the weights are those of another schema."""
         sizes = network_sizes(schema)
         numbers = sum(field.kind == "number" for field in schema.fields)
@@ -95,11 +95,17 @@ class Encoder:
     def encode(self, features: FeatureBatch) -> Encoded:
         """Vectors and surprises of n events. Meant for distinct rows: see `FeatureBatch.distinct`."""
         surprise = self.rarity(features)
-        odd_value, odd_for_actor = (score.cpu().numpy() for score in self.rarity.summary(surprise))
-        odd_field = self._discrete[surprise.by_type.argmax(1).cpu().numpy()]
-        return Encoded(self.vectors(features), odd_value, odd_for_actor, odd_field, self._far_number(features))
+        max_surprise, max_surprise_for_actor = (score.cpu().numpy() for score in self.rarity.summary(surprise))
+        most_surprising_field = self._discrete[surprise.by_type.argmax(1).cpu().numpy()]
+        return Encoded(
+            self.vectors(features),
+            max_surprise,
+            max_surprise_for_actor,
+            most_surprising_field,
+            self._far_number(features),
+        )
 
-    def behaviours(self, features: FeatureBatch) -> NDArray[np.float16]:
+    def anonymised(self, features: FeatureBatch) -> NDArray[np.float16]:
         """float16 [n, 64]: what was done, without by whom and where: of identities only that they are there, of
         quantities roughly how large. Two machines that do the same have the same, so a sequence of them says something
         about a machine that training never saw."""

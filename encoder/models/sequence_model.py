@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from encoder.models.antecedents import Predecessors, known, recent
+from encoder.models.antecedents import Antecedents, known, recent
 from encoder.models.codebook import ORDER, Codebook
-from encoder.models.fixed_shape_runner import Passes
-from encoder.models.ngram_counts import RunCounts
+from encoder.models.fixed_shape_runner import FixedShapeRunner
+from encoder.models.ngram_counts import NgramCounts
 from encoder.models.temporal_convolution import WIDTH, SequenceNet, gap_features, used_slots
 from encoder.ocsf.entities import KINDS
 from encoder.ocsf.events import EncoderError
@@ -59,8 +59,8 @@ class SequenceModel:
         self,
         net: SequenceNet,
         codebook: Codebook,
-        counts: RunCounts,
-        predecessors: Predecessors,
+        counts: NgramCounts,
+        predecessors: Antecedents,
         *,
         scale: float,
         novelty: Mapping[str, float],
@@ -69,8 +69,8 @@ class SequenceModel:
         self.net = net.eval().requires_grad_(False)
         self.codebook, self.counts, self.predecessors = codebook, counts, predecessors
         self.scale, self.novelty, self.silence = scale, dict(novelty), dict(silence)
-        self._passes = Passes(self._probabilities, codebook.centres.device, size=CHUNK)
-        self._few = Passes(self._probabilities, codebook.centres.device, size=FEW)
+        self._passes = FixedShapeRunner(self._probabilities, codebook.centres.device, size=CHUNK)
+        self._few = FixedShapeRunner(self._probabilities, codebook.centres.device, size=FEW)
         self._novelty = np.array([self.novelty.get(kind, 1.0) for kind in KINDS])
         self._quiet = np.array([self.silence.get(kind, 0) for kind in KINDS], np.int64)
 
@@ -120,7 +120,7 @@ class SequenceModel:
         kinds: NDArray[np.int64],
         outcome: NDArray[np.int64],
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """As `Predecessors.missing`, of all windows: 0 and -1 also where nothing is known."""
+        """As `Antecedents.missing`, of all windows: 0 and -1 also where nothing is known."""
         found, which = np.zeros(len(kinds), np.float32), np.full(len(kinds), -1, np.int64)
         rows = np.flatnonzero(self.predecessors.asked(kinds, outcome))
         rows = rows[known(times[rows], used[rows])]
@@ -174,7 +174,7 @@ class SequenceModel:
         times: NDArray[np.int64],
         length: NDArray[np.int32],
         kind: NDArray[np.int8],
-        passes: Passes,
+        passes: FixedShapeRunner,
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """What the network says of m windows, float32 [m, 2, outcomes + 1] (`_probabilities`); and the outcomes of
         their last ORDER + 1 slots, int64 [m, ORDER + 1], -1 where unused."""
@@ -217,11 +217,11 @@ class SequenceModel:
             net = SequenceNet(dim=int(config["dim"]), outcomes=int(config["outcomes"]), kinds=len(KINDS))
             net.load_state_dict({name[4:]: tensor for name, tensor in tensors.items() if name.startswith("net.")})
             book = Codebook(tensors["codebook.centres"].to(device), tensors["codebook.reach"].to(device))
-            counts = RunCounts(
+            counts = NgramCounts(
                 tensors["counts.keys"].cpu().numpy(), tensors["counts.counts"].cpu().numpy(), int(config["outcomes"])
             )
             keys, before, nats = (tensors[f"predecessors.{name}"].cpu().numpy() for name in ("keys", "before", "nats"))
-            predecessors = Predecessors(keys, before, nats, book.other + 1)
+            predecessors = Antecedents(keys, before, nats, book.other + 1)
             scale = float(config["scale"])
             novelty = {str(kind): float(share) for kind, share in config["novelty"].items()}
             silence = {str(kind): int(ms) for kind, ms in config["silence"].items()}

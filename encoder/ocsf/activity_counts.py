@@ -34,7 +34,7 @@ _AMOUNTS = ("traffic.bytes", "traffic.bytes_out")
 
 
 @dataclass(frozen=True)
-class Acts:
+class ActivityCounts:
     """Of m (event, entity) pairs.
 
     counted: bool [m], whether the entity is of a kind that is counted; failed: bool [m]; amount: int64 [m], bytes, 0
@@ -50,11 +50,11 @@ class Acts:
     def __len__(self) -> int:
         return len(self.counted)
 
-    def take(self, pairs: NDArray[np.intp] | slice) -> Acts:
-        return Acts(self.counted[pairs], self.failed[pairs], self.amount[pairs], self.partners[pairs])
+    def take(self, pairs: NDArray[np.intp] | slice) -> ActivityCounts:
+        return ActivityCounts(self.counted[pairs], self.failed[pairs], self.amount[pairs], self.partners[pairs])
 
     @classmethod
-    def concatenate(cls, parts: Sequence[Acts]) -> Acts:
+    def concatenate(cls, parts: Sequence[ActivityCounts]) -> ActivityCounts:
         names = ("counted", "failed", "amount", "partners")
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
@@ -64,7 +64,7 @@ def _place(name: str) -> int:
     return blake2b(name.encode("utf-8", "surrogatepass"), digest_size=1).digest()[0]
 
 
-def acts(events: EventBatch, entities: Entities) -> Acts:
+def activity_counts(events: EventBatch, entities: Entities) -> ActivityCounts:
     """What each pair of these events adds."""
     n, rows = len(events), entities.row
     places = np.full((n, PARTNERS), NOBODY, np.int16)
@@ -76,7 +76,7 @@ def acts(events: EventBatch, entities: Entities) -> Acts:
             places[reached.rows, -1] = [_place(f"address:{value}".lower()) for value in reached.values]
     partners = places[rows]
     partners[named, column[named]] = NOBODY  # nobody is their own partner
-    return Acts(column >= 0, _failed(events)[rows], _amount(events)[rows], partners)
+    return ActivityCounts(column >= 0, _failed(events)[rows], _amount(events)[rows], partners)
 
 
 def _failed(events: EventBatch) -> NDArray[np.bool_]:

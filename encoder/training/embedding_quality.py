@@ -15,7 +15,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from encoder.features.schema import MISSING
 from encoder.features.vectorizer import FeatureBatch
-from encoder.models.record_encoder import Encoder
+from encoder.models.record_encoder import RecordEncoder
 
 SAMPLE = 2000
 HIDDEN = 0.1
@@ -41,7 +41,7 @@ class EmbeddingChecks:
     distinct: float
 
 
-def check_embedding(encoder: Encoder, features: FeatureBatch, *, seed: int) -> EmbeddingChecks:
+def check_embedding(encoder: RecordEncoder, features: FeatureBatch, *, seed: int) -> EmbeddingChecks:
     """features: distinct rows, two or more."""
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.choice(len(features), min(SAMPLE, len(features)), replace=False))
@@ -81,7 +81,7 @@ def _neighbours(x: NDArray[np.float32] | sparse.csr_matrix, few: int) -> NDArray
     return found
 
 
-def _raw(encoder: Encoder, sample: FeatureBatch) -> sparse.csr_matrix:
+def _raw(encoder: RecordEncoder, sample: FeatureBatch) -> sparse.csr_matrix:
     """One-hot codes and quantiles, as raw nearest neighbours take them: float32 [n, values + numbers]."""
     categories = [i for i, field in enumerate(encoder.schema.fields) if field.kind != "number"]
     starts = np.cumsum([0, *(encoder.schema.fields[i].size for i in categories)])

@@ -20,7 +20,7 @@ from encoder.features.schema import FIRST, UNKNOWN, Schema
 from encoder.features.vectorizer import FeatureBatch
 from encoder.models.record_network import DEPTH, EMBEDDING, WIDTH, network_codes, network_sizes
 from encoder.models.resnet import TabularResNet
-from encoder.training.trainer import Checkpoint, Descent, Progress, descend
+from encoder.training.trainer import Checkpoint, StepProgress, TrainingRun, train_network
 
 BATCH = 512
 STEPS = 1500
@@ -91,8 +91,8 @@ def train(
     seed: int,
     device: torch.device,
     checkpoint: Path | None = None,
-    progress: Progress | None = None,
-) -> tuple[TabularResNet, Descent]:
+    progress: StepProgress | None = None,
+) -> tuple[TabularResNet, TrainingRun]:
     """Fit the encoder to distinct rows with their multiplicities; validation: rows of a later slice of time. Losses are
     nats a masked field.
 
@@ -120,7 +120,7 @@ def train(
     def validate() -> float:
         return float(masks.loss(net, held_codes.long(), held_quantiles, torch.Generator().manual_seed(seed)))
 
-    report = descend(
+    report = train_network(
         net,
         loss,
         steps=STEPS,

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from encoder.models.antecedents import LASTING, Predecessors, known, recent
+from encoder.models.antecedents import LASTING, Antecedents, known, recent
 from encoder.models.codebook import ORDER, Codebook
-from encoder.models.ngram_counts import RunCounts
+from encoder.models.ngram_counts import NgramCounts
 from encoder.models.sequence_model import SequenceModel
 from encoder.models.temporal_convolution import AGE_MS, WIDTH, SequenceNet, gap_features
 from encoder.ocsf.entities import KINDS
 from encoder.ocsf.events import EncoderError
-from encoder.training.trainer import Checkpoint, Progress, descend
+from encoder.training.trainer import Checkpoint, StepProgress, train_network
 
 STEPS = 800
 MIN_ENTITIES = 20
@@ -117,7 +117,7 @@ def fit_sequences(
     seed: int,
     device: torch.device,
     checkpoint: Path | None = None,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> tuple[SequenceModel, SequenceReport]:
     """Fit to the history of n events.
 
@@ -145,7 +145,7 @@ def fit_sequences(
     scale = 1.0 / max(float(np.sqrt(np.square(codebook.centres.numpy()).mean())), 1e-6)
     task = _Task(net, history, vectors, scale, codes, learned, follows, held, seed, device)
     kept = Checkpoint.of(checkpoint, [vectors, history.row, history.time, follows], STEPS, seed)
-    descent = descend(net, task.loss, steps=STEPS, weight_decay=1e-2, checkpoint=kept, progress=progress)
+    descent = train_network(net, task.loss, steps=STEPS, weight_decay=1e-2, checkpoint=kept, progress=progress)
     runs = _runs(history, codes)
     before_held = (follows >= 0) & ~held
     begins = learned & (history.first == np.arange(len(history)))
@@ -160,7 +160,7 @@ def fit_sequences(
         net,
         Codebook(codebook.centres.to(device), codebook.reach.to(device)),
         everything,
-        Predecessors.fit(_preceded(history, codes, np.flatnonzero(learned)), end),
+        Antecedents.fit(_preceded(history, codes, np.flatnonzero(learned)), end),
         scale=scale,
         novelty=novelty,
         silence={KINDS[kind]: ms for kind, ms in silence.items()},
@@ -196,10 +196,10 @@ def _count(
     known: NDArray[np.bool_],
     begins: NDArray[np.bool_],
     outcomes: int,
-) -> RunCounts:
+) -> NgramCounts:
     """Counts of what follows what, and of what entities begin with."""
     nothing = np.full((int(begins.sum()), ORDER), -1, np.int64)
-    return RunCounts.fit(
+    return NgramCounts.fit(
         np.concatenate([history.first[known], history.first[begins]]),
         np.concatenate([history.kind[known], history.kind[begins]]),
         np.concatenate([runs[known], nothing]),
@@ -212,7 +212,7 @@ def _preceded(
     history: _History, codes: NDArray[np.int64], places: NDArray[np.intp]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
     """Of these places of which it is known, and of lasting kinds with MIN_ENTITIES: kind, outcome and the outcomes
-    shortly before, as `Predecessors.fit` takes them."""
+    shortly before, as `Antecedents.fit` takes them."""
     entities = np.bincount(history.kind[np.unique(history.first[places])], minlength=len(KINDS))
     places = places[(LASTING & (entities >= MIN_ENTITIES))[history.kind[places]]]
     for part in np.array_split(places, max(1, len(places) // 16_384)):

@@ -30,12 +30,12 @@ REPORT_EVERY = 100
 PATIENCE = 6
 """Reports without a smaller loss on what is held out, after which it is enough."""
 
-Progress = Callable[[int, int, float], None]
+StepProgress = Callable[[int, int, float], None]
 """Called with (step, steps, mean loss)."""
 
 
 @dataclass
-class Descent:
+class TrainingRun:
     """How it went: steps made; mean loss since the last report, and the loss on what is held out, at each report."""
 
     steps: int = 0
@@ -71,26 +71,27 @@ class Checkpoint:
             digest.update(np.ascontiguousarray(array).data)
         return cls(path, digest.hexdigest())
 
-    def save(self, tensors: dict[str, Tensor], report: Descent) -> None:
+    def save(self, tensors: dict[str, Tensor], report: TrainingRun) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.with_suffix(".new")
         said = {"key": self._key, "report": orjson.dumps(asdict(report)).decode()}
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, said)
         os.replace(temporary, self._path)
 
-    def load(self) -> tuple[dict[str, Tensor], Descent] | None:
+    def load(self) -> tuple[dict[str, Tensor], TrainingRun] | None:
         """What was saved last of this run, None where nothing was or it cannot be read."""
         try:
             with safe_open(self._path, "pt") as file:
                 said = file.metadata() or {}
                 if said.get("key") != self._key:
                     return None
-                return {name: file.get_tensor(name) for name in file.keys()}, Descent(**orjson.loads(said["report"]))  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return tensors, TrainingRun(**orjson.loads(said["report"]))
         except (OSError, SafetensorError, KeyError, TypeError, orjson.JSONDecodeError):
             return None
 
 
-def descend(
+def train_network(
     net: nn.Module,
     loss: Callable[[int], Tensor],
     *,
@@ -98,8 +99,8 @@ def descend(
     weight_decay: float,
     validate: Callable[[], float] | None = None,
     checkpoint: Checkpoint | None = None,
-    progress: Progress | None = None,
-) -> Descent:
+    progress: StepProgress | None = None,
+) -> TrainingRun:
     """Train `net`, or go on where the checkpoint stands; it is left with the weights that `validate` found best.
 
     loss: of the step with this number, from 0; computed in bf16 where a GPU can (`torch.autocast`).
@@ -108,7 +109,7 @@ def descend(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=WARM_UP)
     device = next(net.parameters()).device.type
     best = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    report = Descent()
+    report = TrainingRun()
     saved = checkpoint.load() if checkpoint is not None else None
     if saved is not None:
         report = saved[1]

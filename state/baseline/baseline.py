@@ -73,10 +73,10 @@ class Baseline:
         vectors: NDArray[np.float16],
         *,
         seed: int,
-        lonely: Callable[[NDArray[np.int64]], NDArray[np.bool_]] | None = None,
+        sparse: Callable[[NDArray[np.int64]], NDArray[np.bool_]] | None = None,
     ) -> Baseline:
         """vectors: float16 [n, d], any number of them equal. Of more than MAX_VECTORS distinct ones, a sample that does
-        not mind how often each came, so that what is rare but normal stays in; without those that are `lonely` (asked
+        not mind how often each came, so that what is rare but normal stays in; without those that are `sparse` (asked
         with int64 [m], places in vectors; answers bool [m]). Raises BaselineError for none."""
         if not len(vectors):
             raise BaselineError("a baseline of no vectors: there is nothing to compare events with")
@@ -84,8 +84,8 @@ class Baseline:
         _, members = np.unique(vectors, axis=0, return_index=True)
         # In a random order: a graph built cluster by cluster has clusters that no search reaches.
         members = np.random.default_rng(seed).permutation(members)[:MAX_VECTORS].astype(np.int64)
-        if lonely is not None:
-            members = members[~lonely(members)]
+        if sparse is not None:
+            members = members[~sparse(members)]
         return cls(Hnsw.build(vectors[members].astype(np.float32), seed=seed), vectors.shape[1], members)
 
     def vectors(self) -> NDArray[np.float16]:

@@ -44,8 +44,8 @@ class Density:
             if len(rows) > SAMPLE:
                 rows = generator.choice(rows, SAMPLE, replace=False)
             reference, mass = vectors[rows].astype(np.float32), weights[rows]
-            lonely = _mean_distance(reference, reference, mass, 2 * MASS)
-            order = np.argsort(lonely, kind="stable")
+            sparse = _mean_distance(reference, reference, mass, 2 * MASS)
+            order = np.argsort(sparse, kind="stable")
             kept = np.sort(order[np.cumsum(mass[order]) <= (1 - TRIM) * mass.sum()])
             if len(kept):
                 parts.append((kind, reference[kept], mass[kept]))
@@ -57,7 +57,7 @@ class Density:
             np.array([part[0] for part in parts], np.int64),
         )
 
-    def lonely(
+    def sparse(
         self, vectors: NDArray[np.float16], weights: NDArray[np.float64], types: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
         """bool [n], as for `fit`: the TRIM of each type's weight that lies farthest from its reference. Unlabelled

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from state.episode_rules import Book
+from state.episode_rules import EpisodeRules
 from state.episodes import Anomaly, Decision, End, Position
-from state.errors import Source
+from state.errors import SourcePartition
 
 
 class MemoryEpisodes:
     """Episodes in this process: for `score` and evaluation."""
 
     def __init__(self) -> None:
-        self._book, self._position = Book(), Position()
+        self._book, self._position = EpisodeRules(), Position()
 
-    def decide(self, anomalies: Sequence[Anomaly], ends: Mapping[Source, End]) -> list[Decision]:
+    def decide(self, anomalies: Sequence[Anomaly], ends: Mapping[SourcePartition, End]) -> list[Decision]:
         found = self._book.decide(anomalies, ends, self._position)
         self._position.advance(ends)
         self._book.changed.clear()
         return found
 
-    def committed(self, offsets: Mapping[Source, int]) -> None:
+    def committed(self, offsets: Mapping[SourcePartition, int]) -> None:
         self._position.commit(offsets)
 
     def open(self) -> int:

@@ -6,53 +6,55 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from state.errors import Source, StateLostError
-from state.timers import AFTER, MAX_OPEN, Heard, Silence, Span, Tick
+from state.errors import SourcePartition, StateLostError
+from state.timers import AFTER, MAX_OPEN, Activity, ClockAdvance, Inactivity, Span
 
 
 @dataclass
 class _Timer:
-    last: Heard
+    last: Activity
     due: int
 
 
 @dataclass
-class _Source:
+class _PartitionClock:
     applied: tuple[int, int] = (-1, 0)
     clock: int = -1
     due: list[tuple[int, str]] = field(default_factory=list)
     """A heap of (time, entity): no later than the timer is due, which is looked up when it is reached."""
-    told: list[Silence] = field(default_factory=list)
+    told: list[Inactivity] = field(default_factory=list)
 
 
 class MemoryTimers:
     """Timers in this process, for `score`, evaluation and replay: of one source, or of several merged by time, where no
     source is ahead of another; so none waits for the others.
 
-    keeps_events: whether whoever asks needs `Heard.event`.
+    keeps_events: whether whoever asks needs `Activity.event`.
     """
 
     def __init__(self, *, keeps_events: bool = True, max_open: int = MAX_OPEN) -> None:
         self.keeps_events = keeps_events
         self._max_open = max_open
         self._open: dict[str, _Timer] = {}
-        self._sources: dict[Source, _Source] = {}
+        self._sources: dict[SourcePartition, _PartitionClock] = {}
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def advance(self, steps: Sequence[Heard | Tick], spans: Mapping[Source, Span]) -> list[Silence]:
+    def advance(
+        self, steps: Sequence[Activity | ClockAdvance], spans: Mapping[SourcePartition, Span]
+    ) -> list[Inactivity]:
         for step in steps:
-            source = self._sources.setdefault(step.source, _Source())
+            source = self._sources.setdefault(step.source, _PartitionClock())
             if (step.offset, step.index) <= source.applied:
                 continue
-            if isinstance(step, Heard):
+            if isinstance(step, Activity):
                 self._hear(step, source)
             elif step.clock > source.clock:
                 source.clock = step.clock
                 source.told += self._fallen(step, source)
         for name, span in spans.items():
-            source = self._sources.setdefault(name, _Source())
+            source = self._sources.setdefault(name, _PartitionClock())
             source.applied = max(source.applied, (span.last, AFTER))
         return [
             silence
@@ -61,27 +63,27 @@ class MemoryTimers:
             if span.first <= silence.offset <= span.last
         ]
 
-    def finish(self) -> list[Heard]:
+    def finish(self) -> list[Activity]:
         """The stream is over: all who were waited for, by their last event."""
         left = sorted((timer.last for timer in self._open.values()), key=lambda last: (last.key, last.entity))
         self._open.clear()
         return left
 
-    def prepare(self, offsets: Mapping[Source, int]) -> None:
+    def prepare(self, offsets: Mapping[SourcePartition, int]) -> None:
         """Nothing needs to be told from memory that is gone."""
 
-    def committed(self, offsets: Mapping[Source, int]) -> None:
+    def committed(self, offsets: Mapping[SourcePartition, int]) -> None:
         for name, offset in offsets.items():
             if (source := self._sources.get(name)) is not None and source.told:
                 source.told = [silence for silence in source.told if silence.offset >= offset]
 
-    def check_epoch(self, offsets: Mapping[Source, int]) -> None:
+    def check_epoch(self, offsets: Mapping[SourcePartition, int]) -> None:
         """Timers in memory start with the windows in memory, which say what is missing."""
 
     def begin_rebuild(self, lost: StateLostError) -> None:
         """As `check_epoch`."""
 
-    def _hear(self, heard: Heard, source: _Source) -> None:
+    def _hear(self, heard: Activity, source: _PartitionClock) -> None:
         timer, due = self._open.get(heard.entity), max(heard.time, source.clock) + heard.quiet
         if timer is not None and (not heard.newest or timer.last.key > heard.key):
             timer.due = max(timer.due, due)
@@ -92,8 +94,8 @@ class MemoryTimers:
             if timer is None or timer.last.source != heard.source:
                 heapq.heappush(source.due, (due, heard.entity))
 
-    def _fallen(self, tick: Tick, source: _Source) -> list[Silence]:
-        found: list[Heard] = []
+    def _fallen(self, tick: ClockAdvance, source: _PartitionClock) -> list[Inactivity]:
+        found: list[Activity] = []
         while source.due and source.due[0][0] < tick.clock:
             _, entity = heapq.heappop(source.due)
             timer = self._open.get(entity)
@@ -105,4 +107,4 @@ class MemoryTimers:
                 del self._open[entity]
                 found.append(timer.last)
         found.sort(key=lambda last: (last.key, last.entity))
-        return [Silence(last, tick.offset, tick.index) for last in found]
+        return [Inactivity(last, tick.offset, tick.index) for last in found]

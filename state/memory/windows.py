@@ -10,8 +10,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from state.errors import Source, StateLostError
-from state.rolling_counts import LEVELS, PARTNERS, Tally, bitmaps
+from state.errors import SourcePartition, StateLostError
+from state.rolling_counts import LEVELS, PARTNERS, RollingCounts, bitmaps
 from state.windows import DAY_MS, MAX_SLACK, WindowEntries, Windows, is_complete, progress_of, source_id, validate
 
 _Key = tuple[int, int, int, int]
@@ -32,7 +32,7 @@ class _Entity:
         self.trimmed = 0
         self.horizon = horizon
         self.batch = 0
-        self.tally: Tally | None = None
+        self.tally: RollingCounts | None = None
 
 
 class MemoryWindows:
@@ -52,11 +52,11 @@ class MemoryWindows:
         self.dim, self.width, self.age_ms = dim, width, age_ms
         self.max_entities, self.max_slack = max_entities, max_slack
         self._entities: OrderedDict[str, _Entity] = OrderedDict()
-        self._sources: dict[Source, int] = {}
+        self._sources: dict[SourcePartition, int] = {}
         self._source_keys: list[int] = []
         self._committed: list[int] = []
-        self._progress: dict[Source, int] = {}
-        self._pending: set[Source] = set()
+        self._progress: dict[SourcePartition, int] = {}
+        self._pending: set[SourcePartition] = set()
         self._horizon = 0
         self._evicted = 0
         self._batch = 0
@@ -82,9 +82,9 @@ class MemoryWindows:
         self._batch += 1
         entities, keys, numbers, times_kept = self._entities, self._source_keys, self._number, self._time
         counted: Sequence[bool] = [False] * m
-        if entries.acts is not None:
-            counted, failed = entries.acts.counted.tolist(), entries.acts.failed.tolist()
-            amount, partners = entries.acts.amount.tolist(), bitmaps(entries.acts.partners)
+        if entries.activity_counts is not None:
+            counted, failed = entries.activity_counts.counted.tolist(), entries.activity_counts.failed.tolist()
+            amount, partners = entries.activity_counts.amount.tolist(), bitmaps(entries.activity_counts.partners)
         raised: list[bytes] = []
         at: list[int] = []
         flat, length = array("i"), [0] * m
@@ -116,7 +116,7 @@ class MemoryWindows:
                 numbers[slot] = number
                 if counted[i]:
                     if entity.tally is None:
-                        entity.tally = Tally()
+                        entity.tally = RollingCounts()
                     raised.append(entity.tally.add(time, failed[i], amount[i], partners[i]))
                     at.append(slot)
                 key = (time, keys[source], offset, index)
@@ -160,17 +160,17 @@ class MemoryWindows:
         found = self._gather(picked, length, own, np.ones(m, np.bool_), horizon)
         return replace(found, raised=np.where(found.mask[:, :, None], self._levels[picked], np.uint8(0)))
 
-    def prepare(self, offsets: Mapping[Source, int]) -> None:
+    def prepare(self, offsets: Mapping[SourcePartition, int]) -> None:
         for source, offset in offsets.items():
             self._progress[source] = max(offset, self._progress.get(source, 0))
 
-    def committed(self, offsets: Mapping[Source, int]) -> None:
+    def committed(self, offsets: Mapping[SourcePartition, int]) -> None:
         self.prepare(offsets)
         for source, offset in offsets.items():
             number = self._source_number(source)
             self._committed[number] = max(offset, self._committed[number])
 
-    def check_epoch(self, offsets: Mapping[Source, int]) -> None:
+    def check_epoch(self, offsets: Mapping[SourcePartition, int]) -> None:
         lost = {source: None for source, offset in offsets.items() if self._progress.get(source, 0) < offset}
         if lost:
             raise StateLostError(
@@ -179,14 +179,14 @@ class MemoryWindows:
                 resume=lost,
             )
 
-    def begin_rebuild(self, lost: StateLostError, others: Iterable[Source] = ()) -> None:
+    def begin_rebuild(self, lost: StateLostError, others: Iterable[SourcePartition] = ()) -> None:
         self._pending.update(lost.resume, others)
 
-    def finish_rebuild(self, sources: Iterable[Source], horizon_ms: int = 0) -> None:
+    def finish_rebuild(self, sources: Iterable[SourcePartition], horizon_ms: int = 0) -> None:
         self._pending.difference_update(sources)
         self._horizon = max(self._horizon, horizon_ms)
 
-    def _source_number(self, source: Source) -> int:
+    def _source_number(self, source: SourcePartition) -> int:
         number = self._sources.setdefault(source, len(self._sources))
         if number == len(self._source_keys):
             self._source_keys.append(source_id(source))
@@ -209,7 +209,7 @@ class MemoryWindows:
         at = np.array(slots, np.intp)
         self._vectors[at], self._time[at], self._source[at] = entries.vectors, entries.time, sources
         self._offset[at], self._index[at], self._levels[at] = entries.offset, entries.index, 0
-        self._partners[at] = -1 if entries.acts is None else entries.acts.partners
+        self._partners[at] = -1 if entries.activity_counts is None else entries.activity_counts.partners
         return slots
 
     def _key(self, slot: int) -> _Key:

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from state.episode_rules import Book
+from state.episode_rules import EpisodeRules
 from state.episodes import Anomaly, Decision, End, Position
-from state.errors import Source, StoreUnavailableError
+from state.errors import SourcePartition, StoreUnavailableError
 from state.redis.client import RedisServer
 from state.windows import DAY_MS
 
@@ -44,25 +44,25 @@ class RedisEpisodes:
                 )
         self._key = f"{{{tenant}}}:episodes:{space}"
         self._server = RedisServer(url, _FUNCTIONS, timeout_s=timeout_s, retries=retries, depth=1, **connection)
-        self._book, self._version = Book(), ""
+        self._book, self._version = EpisodeRules(), ""
         self._position = Position()
 
     def close(self) -> None:
         """Close the connections; what is stored stays."""
         self._server.close()
 
-    def decide(self, anomalies: Sequence[Anomaly], ends: Mapping[Source, End]) -> list[Decision]:
+    def decide(self, anomalies: Sequence[Anomaly], ends: Mapping[SourcePartition, End]) -> list[Decision]:
         decisions = self._server.retried(lambda: self._decide(anomalies, ends))
         self._position.advance(ends)
         return decisions
 
-    def committed(self, offsets: Mapping[Source, int]) -> None:
+    def committed(self, offsets: Mapping[SourcePartition, int]) -> None:
         self._position.commit(offsets)
 
     def open(self) -> int:
         return len(self._book)
 
-    def _decide(self, anomalies: Sequence[Anomaly], ends: Mapping[Source, End]) -> list[Decision]:
+    def _decide(self, anomalies: Sequence[Anomaly], ends: Mapping[SourcePartition, End]) -> list[Decision]:
         for _ in range(TRIES):
             decisions = self._book.decide(anomalies, ends, self._position)
             if self._stored():
@@ -81,5 +81,7 @@ class RedisEpisodes:
             self._book.changed.clear()
             return True
         pairs = iter(values)
-        self._book = Book.read({name.decode(): value for name, value in zip(pairs, pairs, strict=True) if name != b"v"})
+        self._book = EpisodeRules.read(
+            {name.decode(): value for name, value in zip(pairs, pairs, strict=True) if name != b"v"}
+        )
         return False

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from state.errors import Source, StateLostError
+from state.errors import SourcePartition, StateLostError
 from state.redis.client import RedisServer
-from state.timers import MAX_OPEN, Heard, Silence, Span, Tick
+from state.timers import MAX_OPEN, Activity, ClockAdvance, Inactivity, Span
 from state.windows import DAY_MS, source_id
 
 _FUNCTIONS = files("state.redis").joinpath("timers.lua").read_text()
@@ -59,14 +59,16 @@ class RedisTimers:
         self._key = f"{{{tenant}}}:timers:{space}"
         self._idle_ms, self._max_open = idle_ms, max_open
         self._server = RedisServer(url, _FUNCTIONS, timeout_s=timeout_s, retries=retries, depth=1, **connection)
-        self._progress: dict[Source, int] = {}
-        self._committed: dict[Source, int] = {}
+        self._progress: dict[SourcePartition, int] = {}
+        self._committed: dict[SourcePartition, int] = {}
 
     def close(self) -> None:
         """Close the connections; what is stored stays."""
         self._server.close()
 
-    def advance(self, steps: Sequence[Heard | Tick], spans: Mapping[Source, Span]) -> list[Silence]:
+    def advance(
+        self, steps: Sequence[Activity | ClockAdvance], spans: Mapping[SourcePartition, Span]
+    ) -> list[Inactivity]:
         if not spans:
             return []
         sources = list(spans)
@@ -83,14 +85,14 @@ class RedisTimers:
         self._remember({source: span.last + 1 for source, span in spans.items()})
         return [silence for source, text in zip(sources, told, strict=True) for silence in _silences(source, text)]
 
-    def prepare(self, offsets: Mapping[Source, int]) -> None:
+    def prepare(self, offsets: Mapping[SourcePartition, int]) -> None:
         self._tell(offsets, arrived=False)
 
-    def committed(self, offsets: Mapping[Source, int]) -> None:
+    def committed(self, offsets: Mapping[SourcePartition, int]) -> None:
         for source, offset in offsets.items():
             self._committed[source] = max(offset, self._committed.get(source, 0))
 
-    def check_epoch(self, offsets: Mapping[Source, int]) -> None:
+    def check_epoch(self, offsets: Mapping[SourcePartition, int]) -> None:
         """Also says that these are read from here now, so that the other partitions wait for them."""
         self._remember(offsets)
         self.committed(offsets)
@@ -101,26 +103,26 @@ class RedisTimers:
             self._progress.clear()
         self._progress.update({source: offset or 0 for source, offset in lost.resume.items()})
 
-    def _tell(self, offsets: Mapping[Source, int], *, arrived: bool) -> None:
+    def _tell(self, offsets: Mapping[SourcePartition, int], *, arrived: bool) -> None:
         if not offsets:
             return
         arguments = [TTL_MS, int(arrived), *(self._mark(source, offset) for source, offset in offsets.items())]
         self._check(self._server.retried(lambda: self._server.call("mark", f"{self._key}:sources", arguments)))
         self._remember(offsets)
 
-    def _mark(self, source: Source, progress: int) -> bytes:
+    def _mark(self, source: SourcePartition, progress: int) -> bytes:
         """Id, the progress that is known there, progress now, committed."""
         least, done = self._progress.get(source, 0), self._committed.get(source, 0)
         return _id(source) + _six(least) + _six(max(progress, least)) + _six(done)
 
-    def _remember(self, progress: Mapping[Source, int]) -> None:
+    def _remember(self, progress: Mapping[SourcePartition, int]) -> None:
         for source, offset in progress.items():
             self._progress[source] = max(offset, self._progress.get(source, 0))
 
     def _check(self, behind: Iterable[bytes]) -> None:
         """Raise `StateLostError` where the store has less than it was told."""
         names = {_id(source): source for source in self._progress}
-        resume: dict[Source, int | None] = {names[found[:6]]: _number(found[6:]) or None for found in behind}
+        resume: dict[SourcePartition, int | None] = {names[found[:6]]: _number(found[6:]) or None for found in behind}
         if resume:
             raise StateLostError(
                 f"{self._server.place} has lost the timers of {len(resume)} partitions: append their events again, "
@@ -138,20 +140,20 @@ def _number(text: bytes) -> int:
     return int.from_bytes(text, "little")
 
 
-def _id(source: Source) -> bytes:
+def _id(source: SourcePartition) -> bytes:
     return _six(source_id(source))
 
 
-def _step(step: Heard | Tick, place: int) -> tuple[bytes, bytes, bytes]:
+def _step(step: Activity | ClockAdvance, place: int) -> tuple[bytes, bytes, bytes]:
     offset, index = _six(step.offset), step.index.to_bytes(3, "little")
-    if isinstance(step, Tick):
+    if isinstance(step, ClockAdvance):
         return _STEP.pack(0, place, offset, index, _six(step.clock), _six(0), 0.0, 0), b"", b""
     kind, time, quiet = 1 if step.newest else 2, _six(step.time), _six(step.quiet)
     packed = _STEP.pack(kind, place, offset, index, time, quiet, step.p_value, step.complete)
     return packed, step.entity.encode("utf-8", "surrogatepass"), step.event
 
 
-def _silences(source: Source, text: bytes) -> list[Silence]:
+def _silences(source: SourcePartition, text: bytes) -> list[Inactivity]:
     found, at = [], 0
     while at < len(text):
         offset, index, entity_size, timer_size = _TOLD.unpack_from(text, at)
@@ -160,7 +162,7 @@ def _silences(source: Source, text: bytes) -> list[Silence]:
         _, time, _, own, place, p_value, complete = _TIMER.unpack_from(text, at + entity_size)
         event = text[at + entity_size + _TIMER.size : at + entity_size + timer_size]
         # What it was given matters no more.
-        heard = Heard(entity, source, _number(own), _number(place), _number(time), 0, p_value, bool(complete), event)
-        found.append(Silence(heard, _number(offset), _number(index)))
+        heard = Activity(entity, source, _number(own), _number(place), _number(time), 0, p_value, bool(complete), event)
+        found.append(Inactivity(heard, _number(offset), _number(index)))
         at += entity_size + timer_size
     return found

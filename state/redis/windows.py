@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from state.errors import Source, StateError, StateLostError
+from state.errors import SourcePartition, StateError, StateLostError
 from state.redis.client import RedisServer
 from state.rolling_counts import PARTNERS
 from state.windows import DAY_MS, MAX_SLACK, WindowEntries, Windows, is_complete, progress_of, source_id, validate
@@ -71,10 +71,10 @@ class RedisWindows:
         self._server = RedisServer(url, _FUNCTIONS, timeout_s=timeout_s, retries=retries, depth=depth, **connection)
         self._epoch: int | None = None
         self._state = (0, 0)
-        self._progress: dict[Source, int] = {}
-        self._committed: dict[Source, int] = {}
-        self._refilling: set[Source] = set()
-        self._names: dict[int, Source] = {}
+        self._progress: dict[SourcePartition, int] = {}
+        self._committed: dict[SourcePartition, int] = {}
+        self._refilling: set[SourcePartition] = set()
+        self._names: dict[int, SourcePartition] = {}
         self._crowded: set[str] = set()
 
     def close(self) -> None:
@@ -93,15 +93,15 @@ class RedisWindows:
         found = self._windows(table, picked, own, np.ones(len(entities), np.bool_))
         return replace(found, raised=table.levels[picked])
 
-    def prepare(self, offsets: Mapping[Source, int]) -> None:
+    def prepare(self, offsets: Mapping[SourcePartition, int]) -> None:
         self._server.retried(lambda: self._check(self._server.call("mark", self._marker, self._marks(offsets))))
         self._remember(offsets)
 
-    def committed(self, offsets: Mapping[Source, int]) -> None:
+    def committed(self, offsets: Mapping[SourcePartition, int]) -> None:
         for source, offset in offsets.items():
             self._committed[source] = max(offset, self._committed.get(source, 0))
 
-    def check_epoch(self, offsets: Mapping[Source, int]) -> None:
+    def check_epoch(self, offsets: Mapping[SourcePartition, int]) -> None:
         self._server.retried(self._server.refuse_eviction)
         marker = self._server.retried(lambda: self._server.hash(self._marker))
         read_before = {source: offset for source, offset in offsets.items() if offset > 0}
@@ -113,7 +113,7 @@ class RedisWindows:
             raise self._lost()
         else:
             self._epoch = epoch
-            behind: dict[Source, int | None] = {}
+            behind: dict[SourcePartition, int | None] = {}
             for source, offset in read_before.items():
                 progress = marker.get(f"p|{_name(source)}")
                 if progress is None or progress < offset or f"r|{_name(source)}" in marker:
@@ -123,7 +123,7 @@ class RedisWindows:
         self._remember(read_before)
         self.committed(read_before)
 
-    def begin_rebuild(self, lost: StateLostError, others: Iterable[Source] = ()) -> None:
+    def begin_rebuild(self, lost: StateLostError, others: Iterable[SourcePartition] = ()) -> None:
         waited_for = {*lost.resume, *(others if lost.wiped else ())}
         arguments = [str(self._epoch or 0), "1" if lost.wiped else "0", *map(_name, waited_for)]
         self._take(self._server.retried(lambda: self._server.call("begin", self._marker, arguments)))
@@ -132,7 +132,7 @@ class RedisWindows:
         self._progress.update({source: offset or 0 for source, offset in lost.resume.items()})
         self._refilling = set(lost.resume)
 
-    def finish_rebuild(self, sources: Iterable[Source], horizon_ms: int = 0) -> None:
+    def finish_rebuild(self, sources: Iterable[SourcePartition], horizon_ms: int = 0) -> None:
         done = set(sources)
         self._take(
             self._server.retried(
@@ -255,7 +255,7 @@ class RedisWindows:
             partners=table.partners[picked],
         )
 
-    def _sources(self, ids: NDArray[np.int64]) -> tuple[Source, ...]:
+    def _sources(self, ids: NDArray[np.int64]) -> tuple[SourcePartition, ...]:
         if any(number not in self._names for number in ids.tolist()):
             for field in self._server.retried(lambda: self._server.hash(self._marker)):
                 if field.startswith("p|"):
@@ -278,7 +278,7 @@ class RedisWindows:
 
     # The marker.
 
-    def _marks(self, progress: Mapping[Source, int]) -> list[Any]:
+    def _marks(self, progress: Mapping[SourcePartition, int]) -> list[Any]:
         if self._epoch is None:
             raise StateError("check_epoch must be called before windows are used: the store may have lost some")
         arguments: list[Any] = [self._epoch]
@@ -299,7 +299,7 @@ class RedisWindows:
         self._epoch = self._epoch if state[0] == 0 else state[0]
         self._check(state)
 
-    def _remember(self, progress: Mapping[Source, int]) -> None:
+    def _remember(self, progress: Mapping[SourcePartition, int]) -> None:
         for source, offset in progress.items():
             self._progress[source] = max(offset, self._progress.get(source, 0))
 
@@ -311,7 +311,7 @@ class RedisWindows:
             resume=dict.fromkeys(self._progress),
         )
 
-    def _fell_behind(self, behind: dict[Source, int | None] | None = None) -> StateLostError:
+    def _fell_behind(self, behind: dict[SourcePartition, int | None] | None = None) -> StateLostError:
         if behind is None:
             behind = {}
             marker = self._server.hash(self._marker)
@@ -393,18 +393,18 @@ def _bytes(column: NDArray[Any], size: int) -> _Bytes:
 def _act_bytes(entries: WindowEntries) -> _Bytes:
     """What each entry adds to the counts, as windows.lua unpacks it: uint8 [m, 12]."""
     packed = np.zeros((len(entries), 7 + PARTNERS), np.uint8)
-    if (acts := entries.acts) is not None:
-        there = (acts.partners >= 0) << np.arange(2, 2 + PARTNERS)
-        packed[:, 0] = acts.counted + 2 * acts.failed + there.sum(1)
-        packed[:, 1:7] = _bytes(acts.amount, 6)
-        packed[:, 7:] = np.maximum(acts.partners, 0)
+    if (activity_counts := entries.activity_counts) is not None:
+        there = (activity_counts.partners >= 0) << np.arange(2, 2 + PARTNERS)
+        packed[:, 0] = activity_counts.counted + 2 * activity_counts.failed + there.sum(1)
+        packed[:, 1:7] = _bytes(activity_counts.amount, 6)
+        packed[:, 7:] = np.maximum(activity_counts.partners, 0)
     return packed
 
 
-def _name(source: Source) -> str:
+def _name(source: SourcePartition) -> str:
     return f"{source[1]}|{source[0]}"
 
 
-def _source(name: str) -> Source:
+def _source(name: str) -> SourcePartition:
     partition, topic = name.split("|", 1)
     return topic, int(partition)

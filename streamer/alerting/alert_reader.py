@@ -25,7 +25,7 @@ Finding = dict[str, Any]
 BATCH = 500
 
 
-class Letter(NamedTuple):
+class AlertMessage(NamedTuple):
     """A message of the alert topic, as `RangeReader` wants it."""
 
     topic: str
@@ -35,7 +35,7 @@ class Letter(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Story:
+class AlertEpisode:
     """All that is known of one finding, in the order in which it came: the alert and its updates, and verdicts."""
 
     uid: str
@@ -120,17 +120,17 @@ def in_file(path: Path) -> Iterator[Finding]:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def stories(findings: Iterable[Finding]) -> dict[str, Story]:
+def stories(findings: Iterable[Finding]) -> dict[str, AlertEpisode]:
     """By `finding_info.uid`, in the order in which they began; what came twice counts once."""
     found: dict[str, dict[str, Finding]] = {}
     for finding in findings:
         uid, own = finding["finding_info"].get("uid"), finding["metadata"].get("uid")
         if isinstance(uid, str):
             found.setdefault(uid, {}).setdefault(str(own), finding)
-    return {uid: Story(uid, tuple(parts.values())) for uid, parts in found.items()}
+    return {uid: AlertEpisode(uid, tuple(parts.values())) for uid, parts in found.items()}
 
 
-def story(findings: Iterable[Finding], uid: str) -> Story:
+def story(findings: Iterable[Finding], uid: str) -> AlertEpisode:
     """The one story that this uid, or the beginning of one, names: of an alert (`metadata.uid`) or of the finding.
 
     Raises:
@@ -156,5 +156,5 @@ def own(finding: Finding) -> dict[str, Any]:
     return unmapped if isinstance(unmapped, dict) else {}
 
 
-def _letter(raw: Any) -> Letter:
-    return Letter(raw.topic(), raw.partition(), raw.timestamp()[1], raw.value())
+def _letter(raw: Any) -> AlertMessage:
+    return AlertMessage(raw.topic(), raw.partition(), raw.timestamp()[1], raw.value())

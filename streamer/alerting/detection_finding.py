@@ -23,7 +23,7 @@ from streamer.alerting.finding_frame import Alert, Frame, confidence, finding_ui
 from streamer.alerting.observables import DEVICE, evidence, fit, observables
 from streamer.detection.batches import ScoredBatch
 from streamer.explain.attribution import Explanation, FieldFinding
-from streamer.explain.peer_comparison import CHANGE, COUNT, EVENT, LESS, MORE, Others
+from streamer.explain.peer_comparison import CHANGE, COUNT, EVENT, LESS, MORE, PeerComparison
 from streamer.explain.rates import RateFinding
 from streamer.redaction import Redactor, mask_text
 
@@ -498,7 +498,7 @@ def _at_most(rate: RateFinding) -> str:
     return f"never more than {most} before" if rate.own else f"others like it seldom more than {most}"
 
 
-def _masked(others: Others, redactor: Redactor) -> Others:
+def _masked(others: PeerComparison, redactor: Redactor) -> PeerComparison:
     """What may be shown: no names where one of the attributes that names of this kind come from is listed."""
     hidden = any(redactor.lists(path) for rule in RULES if rule.kind == others.kind for path in rule.paths)
     return replace(others, names=() if hidden else tuple(mask_text(name) for name in others.names))

@@ -22,7 +22,7 @@ from encoder.ocsf.decoder import decode
 from encoder.ocsf.entities import entities
 from encoder.ocsf.events import Message
 from state.episodes import CLOSE, Anomaly, Decision, End, Episode, EpisodeStore
-from state.errors import Source
+from state.errors import SourcePartition
 from streamer.alerting import text as wording
 from streamer.alerting.close_alert import close_alert
 from streamer.alerting.detection_finding import build_alerts
@@ -50,12 +50,12 @@ class Explaining(Protocol):
 
 
 class Suppressing(Protocol):
-    """What is needed of `Feedback`."""
+    """What is needed of `SuppressionFeed`."""
 
     def covering(self, anomaly: Anomaly) -> Suppression | None: ...
 
 
-class Findings:
+class AlertPipeline:
     """Alerts from scored batches.
 
     Args:
@@ -147,13 +147,13 @@ class Findings:
         taken, self._suppressed = self._suppressed, Counter()
         return taken
 
-    def finish(self, source: Source, offset: int, line: float) -> list[Alert]:
+    def finish(self, source: SourcePartition, offset: int, line: float) -> list[Alert]:
         """Close all episodes of a source that is over. offset: the one after its last."""
         self.committed({source: offset})
         decisions = self.episodes.decide([], {source: End(offset, offset, _NEVER)})
         return [self._close(decision.episode, line) for decision in decisions]
 
-    def committed(self, offsets: Mapping[Source, int]) -> None:
+    def committed(self, offsets: Mapping[SourcePartition, int]) -> None:
         """These offsets are committed, with the alerts that came before them."""
         self.episodes.committed(offsets)
 
@@ -258,7 +258,7 @@ def _clocks(scored: ScoredBatch) -> NDArray[np.int64]:
     return clocks
 
 
-def _ends(scored: ScoredBatch) -> dict[Source, End]:
+def _ends(scored: ScoredBatch) -> dict[SourcePartition, End]:
     """What the batch holds of each source."""
     at = scored.coordinates
     ends = {}
@@ -301,7 +301,7 @@ def _silent_row(scored: ScoredBatch, silences: ScoredBatch, decision: Decision) 
     return int(rows[0]) if len(rows) else None
 
 
-def lined(
+def with_threshold(
     scored: ScoredBatch, judge: Callable[[ScoredBatch], NDArray[np.float64]]
 ) -> tuple[ScoredBatch, NDArray[np.intp]]:
     """The batch and its silences with the line that each event is held against; and the rows that cross it."""
@@ -327,9 +327,9 @@ def open_episodes(settings: Settings) -> EpisodeStore:
 
 def open_findings(
     settings: Settings, explainer: Explainer, episodes: EpisodeStore, suppressing: Suppressing | None = None
-) -> Findings:
+) -> AlertPipeline:
     """The findings of the service, explained by this explainer."""
-    return Findings(
+    return AlertPipeline(
         explainer,
         episodes,
         bundle_version=explainer.bundle.version,

@@ -24,7 +24,7 @@ REFRESH_S = 1.0
 _log = structlog.get_logger("ripcurrent.feedback")
 
 
-class Feedback:
+class SuppressionFeed:
     """The suppressions of the feedback topic, followed as the topic grows. For one thread.
 
     Raises:
@@ -70,9 +70,9 @@ class Feedback:
                 self._book.add(finding)
 
 
-def open_feedback(settings: Settings) -> Feedback | None:
+def open_feedback(settings: Settings) -> SuppressionFeed | None:
     """The suppressions of the settings' feedback topic; None where there is none."""
-    return Feedback(settings) if settings.feedback else None
+    return SuppressionFeed(settings) if settings.feedback else None
 
 
 def read_suppressions(settings: Settings) -> list[Suppression]:

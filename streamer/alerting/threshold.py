@@ -35,7 +35,7 @@ _RECENT = 16
 
 
 @dataclass(frozen=True)
-class Line:
+class Threshold:
     """A line in force from an event time (ms) until the next one's. correction: the factor in it that comes from what
     was spent. share: what part of it is in force: less than 1, and at last ALWAYS, as six hours run out of budget."""
 
@@ -51,7 +51,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Tally:
+class HourCounts:
     """What an hour held: events; expected: alerts that normal traffic was to cost (the sum of the lines); uncorrected:
     the same, had no line been corrected; spent: alerts, those under ALWAYS of the line and those that go on about
     the same thing left out; latest: the latest event time of such an alert, -1 for none; beyond: alerts under ALWAYS of
@@ -64,8 +64,8 @@ class Tally:
     latest: int = -1
     beyond: int = 0
 
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(
+    def __add__(self, other: HourCounts) -> HourCounts:
+        return HourCounts(
             self.events + other.events,
             self.expected + other.expected,
             self.uncorrected + other.uncorrected,
@@ -75,14 +75,14 @@ class Tally:
         )
 
 
-def line_at(lines: Sequence[Line], time: NDArray[np.int64]) -> NDArray[np.float64]:
+def threshold_at(lines: Sequence[Threshold], time: NDArray[np.int64]) -> NDArray[np.float64]:
     """The line in force at each event time, float64 [n]. lines: at least one, by start; before the first, the first."""
     place = np.searchsorted([line.start for line in lines], time, side="right") - 1
     return np.asarray(np.array([line.in_force for line in lines])[np.maximum(place, 0)], np.float64)
 
 
 @dataclass
-class Budget:
+class MovingThreshold:
     """The lines of one tenant and what was spent.
 
     Args:
@@ -96,12 +96,12 @@ class Budget:
 
     alerts_per_day: float
     events_per_day: float
-    lines: list[Line] = field(default_factory=list)
-    tallies: dict[int, Tally] = field(default_factory=dict)
-    elsewhere: dict[int, Tally] = field(default_factory=dict)
+    lines: list[Threshold] = field(default_factory=list)
+    tallies: dict[int, HourCounts] = field(default_factory=dict)
+    elsewhere: dict[int, HourCounts] = field(default_factory=dict)
     stories: dict[str, int] = field(default_factory=dict)
 
-    def copy(self) -> Budget:
+    def copy(self) -> MovingThreshold:
         """One that may go its own way."""
         tallies, elsewhere, stories = {**self.tallies}, {**self.elsewhere}, {**self.stories}
         return replace(self, lines=[*self.lines], tallies=tallies, elsewhere=elsewhere, stories=stories)
@@ -136,7 +136,7 @@ class Budget:
         start = hour * HOUR_MS
         if self.elsewhere:  # What others have let through was judged by the line before.
             start = max(start, 1 + max(tally.latest for tally in self.elsewhere.values()))
-        self.lines.append(Line(start, *self._decide(hour), self._share(hour)))
+        self.lines.append(Threshold(start, *self._decide(hour), self._share(hour)))
         for counted in (self.tallies, self.elsewhere):
             for old in [old for old in counted if old < hour - _KEPT_H]:
                 del counted[old]
@@ -144,10 +144,10 @@ class Budget:
 
     def at(self, time: NDArray[np.int64]) -> NDArray[np.float64]:
         """The line in force at each event time, float64 [n]; before the first, the first."""
-        lines = self.lines[-_RECENT:] or [Line(0, self._promised(self.events_per_day))]
+        lines = self.lines[-_RECENT:] or [Threshold(0, self._promised(self.events_per_day))]
         if len(self.lines) > _RECENT and time.min(initial=lines[0].start) < lines[0].start:
             lines = self.lines
-        return line_at(lines, time)
+        return threshold_at(lines, time)
 
     @property
     def newest_hour(self) -> int:
@@ -171,21 +171,21 @@ class Budget:
         crossing = np.flatnonzero(p_value <= line)
         for row in crossing[np.argsort(time[crossing], kind="stable")].tolist():
             moment = int(time[row])
-            now = self._line_at(moment)
+            now = self._threshold_at(moment)
             if p_value[row] > now.in_force:
                 continue
             if self._goes_on(story(int(rows[row])), moment):
                 continue
             if p_value[row] <= ALWAYS * now.p_value:
-                self._count(hour, Tally(beyond=1))
+                self._count(hour, HourCounts(beyond=1))
                 continue
-            self._count(hour, Tally(spent=1, latest=moment))
+            self._count(hour, HourCounts(spent=1, latest=moment))
             if moves:
                 self._tighten(moment)
         line = self.at(time)
         expected = float(line.sum())
         correction = self.lines[-1].correction if self.lines else 1.0
-        self._count(hour, Tally(len(time), expected, expected / correction))
+        self._count(hour, HourCounts(len(time), expected, expected / correction))
         return line
 
     def _goes_on(self, about: str, moment: int) -> bool:
@@ -196,10 +196,10 @@ class Budget:
         self.stories[about] = moment if last is None else max(moment, last)
         return last is not None and abs(moment - last) <= STORY_MS
 
-    def _line_at(self, moment: int) -> Line:
+    def _threshold_at(self, moment: int) -> Threshold:
         """The line in force at an event time, or the one that is promised where there is none yet."""
         found = next((line for line in reversed(self.lines) if line.start <= moment), None)
-        return found or (self.lines[0] if self.lines else Line(0, self._promised(self.events_per_day)))
+        return found or (self.lines[0] if self.lines else Threshold(0, self._promised(self.events_per_day)))
 
     def _tighten(self, moment: int) -> None:
         """After an alert, if six hours run out of budget. Not from before what was let through already: a line is never
@@ -231,7 +231,7 @@ class Budget:
         # Sums of floating-point numbers depend on how the stream was cut into batches, so the last digits go.
         return float(f"{min(line * correction, MAX_LINE):.6g}"), correction
 
-    def _correction(self, week: list[Tally], promised: float) -> float:
+    def _correction(self, week: list[HourCounts], promised: float) -> float:
         """What was promised, over what uncorrected lines would have cost: so many alerts more or fewer came than were
         expected of the lines that there were. Those under ALWAYS count here: they close nothing, but are read, too."""
         prior = PRIOR_DAYS * self.alerts_per_day
@@ -243,8 +243,8 @@ class Budget:
     def _promised(self, events: float) -> float:
         return min(MAX_LINE, self.alerts_per_day / max(events, 1.0))
 
-    def _tally(self, hour: int) -> Tally:
-        return self.tallies.get(hour, Tally()) + self.elsewhere.get(hour, Tally())
+    def _tally(self, hour: int) -> HourCounts:
+        return self.tallies.get(hour, HourCounts()) + self.elsewhere.get(hour, HourCounts())
 
-    def _count(self, hour: int, tally: Tally) -> None:
-        self.tallies[hour] = self.tallies.get(hour, Tally()) + tally
+    def _count(self, hour: int, tally: HourCounts) -> None:
+        self.tallies[hour] = self.tallies.get(hour, HourCounts()) + tally

@@ -1,4 +1,5 @@
-"""The ledger: a compacted topic that holds every alert line of a tenant and what was spent, and the `Budget` over it.
+"""The ledger: a compacted topic that holds every alert line of a tenant and what was spent, and the `MovingThreshold`
+over it.
 
 Promises: lines and counts are written in the transaction of the alerts that they are about, so that after a crash or an
 abort the stream is judged by what subscribers were shown; one process of the group decides lines, the one that reads
@@ -20,10 +21,11 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType  # type: ignore[attr-defined]
 from numpy.typing import NDArray
 
-from streamer.alerting.threshold import Budget, Line, Tally, line_at
+from state.errors import SourcePartition
+from streamer.alerting.threshold import HourCounts, MovingThreshold, Threshold, threshold_at
 from streamer.detection.batches import ScoredBatch
 from streamer.errors import ConfigurationError
-from streamer.kafka.client import Offsets, SourcePartition, build, client_properties, reason_of
+from streamer.kafka.client import Offsets, build, client_properties, reason_of
 from streamer.kafka.producer import Output
 from streamer.settings import Settings
 
@@ -36,7 +38,7 @@ KEPT_LINES = 1024
 _log = structlog.get_logger("ripcurrent.ledger")
 
 
-class Ledger:
+class ThresholdLedger:
     """What the service asks for the line, and gives what its transactions carry. For one thread.
 
     Args:
@@ -48,7 +50,7 @@ class Ledger:
         self._settings = settings
         self._instance = instance
         self._reader = _Reader(settings)
-        self._committed = Budget(settings.alerts_per_day, events_per_day)
+        self._committed = MovingThreshold(settings.alerts_per_day, events_per_day)
         self._budget = self._committed.copy()
         self._read_at = 0.0
         self._owner = False
@@ -134,23 +136,23 @@ class Ledger:
             budget.elsewhere = {}
             for (hour, instance), tally in self._reader.tallies.items():
                 if instance != self._instance:
-                    budget.elsewhere[hour] = budget.elsewhere.get(hour, Tally()) + tally
+                    budget.elsewhere[hour] = budget.elsewhere.get(hour, HourCounts()) + tally
         own = {hour: tally for (hour, name), tally in self._reader.tallies.items() if name == self._instance}
         if not self._committed.tallies:
             self._committed.tallies = own
 
 
-class Lines:
-    """The recorded lines of a tenant, for replay: `Lines.read(settings).at(event_time)`."""
+class RecordedThresholds:
+    """The recorded lines of a tenant, for replay: `RecordedThresholds.read(settings).at(event_time)`."""
 
-    def __init__(self, lines: Mapping[int, Line]) -> None:
+    def __init__(self, lines: Mapping[int, Threshold]) -> None:
         self._lines = [line for _, line in sorted(lines.items())]
 
     def __len__(self) -> int:
         return len(self._lines)
 
     @classmethod
-    def read(cls, settings: Settings) -> Lines:
+    def read(cls, settings: Settings) -> RecordedThresholds:
         """The lines of `settings.tenant` in `settings.ledger` that were decided for its `alerts_per_day`; none where
         there is no such topic. Raises ConfigurationError where it cannot be read."""
         try:
@@ -171,16 +173,16 @@ class Lines:
         where none is recorded."""
         if not self._lines:
             raise ValueError("no line is recorded")
-        return line_at(self._lines, event_time)
+        return threshold_at(self._lines, event_time)
 
 
 class _Reader:
     """The records of a tenant, as far as they have been read."""
 
     def __init__(self, settings: Settings) -> None:
-        self.lines: dict[int, Line] = {}
+        self.lines: dict[int, Threshold] = {}
         self.budgets: dict[int, float] = {}
-        self.tallies: dict[tuple[int, str], Tally] = {}
+        self.tallies: dict[tuple[int, str], HourCounts] = {}
         self._settings = settings
         self._tenant = settings.tenant
         own = {"group.id": settings.kafka.group_id, "isolation.level": "read_committed", "enable.auto.commit": False}
@@ -224,13 +226,13 @@ class _Reader:
         body = orjson.loads(value) if value else None
         if kind == "line" and body is not None:
             self.budgets[int(number)] = body["alerts_per_day"]
-            self.lines[int(number)] = Line(int(number), body["p_value"], body["correction"], body["share"])
+            self.lines[int(number)] = Threshold(int(number), body["p_value"], body["correction"], body["share"])
         elif kind == "tally":
             place = int(number), "".join(instance)
             if body is None:
                 self.tallies.pop(place, None)
             else:
-                self.tallies[place] = Tally(**body)
+                self.tallies[place] = HourCounts(**body)
 
 
 def check_compacted(settings: Settings) -> None:

@@ -25,19 +25,19 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
-from encoder.models.record_encoder import Encoder
+from encoder.models.record_encoder import RecordEncoder
 from encoder.models.record_network import EMBEDDING
 from encoder.models.sequence_model import SequenceModel
 from state.baseline.baseline import Baseline
 from state.baseline.density import Density
 from state.calibration import Calibration
-from state.cooccurrence import Overlaps
-from state.drift_guard import Watch
-from state.rate_profiles import Habits
+from state.cooccurrence import Cooccurrence
+from state.drift_guard import EntityDrifts
+from state.rate_profiles import RateProfiles
 from streamer.bundles.manifest import FORMAT, MANIFEST, SCHEMA, BundleError, digest_of, resolve, verify
 from streamer.detection.bundle import ENCODER_FILE, Bundle
-from streamer.detection.combine import Scorer
-from streamer.detection.cooccurrence_score import OverlapScorer
+from streamer.detection.combine import EventScorer
+from streamer.detection.cooccurrence_score import CooccurrenceScorer
 from streamer.detection.rate_score import RateScorer
 from streamer.detection.record_score import RecordScorer
 from streamer.detection.sequence_score import SequenceScorer
@@ -50,17 +50,17 @@ _HABITS = ("keys", "most", "usual", "kinds")
 def save(
     path: Path,
     *,
-    encoder: Encoder,
-    scorer: Scorer,
+    encoder: RecordEncoder,
+    scorer: EventScorer,
     exemplars: list[bytes],
-    behaviours: list[bytes],
+    anonymised: list[bytes],
     profile: NDArray[np.int64],
     training: dict[str, Any],
     codes: NDArray[np.uint16],
-    watch: Watch | None = None,
+    watch: EntityDrifts | None = None,
 ) -> Bundle:
     """Write a bundle; what stands at `path` is replaced only once the new one is whole."""
-    path, watch = path.absolute(), watch or Watch()
+    path, watch = path.absolute(), watch or EntityDrifts()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -76,7 +76,7 @@ def save(
         arrays["exemplars.codes"] = np.ascontiguousarray(codes)
         save_arrays(arrays, temporary / _SCORES)
         (temporary / _EXEMPLARS).write_bytes(b"".join(line + b"\n" for line in exemplars))
-        (temporary / _BEHAVIOURS).write_bytes(b"".join(line + b"\n" for line in behaviours))
+        (temporary / _BEHAVIOURS).write_bytes(b"".join(line + b"\n" for line in anonymised))
         files = {file.name: digest_of(file) for file in sorted(temporary.iterdir())}
         name = hashlib.sha256(orjson.dumps(files)).hexdigest()[:12]
         manifest = {
@@ -96,7 +96,7 @@ def save(
         raise BundleError(f"{path} cannot be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Bundle(encoder, scorer, exemplars, behaviours, profile, manifest, codes, watch)
+    return Bundle(encoder, scorer, exemplars, anonymised, profile, manifest, codes, watch)
 
 
 def _swap(new: Path, path: Path) -> None:
@@ -112,7 +112,7 @@ def _swap(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _scorer_arrays(scorer: Scorer) -> dict[str, NDArray[Any]]:
+def _scorer_arrays(scorer: EventScorer) -> dict[str, NDArray[Any]]:
     record = scorer.record
     arrays: dict[str, NDArray[Any]] = {
         "baseline.members": record.baseline.members,
@@ -154,7 +154,7 @@ def load(path: Path, device: str = "cpu") -> Bundle:
     path = resolve(path)
     manifest, schema = verify(path)
     try:
-        encoder = Encoder.from_state(schema, load_tensors(path / ENCODER_FILE), torch.device(device))
+        encoder = RecordEncoder.from_state(schema, load_tensors(path / ENCODER_FILE), torch.device(device))
         arrays = load_arrays(path / _SCORES)
         baseline = Baseline.load(
             path / _INDEX, manifest["baseline"], arrays["baseline.members"], dim=EMBEDDING, device=device
@@ -170,17 +170,17 @@ def load(path: Path, device: str = "cpu") -> Bundle:
             sequences = SequenceScorer(model, _calibrations(arrays, "sequence"))
         rates = None
         if "habits.keys" in arrays:
-            habits = Habits(*(arrays[f"habits.{name}"] for name in _HABITS))
+            habits = RateProfiles(*(arrays[f"habits.{name}"] for name in _HABITS))
             rates = RateScorer(habits, _calibrations(arrays, "rate"))
         overlaps = None
         if "overlaps.keys" in arrays:
-            learned = Overlaps(*(arrays[f"overlaps.{name}"] for name in ("keys", "events", "pairs", "counts")))
-            overlaps = OverlapScorer(learned, _calibrations(arrays, "overlap"))
-        scorer = Scorer(record, sequences, rates, _calibrations(arrays, "event")["event"], overlaps)
+            learned = Cooccurrence(*(arrays[f"overlaps.{name}"] for name in ("keys", "events", "pairs", "counts")))
+            overlaps = CooccurrenceScorer(learned, _calibrations(arrays, "overlap"))
+        scorer = EventScorer(record, sequences, rates, _calibrations(arrays, "event")["event"], overlaps)
         profile, codes = arrays["profile"], arrays["exemplars.codes"]
-        watch = Watch(arrays.get("watch.keys"), arrays.get("watch.walks"))
+        watch = EntityDrifts(arrays.get("watch.keys"), arrays.get("watch.walks"))
     except (SafetensorError, KeyError) as error:
         raise BundleError(f"bundle {path} does not hold what its manifest says ({error}); fit it again") from error
     exemplars = (path / _EXEMPLARS).read_bytes().splitlines()
-    behaviours = (path / _BEHAVIOURS).read_bytes().splitlines()
-    return Bundle(encoder, scorer, exemplars, behaviours, profile, manifest, codes, watch)
+    anonymised = (path / _BEHAVIOURS).read_bytes().splitlines()
+    return Bundle(encoder, scorer, exemplars, anonymised, profile, manifest, codes, watch)

@@ -17,7 +17,7 @@ from streamer.errors import ConfigurationError
 from streamer.settings import Settings
 
 if TYPE_CHECKING:
-    from streamer.alerting.alert_reader import Finding, Story
+    from streamer.alerting.alert_reader import AlertEpisode, Finding
 
 
 class Verdict(StrEnum):
@@ -233,7 +233,7 @@ def report(
     typer.echo(f"{len(material.findings):,} findings, {len(material.p_values):,} scores, the page is {out}")
 
 
-def _story(settings: Settings, uid: str, since: Sequence[str]) -> Story:
+def _story(settings: Settings, uid: str, since: Sequence[str]) -> AlertEpisode:
     """The story on the alert topic that a uid names, with the verdicts on it."""
     from streamer.alerting.alert_reader import between, story
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from state.episodes import CLOSE, CREATE
 from streamer.alerting import text as wording
-from streamer.alerting.alert_reader import Finding, Story, own
+from streamer.alerting.alert_reader import AlertEpisode, Finding, own
 
 SEVERITY = {1: "dim", 2: "cyan", 3: "yellow", 4: "red", 5: "bold red"}
 _ACTIVITY = {1: "new", 2: "more", 3: "over"}
@@ -39,7 +39,7 @@ def line(finding: Finding, verbose: bool = False) -> Text:
     return text
 
 
-def whole(story: Story) -> Text:
+def whole(story: AlertEpisode) -> Text:
     """A story: what is told of it, how bad and how sure, why, and what came when."""
     told, last = story.told, story.last
     info = told["finding_info"]

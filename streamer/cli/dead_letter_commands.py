@@ -16,7 +16,7 @@ from streamer.cli.flags import From, Last, To, ends_of, takes_settings
 from streamer.settings import Settings
 
 if TYPE_CHECKING:
-    from streamer.kafka.dead_letter_reader import Letter
+    from streamer.kafka.dead_letter_reader import DeadLetter
 
 app = typer.Typer(name="dlq", no_args_is_help=True, help="What could not be read: list it, look at it, send it back.")
 Kind = Annotated[
@@ -41,7 +41,7 @@ def list_letters(
     starts, ends = ends_of(since, until, last)
     wanted = range_of(settings, starts, ends, int(time.time() * 1000))
     counts: Counter[tuple[str, str]] = Counter()
-    latest: list[Letter] = []
+    latest: list[DeadLetter] = []
     for batch in letters(settings, wanted):
         chosen = [letter for letter in batch if exception in (None, letter.exception)]
         counts.update((letter.exception, letter.source[0]) for letter in chosen)
@@ -100,7 +100,7 @@ def redrive(
     sent = positions(settings)
     if not dry_run:
         sent.open()
-    found: Iterable[list[Letter]]
+    found: Iterable[list[DeadLetter]]
     if where:
         found = [[letter] for letter in named(settings, [place(text) for text in where])]
     else:
@@ -120,7 +120,7 @@ def redrive(
         typer.echo("nothing to send")
 
 
-def _described(letter: Letter) -> dict[str, Any]:
+def _described(letter: DeadLetter) -> dict[str, Any]:
     return {
         "letter": letter.place,
         "source": letter.origin,
@@ -134,7 +134,7 @@ def _described(letter: Letter) -> dict[str, Any]:
     }
 
 
-def _print_letters(counts: Counter[tuple[str, str]], latest: list[Letter], title: str) -> None:
+def _print_letters(counts: Counter[tuple[str, str]], latest: list[DeadLetter], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -23,7 +23,7 @@ DISTRUST = "do not trust"
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """mark: ok, warn or bad; what: the part that was looked at; told: one line."""
 
     mark: str
@@ -31,7 +31,7 @@ class Finding:
     told: str
 
 
-def examine(settings: Settings) -> Iterator[Finding]:
+def examine(settings: Settings) -> Iterator[Check]:
     """Look at one part after the other. Never raises."""
     yield _looked("bundle", _bundle, settings)
     yield _looked("redis", _redis, settings)
@@ -42,11 +42,11 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield from service(settings)
 
 
-def _looked(what: str, look: Callable[[Settings], str], settings: Settings) -> Finding:
+def _looked(what: str, look: Callable[[Settings], str], settings: Settings) -> Check:
     try:
-        return Finding("ok", what, look(settings))
+        return Check("ok", what, look(settings))
     except (RipcurrentError, StateError) as error:
-        return Finding("bad", what, str(error))
+        return Check("bad", what, str(error))
 
 
 def _bundle(settings: Settings) -> str:
@@ -66,10 +66,10 @@ def _kafka(settings: Settings) -> str:
 def _ledger(settings: Settings) -> str:
     if settings.line is not None:
         return f"not needed: the line is fixed at {settings.line:g}"
-    from streamer.alerting.threshold_ledger import Lines, check_compacted
+    from streamer.alerting.threshold_ledger import RecordedThresholds, check_compacted
 
     check_compacted(settings)
-    return f"{len(Lines.read(settings))} lines are recorded for {settings.alerts_per_day:g} alerts a day"
+    return f"{len(RecordedThresholds.read(settings))} lines are recorded for {settings.alerts_per_day:g} alerts a day"
 
 
 def _redis(settings: Settings) -> str:
@@ -77,17 +77,17 @@ def _redis(settings: Settings) -> str:
     return f"{shown(settings)['redis.url']} answers"
 
 
-def service(settings: Settings) -> Iterator[Finding]:
+def service(settings: Settings) -> Iterator[Check]:
     """What the service that runs on this machine says of itself. Never raises."""
     url = f"http://localhost:{settings.metrics_port}/metrics"
     if not settings.metrics_port:
-        yield Finding("warn", "service", "metrics_port is 0: whether it runs and how it does cannot be asked")
+        yield Check("warn", "service", "metrics_port is 0: whether it runs and how it does cannot be asked")
         return
     try:
         with urllib.request.urlopen(url, timeout=SERVICE_S) as answer:
             text = answer.read().decode()
     except (urllib.error.URLError, OSError) as error:
-        yield Finding("warn", "service", f"none answers on port {settings.metrics_port} ({error}); drift is not known")
+        yield Check("warn", "service", f"none answers on port {settings.metrics_port} ({error}); drift is not known")
         return
     samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
 
@@ -98,8 +98,8 @@ def service(settings: Settings) -> Iterator[Finding]:
         return next((s.value for s in samples if s.name == f"ripcurrent_{name}"), float("nan"))
 
     serving = next((version for version, on in labelled("bundle_info", "version").items() if on), "a bundle")
-    yield Finding("ok", "service", f"{serving} serves, {value('events_total'):,.0f} events since it started")
-    yield Finding(
+    yield Check("ok", "service", f"{serving} serves, {value('events_total'):,.0f} events since it started")
+    yield Check(
         "ok",
         "budget",
         f"{value('budget_spent_today'):.0f} alerts of {value('budget_promised_per_day'):g} today, line "
@@ -110,10 +110,10 @@ def service(settings: Settings) -> Iterator[Finding]:
     shifted = ", ".join(f"{name} {worth:.2f}" for name, worth in psi)
     unknown = labelled("drift_unknown_share", "where")
     if not verdict:
-        yield Finding("ok", "drift", f"not known yet: {value('drift_events'):,.0f} events of the last day are too few")
+        yield Check("ok", "drift", f"not known yet: {value('drift_events'):,.0f} events of the last day are too few")
         return
     ratios = ", ".join(f"{ratio:.2f} at {level}" for level, ratio in labelled("drift_p_value_ratio", "level").items())
-    yield Finding(
+    yield Check(
         "bad" if verdict == DISTRUST else "ok" if verdict == "healthy" else "warn",
         "drift",
         f"{verdict}; most shifted fields {shifted}; unknown values {unknown.get('live', 0):.2%} (in training "

@@ -19,7 +19,7 @@ from streamer.settings import Settings
 
 if TYPE_CHECKING:
     from encoder.ocsf.events import Message
-    from streamer.training.fit import Progress, Reread
+    from streamer.training.fit import Reread, StageProgress
 
 BUNDLE = Path("bundle")
 Files = Annotated[list[Path], typer.Argument(help="Events: NDJSON, gzipped NDJSON or Parquet.", show_default=False)]
@@ -28,7 +28,7 @@ Device = Annotated[str, typer.Option(help="Where the network runs: cpu, cuda, cu
 
 
 @contextmanager
-def progress_bars() -> Iterator[Progress]:
+def progress_bars() -> Iterator[StageProgress]:
     """Progress bars on stderr, a bar a stage; a line a stage where stderr is no terminal."""
     import sys
 
@@ -130,7 +130,7 @@ def score(
     severity (0 to 100), alert (true or false), entity and cause. With --alerts, the findings: what is one story is
     told once there, updated and closed, as on the alert topic.
     """
-    from streamer.alerting.file_thresholds import lines_of
+    from streamer.alerting.file_thresholds import thresholds_of
     from streamer.bundles.bundle_files import load
     from streamer.detection.score_files import score_files
     from streamer.offline.file_output import write_alerts, write_scores
@@ -139,7 +139,7 @@ def score(
     opened = load(bundle, device)
     with progress_bars() as progress:
         scored = score_files([file], opened, lambda done: progress("score", done, 0, f"{done:,} events"))
-    lines = lines_of(scored, alerts_per_day, opened)
+    lines = thresholds_of(scored, alerts_per_day, opened)
     alerts = write_scores(scored, lines, out)
     typer.echo(f"{len(scored):,} events, {alerts:,} alerts, scores in {out}")
     if findings is not None:

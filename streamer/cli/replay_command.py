@@ -64,7 +64,7 @@ def replay(
     from streamer.kafka.offset_ranges import parse_duration
     from streamer.replay.comparison import Comparing, compare_file
     from streamer.replay.outputs import FileSink, TopicSink
-    from streamer.replay.replay import Progress, ReplayDetector, plan
+    from streamer.replay.replay import ReplayDetector, ReplayProgress, plan
     from streamer.replay.replay import replay as run
 
     if ((scores or compare) and out_topic) or (scores and compare):
@@ -94,7 +94,7 @@ def replay(
         return plan(settings, starts, ends, warmup_ms, int(time.time() * 1000))
 
     with _cut_off("the same command goes on where it was"):
-        progress: Progress = sink.begin(orjson.dumps(asked).decode(), frozen)
+        progress: ReplayProgress = sink.begin(orjson.dumps(asked).decode(), frozen)
         _say_range(progress.plan, progress.counts)
         judging.begin(progress.plan.horizon_ms)
         with progress_bars() as show:

@@ -73,13 +73,13 @@ class PreparedBatch:
     events: EventBatch
     rejects: list[Reject]
     codes: NDArray[np.int32]
-    behaviours: NDArray[np.float16]
+    anonymised: NDArray[np.float16]
     record: NDArray[np.float64]
     cause: NDArray[np.object_]
     seconds: Mapping[str, float]
 
 
-class Laps:
+class StageTimer:
     """Seconds by stage, each from the end of the one before; goes on from those that were taken already."""
 
     def __init__(self, seconds: Mapping[str, float] = MappingProxyType({})) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from encoder.models.record_encoder import Encoder
-from state.drift_guard import Watch
-from streamer.detection.combine import Scorer
+from encoder.models.record_encoder import RecordEncoder
+from state.drift_guard import EntityDrifts
+from streamer.detection.combine import EventScorer
 
 ENCODER_FILE = "encoder.safetensors"
 
@@ -23,14 +23,14 @@ class Bundle:
     profile: how often each code of each field came in training; manifest: what `manifest.json` says; watch: how far
     entities have come from what they did first, as of the last refresh."""
 
-    encoder: Encoder
-    scorer: Scorer
+    encoder: RecordEncoder
+    scorer: EventScorer
     exemplars: list[bytes]
-    behaviours: list[bytes]
+    anonymised: list[bytes]
     profile: NDArray[np.int64]
     manifest: dict[str, Any]
     codes: NDArray[np.uint16]
-    watch: Watch = field(default_factory=Watch)
+    watch: EntityDrifts = field(default_factory=EntityDrifts)
 
     @property
     def version(self) -> str:

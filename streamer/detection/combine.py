@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.calibration import Calibration
-from streamer.detection.cooccurrence_score import OverlapScorer
+from streamer.detection.cooccurrence_score import CooccurrenceScorer
 from streamer.detection.rate_score import RateScorer
 from streamer.detection.record_score import RecordScorer
 from streamer.detection.sequence_score import SequenceScorer
@@ -41,7 +41,7 @@ def severity(p_value: NDArray[np.float64]) -> NDArray[np.float32]:
 
 
 @dataclass
-class Scorer:
+class EventScorer:
     """Record and history joined: the event is as unusual as the stronger of the two says, calibrated again.
 
     sequences and rates: None where no event of training named an entity; overlaps: None where none named a user.
@@ -51,7 +51,7 @@ class Scorer:
     sequences: SequenceScorer | None
     rates: RateScorer | None
     event: Calibration
-    overlaps: OverlapScorer | None
+    overlaps: CooccurrenceScorer | None
 
     def p_value(self, record: NDArray[np.float64], history: NDArray[np.float64]) -> NDArray[np.float64]:
         """Evidence of both, float64 [n] in nats, to p-values.

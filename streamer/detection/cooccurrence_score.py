@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from encoder.ocsf.activity_counts import COUNTED
 from encoder.ocsf.entities import KINDS
 from state.calibration import FEW, Calibration
-from state.cooccurrence import Overlaps, near
+from state.cooccurrence import Cooccurrence, near
 from state.rolling_counts import PARTNERS
 from state.windows import Windows
 
@@ -28,10 +28,10 @@ _EVENT = "event"
 
 
 @dataclass
-class OverlapScorer:
+class CooccurrenceScorer:
     """Calibrated for each sort of partner, then by event, of which most say nothing."""
 
-    overlaps: Overlaps
+    overlaps: Cooccurrence
     calibrations: dict[str, Calibration] = field(default_factory=dict)
 
     def fit(self, surprise: NDArray[np.float64], events: int) -> None:

@@ -17,22 +17,22 @@ from numpy.typing import NDArray
 
 from encoder.features.schema import Schema
 from encoder.models.record_encoder import Encoded
-from encoder.ocsf.activity_counts import acts
+from encoder.ocsf.activity_counts import activity_counts
 from encoder.ocsf.decoder import decode
 from encoder.ocsf.entities import Entities
 from encoder.ocsf.entities import entities as find_entities
 from encoder.ocsf.events import EventBatch, Message
 from state.memory.timers import MemoryTimers
 from state.rolling_counts import LEVELS
-from state.timers import Heard, Silence, TimerStore
+from state.timers import Activity, Inactivity, TimerStore
 from state.windows import WindowEntries, Windows, WindowStore
-from streamer.detection.batches import Laps, PreparedBatch, ScoredBatch
+from streamer.detection.batches import PreparedBatch, ScoredBatch, StageTimer
 from streamer.detection.bundle import Bundle
 from streamer.detection.combine import severity, weighed
 from streamer.detection.cooccurrence_score import CAUSES as AT_ONCE
 from streamer.detection.drift import Drift
 from streamer.detection.inactivity import CAUSE as SILENCE
-from streamer.detection.inactivity import Watch, coordinates_of, rows_of, unpack
+from streamer.detection.inactivity import InactivityMonitor, coordinates_of, rows_of, unpack
 from streamer.detection.rate_score import RateScorer
 from streamer.detection.record_score import DENSITY_TRUST, Parts
 from streamer.detection.sequence_score import MISSING, ORDER
@@ -56,7 +56,7 @@ class _History:
     level: NDArray[np.uint8]
     window: NDArray[np.intp]
     windows: Windows | None = None
-    silent: list[Silence] = field(default_factory=list)
+    silent: list[Inactivity] = field(default_factory=list)
 
 
 class Detector:
@@ -77,7 +77,7 @@ class Detector:
         self._causes = np.array([f"record:{field.path}" for field in fields], object)
         sequences, self._watch = bundle.scorer.sequences, None
         if timers is not None and sequences is not None and sequences.model.silence:
-            self._watch = Watch(bundle.scorer, sequences, timers)
+            self._watch = InactivityMonitor(bundle.scorer, sequences, timers)
 
     def score(self, messages: Sequence[Message]) -> ScoredBatch:
         """Score a batch of messages, whole messages in stream order within each partition."""
@@ -86,7 +86,7 @@ class Detector:
     def prepare(self, messages: Sequence[Message]) -> PreparedBatch:
         """What can be said of events by themselves. Reads and changes nothing that is remembered, so that it may be
         done ahead, in another thread, and thrown away."""
-        laps = Laps()
+        laps = StageTimer()
         events, rejects = decode(messages)
         laps.end("decode")
         encoder, scorer = self.bundle.encoder, self.bundle.scorer
@@ -95,22 +95,22 @@ class Detector:
         distinct = features.take(first)
         laps.end("vectorize")
         encoded = encoder.encode(distinct)
-        behaviours = encoder.behaviours(distinct)[like]
+        anonymised = encoder.anonymised(distinct)[like]
         laps.end("encode")
         types = distinct.codes[:, 0].astype(np.int64)
         parts = scorer.record.parts(scorer.record.raw(encoded, types), types)
         record = scorer.record.evidence(parts)[like]
         cause = self._causes[_causal_field(encoded, parts)][like]
         laps.end("compare")
-        return PreparedBatch(events, rejects, features.codes, behaviours, record, cause, laps.seconds)
+        return PreparedBatch(events, rejects, features.codes, anonymised, record, cause, laps.seconds)
 
     def judge(self, prepared: PreparedBatch) -> ScoredBatch:
         """Score what was prepared, by the histories that it is part of from now on."""
-        laps = Laps(prepared.seconds)
+        laps = StageTimer(prepared.seconds)
         events, record, cause = prepared.events, prepared.record, prepared.cause
         entities = find_entities(events)
         entity = np.array(entities.primary, object)
-        history = self._judge_windows(events, entities, prepared.behaviours, laps)
+        history = self._judge_windows(events, entities, prepared.anonymised, laps)
         by_history = history.evidence > record
         p_value = self.bundle.scorer.p_value(record, history.evidence)
         in_sequence = np.flatnonzero(by_history & np.isin(history.cause, (ORDER, MISSING)))
@@ -139,7 +139,7 @@ class Detector:
         events, _ = decode(messages)
         features = self.bundle.encoder.vectorize(events)
         first, like = features.distinct()
-        vectors = self.bundle.encoder.behaviours(features.take(first))[like]
+        vectors = self.bundle.encoder.anonymised(features.take(first))[like]
         entities = find_entities(events)
         windows = self.windows.append(window_entries(events, entities, vectors)) if len(entities) else None
         if self._watch is not None and (sequences := self.bundle.scorer.sequences) is not None:
@@ -149,7 +149,7 @@ class Detector:
             self._watch.advance(events, entities, ending, windows, raw)
 
     def _judge_windows(
-        self, events: EventBatch, entities: Entities, vectors: NDArray[np.float16], laps: Laps
+        self, events: EventBatch, entities: Entities, vectors: NDArray[np.float16], laps: StageTimer
     ) -> _History:
         """Append the events to the windows of their entities, and judge each by the histories that it is part of."""
         n, kind, row = len(events), entities.kind, entities.row
@@ -209,13 +209,13 @@ class Detector:
         left = timers.finish() if isinstance(timers, MemoryTimers) else []
         return self._last_events(left) if left else None
 
-    def _silences(self, silent: list[Silence], events: EventBatch) -> ScoredBatch:
+    def _silences(self, silent: list[Inactivity], events: EventBatch) -> ScoredBatch:
         row = rows_of(silent, events.coordinates)
         order = np.argsort(row, kind="stable")
         return replace(self._last_events([silent[i].last for i in order.tolist()]), told=row[order])
 
     @staticmethod
-    def _last_events(last: list[Heard]) -> ScoredBatch:
+    def _last_events(last: list[Activity]) -> ScoredBatch:
         """What is known of the last events of entities that are silent, as events that were judged by that."""
         p_value = np.array([heard.p_value for heard in last], np.float64)
         return ScoredBatch(
@@ -242,15 +242,15 @@ def window_entries(events: EventBatch, entities: Entities, vectors: NDArray[np.f
         at.source[rows],
         at.offset[rows],
         at.index[rows],
-        acts(events, entities),
+        activity_counts(events, entities),
     )
 
 
 def _causal_field(encoded: Encoded, parts: Parts) -> NDArray[np.int32]:
     """int32 [n]: the field that says most about the strongest part: the furthest number where density speaks, else the
     least expected value."""
-    by_density = (DENSITY_TRUST * parts.density > parts.surprise) & (encoded.far_number >= 0)
-    return np.where(by_density, encoded.far_number, encoded.odd_field)
+    by_density = (DENSITY_TRUST * parts.density > parts.surprise) & (encoded.farthest_number >= 0)
+    return np.where(by_density, encoded.farthest_number, encoded.most_surprising_field)
 
 
 def compact(record: dict[str, Any], schema: Schema) -> dict[str, Any]:

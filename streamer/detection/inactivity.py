@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from encoder.ocsf.entities import KINDS, Entities
 from encoder.ocsf.events import Coordinates, EventBatch
-from state.errors import Source
-from state.timers import TICK_MS, Heard, Silence, Span, Tick, TimerStore
+from state.errors import SourcePartition
+from state.timers import TICK_MS, Activity, ClockAdvance, Inactivity, Span, TimerStore
 from state.windows import Windows
-from streamer.detection.combine import HISTORY_TRUST, Scorer, beyond_doubt
+from streamer.detection.combine import HISTORY_TRUST, EventScorer, beyond_doubt
 from streamer.detection.sequence_score import SequenceScorer
 
 CAUSE = "sequence:silence"
@@ -29,10 +29,10 @@ MAX_EVENT = 16 * 1024
 MAX_ATTRIBUTE = 512
 
 
-class Watch:
+class InactivityMonitor:
     """Watches the kinds of entity that come to an end. timers: who is waited for."""
 
-    def __init__(self, scorer: Scorer, sequences: SequenceScorer, timers: TimerStore) -> None:
+    def __init__(self, scorer: EventScorer, sequences: SequenceScorer, timers: TimerStore) -> None:
         self.timers = timers
         self._scorer, self._sequences = scorer, sequences
         self._quiet = np.array([sequences.model.silence.get(kind, 0) for kind in KINDS], np.int64)
@@ -48,7 +48,7 @@ class Watch:
         pairs: NDArray[np.intp],
         windows: Windows | None,
         raw: Mapping[str, NDArray[np.float64]],
-    ) -> list[Silence]:
+    ) -> list[Inactivity]:
         """Event time moves on by a batch: who fell silent at its events. pairs: as `ending` gives them; windows, raw:
         of these pairs, as `SequenceScorer.raw` has it (None: there are none). Raises a `StateError`."""
         found: list[_Pair] = []
@@ -62,17 +62,19 @@ class Watch:
             found = list(zip(*(column.tolist() for column in columns), names, strict=True))
         return self.timers.advance(list(self._steps(events, found)), _spans(events.coordinates))
 
-    def _steps(self, events: EventBatch, pairs: list[_Pair]) -> Iterator[Heard | Tick]:
+    def _steps(self, events: EventBatch, pairs: list[_Pair]) -> Iterator[Activity | ClockAdvance]:
         """In stream order; of what an entity does between two ticks the latest stands for all."""
         at, ticks = events.coordinates, dict(_ticks(events))
         events_at = _events(events, keep=self.timers.keeps_events)
         since: dict[tuple[str, int, bool], _Pair] = {}
 
-        def heard() -> Iterator[Heard]:
+        def heard() -> Iterator[Activity]:
             for row, quiet, p_value, complete, newest, entity in since.values():
                 place = at.sources[at.source[row]], int(at.offset[row]), int(at.index[row])
                 time = max(int(events.time[row]), 0)
-                yield Heard(entity, *place, time, quiet, p_value, complete, events_at(row) if newest else b"", newest)
+                yield Activity(
+                    entity, *place, time, quiet, p_value, complete, events_at(row) if newest else b"", newest
+                )
             since.clear()
 
         places = iter(sorted(ticks))
@@ -97,7 +99,7 @@ _Pair = tuple[int, int, float, bool, bool, str]
 """(row, quiet, p-value, complete, newest, entity)"""
 
 
-def _ticks(events: EventBatch) -> Iterator[tuple[int, Tick]]:
+def _ticks(events: EventBatch) -> Iterator[tuple[int, ClockAdvance]]:
     """The rows at which the clock of a source may move on."""
     at = events.coordinates
     for number, source in enumerate(at.sources):
@@ -107,10 +109,10 @@ def _ticks(events: EventBatch) -> Iterator[tuple[int, Tick]]:
         clock = np.maximum.accumulate(np.maximum(events.time[rows], 0)) // TICK_MS
         moves = np.append(True, clock[1:] > clock[:-1])
         for row, now in zip(rows[moves].tolist(), clock[moves].tolist(), strict=True):
-            yield row, Tick(source, int(at.offset[row]), int(at.index[row]), now * TICK_MS)
+            yield row, ClockAdvance(source, int(at.offset[row]), int(at.index[row]), now * TICK_MS)
 
 
-def _spans(at: Coordinates) -> dict[Source, Span]:
+def _spans(at: Coordinates) -> dict[SourcePartition, Span]:
     spans = {}
     for number, source in enumerate(at.sources):
         offsets = at.offset[at.source == number]
@@ -149,7 +151,7 @@ def unpack(event: bytes) -> dict[str, Any]:
     return record
 
 
-def coordinates_of(last: list[Heard]) -> Coordinates:
+def coordinates_of(last: list[Activity]) -> Coordinates:
     """Of the last events."""
     sources = tuple(dict.fromkeys(heard.source for heard in last))
     return Coordinates(
@@ -160,7 +162,7 @@ def coordinates_of(last: list[Heard]) -> Coordinates:
     )
 
 
-def rows_of(silences: list[Silence], at: Coordinates) -> NDArray[np.intp]:
+def rows_of(silences: list[Inactivity], at: Coordinates) -> NDArray[np.intp]:
     """The rows of a batch at which these were clear, intp [k]."""
     rows = []
     for silence in silences:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.calibration import Calibration
-from state.rate_profiles import GROUPS, STRANGER, Excess, Habits
+from state.rate_profiles import GROUPS, STRANGER, RateExcess, RateProfiles
 from state.rolling_counts import LEVELS
 from streamer.detection.sequence_score import strongest_by_event
 
@@ -25,10 +25,12 @@ class RateScorer:
     then by kind, and by event, most of which raise nothing.
     """
 
-    habits: Habits
+    habits: RateProfiles
     calibrations: dict[str, Calibration] = field(default_factory=dict)
 
-    def fit(self, excess: Excess, kinds: NDArray[np.int8], entities: Sequence[str], rows: NDArray[np.int32]) -> None:
+    def fit(
+        self, excess: RateExcess, kinds: NDArray[np.int8], entities: Sequence[str], rows: NDArray[np.int32]
+    ) -> None:
         """Calibrate on m pairs of events and entities; kinds: int8 [m]; rows: int32 [m], the events."""
         _, entity = np.unique(np.array(entities, object).astype(str), return_inverse=True)
         for kind in np.unique(kinds).tolist():
@@ -50,7 +52,7 @@ class RateScorer:
         if len(np.unique(entity[rows])) >= MIN_ENTITIES:
             self.calibrations[name] = Calibration.fit(over[rows])
 
-    def evidence(self, excess: Excess, kinds: NDArray[np.int8]) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
+    def evidence(self, excess: RateExcess, kinds: NDArray[np.int8]) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
         """float64 [m], nats, against each event of an entity; int8 [m], the count that says so (its place in
         `tally.LEVELS`). A kind of entity that training had not has none."""
         strongest, column = self._strongest(excess, kinds)
@@ -63,11 +65,11 @@ class RateScorer:
             found = by_event.evidence(found)
         return found, column
 
-    def _strongest(self, excess: Excess, kinds: NDArray[np.int8]) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
+    def _strongest(self, excess: RateExcess, kinds: NDArray[np.int8]) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
         found = self.by_count(excess, kinds)
         return found.max(1, initial=0.0), found.argmax(1).astype(np.int8)
 
-    def by_count(self, excess: Excess, kinds: NDArray[np.int8]) -> NDArray[np.float64]:
+    def by_count(self, excess: RateExcess, kinds: NDArray[np.int8]) -> NDArray[np.float64]:
         """float64 [m, 8], nats: what each count says by itself, 0 where it was not raised beyond what was known."""
         found = np.zeros(excess.over.shape)
         rows, columns = np.nonzero(excess.over > 0)

@@ -57,8 +57,8 @@ class RecordScorer:
     def raw(self, encoded: Encoded, types: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
         """The uncalibrated scores of n distinct events, float64 [n] by name."""
         return {
-            "odd_value": encoded.odd_value.astype(np.float64),
-            "odd_for_actor": encoded.odd_for_actor.astype(np.float64),
+            "odd_value": encoded.max_surprise.astype(np.float64),
+            "odd_for_actor": encoded.max_surprise_for_actor.astype(np.float64),
             "novelty": self.baseline.search(encoded.vectors, NEIGHBOURS)[0].mean(1).astype(np.float64),
             "density": self.density(encoded.vectors, types),
         }

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from encoder.ocsf.events import Reject
-from state.errors import Source
+from state.errors import SourcePartition
 from state.memory.timers import MemoryTimers
 from state.memory.windows import MemoryWindows
 from streamer.detection.batches import ScoredBatch
@@ -67,7 +67,7 @@ def score_files(paths: Sequence[Path], bundle: Bundle, progress: Callable[[int],
     cause = np.concatenate([empty, *(part.cause for part in parts)])
     if (left := detector.finish()) is not None:
         silences.append(left)
-    places: dict[tuple[Source, int, int], int] = {}
+    places: dict[tuple[SourcePartition, int, int], int] = {}
     if silences:
         places = {
             coordinates: place for place, coordinates in enumerate(at for part in parts for at in _coordinates(part))

@@ -31,7 +31,7 @@ from streamer.detection.sequence_score import MISSING, ORDER
 from streamer.explain import peer_comparison as others
 from streamer.explain import rates as much
 from streamer.explain.leave_one_out import LATEST, cut, weights
-from streamer.explain.peer_comparison import Others
+from streamer.explain.peer_comparison import PeerComparison
 from streamer.explain.rates import RateFinding
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Explanation:
     window: Timeline = ()
     instead: Likely = ()
     rates: tuple[RateFinding, ...] = ()
-    others: Others | None = None
+    others: PeerComparison | None = None
 
 
 EXPLAINED_FIELDS = 5
@@ -173,17 +173,17 @@ class Explainer:
         fields: tuple[FieldFinding, ...],
         alike: list[dict[str, Any]],
         rates: tuple[RateFinding, ...],
-    ) -> Others | None:
+    ) -> PeerComparison | None:
         """What others of the same kind did: as much, with the same value, or the same change."""
         kind, _, what = cause.partition(":")
         if kind == "rate":
             of_kind, first = entity.partition(":")[0], rates[0] if rates else None
             if first is None or not first.among:
                 return None
-            return Others(others.COUNT, f"{first.count}.{first.span}", of_kind, first.reached, first.among)
+            return PeerComparison(others.COUNT, f"{first.count}.{first.span}", of_kind, first.reached, first.among)
         if kind == "first" and (overlaps := self.bundle.scorer.overlaps) is not None:
             changed, among = overlaps.overlaps.changing(entity, AT_ONCE.tolist().index(cause))
-            return Others(others.CHANGE, what, entity.partition(":")[0], changed, among) if among else None
+            return PeerComparison(others.CHANGE, what, entity.partition(":")[0], changed, among) if among else None
         if cause == SILENCE:  # That its last event is usual is not the point.
             return None
         field = next((f for f in fields if f.path == what), fields[0] if fields else None) if kind == "record" else None
@@ -191,7 +191,8 @@ class Explainer:
         codes = event.features.codes[event.row]
         new = field is not None and field.new
         return others.find(
-            self.bundle, others.Asked(entity, names, codes, path, event.raw(path), new, alike, len(alike) < EXAMPLES)
+            self.bundle,
+            others.PeerQuery(entity, names, codes, path, event.raw(path), new, alike, len(alike) < EXAMPLES),
         )
 
     def _rates(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> dict[int, tuple[RateFinding, ...]]:
@@ -261,7 +262,7 @@ class Explainer:
 
     def _like(self, code: int) -> dict[str, Any]:
         """What records of a window of this outcome have in common, which names nobody."""
-        known = self.bundle.behaviours
+        known = self.bundle.anonymised
         found: dict[str, Any] = orjson.loads(known[code]) if code < len(known) else {}
         return found
 

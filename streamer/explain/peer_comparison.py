@@ -41,7 +41,7 @@ Names = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Others:
+class PeerComparison:
     """What others of one kind of entity did in training.
 
     what: COUNT (reached as much), VALUE (had exactly this value in an event of this type; MORE, LESS: at least, at most
@@ -63,7 +63,7 @@ class Others:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PeerQuery:
     """An event whose others are looked for. entity: that the alert is about; names: all that the event names; codes:
     int32 [fields], its features; path, value: of the attribute that mattered most ("": of none), new: which no event of
     training had; near: examples of normal events that are as near to it as normal events are to each other; all_near:
@@ -79,7 +79,7 @@ class Asked:
     all_near: bool
 
 
-def find(bundle: Bundle, asked: Asked) -> Others | None:
+def find(bundle: Bundle, asked: PeerQuery) -> PeerComparison | None:
     """Who had the odd value, or where no value is odd, such events; None where no example tells."""
     kind = kind_of(asked.entity, asked.names, asked.path)
     if not kind:
@@ -87,7 +87,7 @@ def find(bundle: Bundle, asked: Asked) -> Others | None:
     mine = asked.names[kind]
     if asked.path:  # What is odd about an event is not in those that are like it.
         if asked.new:
-            return Others(VALUE, asked.path, kind, 0, n) if (n := _number_of_others(bundle, mine)) else None
+            return PeerComparison(VALUE, asked.path, kind, 0, n) if (n := _number_of_others(bundle, mine)) else None
         what, examples, whole = with_value(bundle, asked.codes, asked.path, asked.value)
         return _among(bundle, what, asked.path, mine, examples, whole)
     kin = [example for example in asked.near if str(example.get("type_uid")) == _type_of(bundle, asked.codes)]
@@ -181,7 +181,7 @@ def _spread(rows: NDArray[np.intp], most: int) -> NDArray[np.intp]:
 
 def _among(
     bundle: Bundle, what: str, of: str, mine: str, examples: Sequence[Mapping[str, Any]], whole: bool
-) -> Others | None:
+) -> PeerComparison | None:
     """Who is of these examples, of the kind of `mine` (`kind:name`); None where nobody is, or nobody else as far as was
     looked. whole: whether these are all."""
     kind = mine.partition(":")[0]
@@ -192,4 +192,4 @@ def _among(
     first = sorted(found, key=lambda name: (-found[name], name))[:NAMED]
     names = tuple(name.partition(":")[2] for name in first)
     among = max(_number_of_others(bundle, mine), len(found))
-    return Others(what, of, kind, len(found), among, names, itself, not whole)
+    return PeerComparison(what, of, kind, len(found), among, names, itself, not whole)

@@ -20,10 +20,10 @@ import structlog
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from state.errors import SourcePartition
 from streamer.errors import ConfigurationError, StreamError
 from streamer.settings import Settings
 
-SourcePartition = tuple[str, int]
 Offsets = dict[SourcePartition, int]
 """Next offset to be read, by (topic, partition)."""
 

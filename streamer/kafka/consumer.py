@@ -1,5 +1,5 @@
-"""The edge to Kafka where events come from: `Source` reads micro-batches in a thread of its own, and has each prepared
-in another while the one before is worked on.
+"""The edge to Kafka where events come from: `EventConsumer` reads micro-batches in a thread of its own, and has each
+prepared in another while the one before is worked on.
 
 Promises: the consumer is polled always, also while a batch is scored or the store is down (backpressure is pause); no
 rebalance goes through while a batch is in hand, or else what that batch gave is never committed; at most QUEUED_BATCHES
@@ -21,13 +21,13 @@ import structlog
 from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Consumer, KafkaError, KafkaException, TopicPartition
 
 from encoder.ocsf.events import Message
+from state.errors import SourcePartition
 from streamer.errors import StreamError
 from streamer.kafka.client import (
     HOPELESS,
     TRANSIENT,
     Connections,
     Offsets,
-    SourcePartition,
     TransactionAbortedError,
     build,
     committed_offsets,
@@ -67,7 +67,7 @@ class Batch:
         return {(message.topic, message.partition): message.offset + 1 for message in self.messages}
 
 
-class Source:
+class EventConsumer:
     """The consumer in a thread of its own, which polls from `open` to `close` whatever the rest is doing.
 
     `guard` is held by whoever works on a batch or its outputs; a rebalance waits for it. release is called, with the

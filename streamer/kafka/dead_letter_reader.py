@@ -18,7 +18,7 @@ from streamer.errors import ConfigurationError
 from streamer.kafka.client import Offsets, must_exist
 from streamer.kafka.dead_letter_writer import PREFIX, STUB_HEADER
 from streamer.kafka.offset_ranges import Range, freeze
-from streamer.kafka.offset_store import Positions
+from streamer.kafka.offset_store import OffsetStore
 from streamer.kafka.producer import Output
 from streamer.kafka.range_reader import RangeReader
 from streamer.settings import Settings
@@ -30,7 +30,7 @@ TOGETHER = 500
 
 
 @dataclass(frozen=True)
-class Letter:
+class DeadLetter:
     """One dead letter. source: the coordinates (topic, partition, offset) that it came from, ("", -1, -1) where it does
     not say; stub: its value is not what came but a note of where that is; redriven: how often it was sent back.
     """
@@ -68,12 +68,12 @@ class Redriven:
     left: Counter[str]
 
 
-def letter_of(raw: Any) -> Letter:
+def letter_of(raw: Any) -> DeadLetter:
     """librdkafka's message as a letter; one without errors in its headers (written by something else) has none."""
     headers = list(raw.headers() or [])
     text = {key: (value or b"").decode("utf-8", "replace") for key, value in headers}
     kind, timestamp = raw.timestamp()
-    return Letter(
+    return DeadLetter(
         raw.topic(),
         raw.partition(),
         raw.offset(),
@@ -95,7 +95,7 @@ def _number(text: dict[str, str], key: str) -> int:
     return int(value) if value.isdecimal() else -1
 
 
-def letters(settings: Settings, wanted: Range) -> Iterator[list[Letter]]:
+def letters(settings: Settings, wanted: Range) -> Iterator[list[DeadLetter]]:
     """The letters of a range of the dead-letter topic, oldest first."""
     with RangeReader(settings, wanted, letter_of) as reader:
         yield from reader.batches(TOGETHER)
@@ -114,9 +114,9 @@ def place(text: str) -> tuple[int, int]:
     return int(partition), int(offset)
 
 
-def named(settings: Settings, places: Iterable[tuple[int, int]]) -> list[Letter]:
+def named(settings: Settings, places: Iterable[tuple[int, int]]) -> list[DeadLetter]:
     """The letters at these places. Raises ConfigurationError for one that is not there."""
-    found: list[Letter] = []
+    found: list[DeadLetter] = []
     for partition, offset in places:
         at = [f"{partition}={offset}"], [f"{partition}={offset + 1}"]
         batch = [letter for part in letters(settings, range_of(settings, *at, now_ms=0)) for letter in part]
@@ -126,12 +126,12 @@ def named(settings: Settings, places: Iterable[tuple[int, int]]) -> list[Letter]
     return found
 
 
-def positions(settings: Settings) -> Positions:
+def positions(settings: Settings) -> OffsetStore:
     """What was sent back so far: a group `GROUP-redrive`."""
-    return Positions(settings, f"{settings.kafka.group_id}-redrive", [settings.events[0], settings.dead_letters])
+    return OffsetStore(settings, f"{settings.kafka.group_id}-redrive", [settings.events[0], settings.dead_letters])
 
 
-def unsent(settings: Settings, sent: Positions, now_ms: int) -> Range:
+def unsent(settings: Settings, sent: OffsetStore, now_ms: int) -> Range:
     """From where the last redrive ended to what is there now."""
     wanted = range_of(settings, [], [], now_ms)
     done = sent.committed(wanted)
@@ -140,8 +140,8 @@ def unsent(settings: Settings, sent: Positions, now_ms: int) -> Range:
 
 def redrive(
     settings: Settings,
-    batches: Iterable[list[Letter]],
-    sent: Positions,
+    batches: Iterable[list[DeadLetter]],
+    sent: OffsetStore,
     *,
     to: str | None = None,
     exception: str | None = None,
@@ -178,7 +178,7 @@ def redrive(
     return result
 
 
-def _target(letter: Letter, to: str | None, exception: str | None) -> tuple[str, str]:
+def _target(letter: DeadLetter, to: str | None, exception: str | None) -> tuple[str, str]:
     """Where a letter goes; else an empty string and why it goes nowhere."""
     if exception is not None and letter.exception != exception:
         return "", f"not {exception}"
@@ -188,7 +188,7 @@ def _target(letter: Letter, to: str | None, exception: str | None) -> tuple[str,
     return (target, "") if target else ("", "without a source topic in the headers")
 
 
-def _output(letter: Letter, target: str) -> Output:
+def _output(letter: DeadLetter, target: str) -> Output:
     own = [(key, value) for key, value in letter.headers if not key.startswith(PREFIX) and key != REDRIVEN_HEADER]
     count: tuple[str, bytes | None] = (REDRIVEN_HEADER, str(letter.redriven + 1).encode())
     return Output(target, letter.key, letter.value, [*own, count], max(letter.timestamp, 0), letter.place)

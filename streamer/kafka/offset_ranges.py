@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
+from state.errors import SourcePartition
 from streamer.errors import ConfigurationError, StreamError
-from streamer.kafka.client import Offsets, SourcePartition, build, client_properties, label, reason_of
+from streamer.kafka.client import Offsets, build, client_properties, label, reason_of
 from streamer.settings import Settings
 
 Range = dict[SourcePartition, tuple[int, int]]

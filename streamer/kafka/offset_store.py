@@ -14,15 +14,9 @@ from typing import Any
 from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from state.errors import SourcePartition
 from streamer.errors import StreamError
-from streamer.kafka.client import (
-    Offsets,
-    SourcePartition,
-    TransactionAbortedError,
-    build,
-    client_properties,
-    committed_offsets,
-)
+from streamer.kafka.client import Offsets, TransactionAbortedError, build, client_properties, committed_offsets
 from streamer.kafka.producer import Output, TransactionalPublisher
 from streamer.settings import Settings
 
@@ -30,7 +24,7 @@ ABORTS = 5
 """Times that a transaction is tried again: Kafka says when it is worth it."""
 
 
-class Positions:
+class OffsetStore:
     """What a command has written, and how far it had read.
 
     Args:

@@ -17,13 +17,13 @@ import structlog
 from confluent_kafka import KafkaError, KafkaException, Producer
 from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType  # type: ignore[attr-defined]
 
+from state.errors import SourcePartition
 from streamer.errors import StreamError
 from streamer.kafka.client import (
     HOPELESS,
     TRANSIENT,
     Connections,
     Offsets,
-    SourcePartition,
     TransactionAbortedError,
     build,
     client_properties,
@@ -73,7 +73,7 @@ class Output(NamedTuple):
 
 
 class Inputs(Protocol):
-    """What a publisher needs of where the events come from: `Source`, or a replay's own group."""
+    """What a publisher needs of where the events come from: `EventConsumer`, or a replay's own group."""
 
     def group_metadata(self) -> Any:
         """Member and generation, for the transaction's fence."""

@@ -17,8 +17,9 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import structlog
 from confluent_kafka import Consumer, KafkaError
 
+from state.errors import SourcePartition
 from streamer.errors import StreamError
-from streamer.kafka.client import HOPELESS, SourcePartition, build, consumer_properties, label, topic_partitions
+from streamer.kafka.client import HOPELESS, build, consumer_properties, label, topic_partitions
 from streamer.kafka.consumer import BATCH_BYTES
 from streamer.kafka.offset_ranges import Range
 from streamer.settings import Settings

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from state.episodes import CREATE
 from state.memory.episodes import MemoryEpisodes
 from state.memory.windows import MemoryWindows
-from streamer.alerting.file_thresholds import line_of_a_day
-from streamer.alerting.pipeline import Findings
+from streamer.alerting.file_thresholds import daily_threshold
+from streamer.alerting.pipeline import AlertPipeline
 from streamer.detection.batches import ScoredBatch
 from streamer.detection.bundle import Bundle
 from streamer.detection.detector import Detector
@@ -23,7 +23,7 @@ from streamer.detection.score_files import ScoredFile, score_files
 from streamer.event_files import batches
 from streamer.explain.attribution import Explainer
 from streamer.offline.evaluation import Detected
-from streamer.training.fit import Progress, fit
+from streamer.training.fit import StageProgress, fit
 
 
 def write_alerts(
@@ -39,7 +39,7 @@ def write_alerts(
     are over. scores: of these files; lines: of each event, float64 [n]; `progress` hears how many events are done."""
     windows = MemoryWindows(dim=bundle.dim)
     detector = Detector(bundle, windows)
-    findings = Findings(Explainer(bundle, windows), MemoryEpisodes(), bundle_version=bundle.version)
+    findings = AlertPipeline(Explainer(bundle, windows), MemoryEpisodes(), bundle_version=bundle.version)
     creates = done = 0
     ends: dict[str, int] = {}
     with out.open("wb") as file:
@@ -94,12 +94,12 @@ def write_scores(scored: ScoredFile, line: float | NDArray[np.float64], out: Pat
 
 
 def detect(
-    train: Sequence[Path], test: Sequence[Path], bundle: Path, *, seed: int, progress: Progress | None = None
+    train: Sequence[Path], test: Sequence[Path], bundle: Path, *, seed: int, progress: StageProgress | None = None
 ) -> Detected:
     """Fit on one set of files and score another, for the evaluation."""
     started = time.perf_counter()
     fitted = fit(train, bundle, seed=seed, progress=progress)
     scored = score_files(test, fitted.bundle)
-    lines = {budget: line_of_a_day(budget, len(scored)) for budget in (20, 100)}
+    lines = {budget: daily_threshold(budget, len(scored)) for budget in (20, 100)}
     p_value = dict(zip(scored.uids, scored.p_value.tolist(), strict=True))
     return Detected(p_value, lines, time.perf_counter() - started)

@@ -18,9 +18,9 @@ import structlog
 
 from streamer.errors import ConfigurationError
 from streamer.kafka.client import must_exist
-from streamer.kafka.offset_store import Positions
+from streamer.kafka.offset_store import OffsetStore
 from streamer.kafka.producer import Output
-from streamer.replay.replay import Judged, Plan, Progress
+from streamer.replay.replay import Judged, Plan, ReplayProgress
 from streamer.settings import Settings
 
 _log = structlog.get_logger("ripcurrent.replay")
@@ -34,7 +34,7 @@ class FileSink:
         self._progress = _Beside(out.with_name(f"{out.name}.progress"))
         self._files: list[Any] = []
 
-    def begin(self, request: str, plan: Callable[[], Plan]) -> Progress:
+    def begin(self, request: str, plan: Callable[[], Plan]) -> ReplayProgress:
         """Go on where the same request was cut off, or begin. Raises ConfigurationError where another one was."""
         found = self._progress.read(request)
         if found is None:
@@ -57,7 +57,7 @@ class FileSink:
         if len(self._files) > 1:
             self._files[1].writelines(value + b"\n" for value in judged.scores)
 
-    def checkpoint(self, progress: Progress) -> None:
+    def checkpoint(self, progress: ReplayProgress) -> None:
         """Lines first, then how long they are: what lies beyond that is cut off when it goes on."""
         for file in self._files:
             file.flush()
@@ -88,10 +88,10 @@ class TopicSink:
         self._topic = topic
         self._progress = _Beside(Path(f"{topic}.progress"))
         must_exist(settings, [topic])
-        self._positions = Positions(settings, f"{settings.kafka.group_id}-replay-{topic}", [topic])
+        self._positions = OffsetStore(settings, f"{settings.kafka.group_id}-replay-{topic}", [topic])
         self._outputs: list[Output] = []
 
-    def begin(self, request: str, plan: Callable[[], Plan]) -> Progress:
+    def begin(self, request: str, plan: Callable[[], Plan]) -> ReplayProgress:
         """Go on where the same request was cut off, or begin. Raises ConfigurationError where another one was."""
         self._positions.open()
         found = self._progress.read(request)
@@ -111,7 +111,7 @@ class TopicSink:
             Output(self._topic, alert.key, alert.value, [*alert.headers], now_ms, alert.uid) for alert in judged.alerts
         )
 
-    def checkpoint(self, progress: Progress) -> None:
+    def checkpoint(self, progress: ReplayProgress) -> None:
         """Alerts and positions in one transaction; figures after it."""
         refused = self._positions.publish(self._outputs, progress.positions)
         if refused:
@@ -135,13 +135,13 @@ class _Beside:
     def __str__(self) -> str:
         return str(self._path)
 
-    def read(self, request: str) -> tuple[Progress, list[int]] | None:
+    def read(self, request: str) -> tuple[ReplayProgress, list[int]] | None:
         """What was written last, with the sizes of the files; None where nothing was. Raises ConfigurationError."""
         if not self._path.exists():
             return None
         try:
             value = orjson.loads(self._path.read_bytes())
-            progress, sizes = Progress.from_json(value), [int(size) for size in value["sizes"]]
+            progress, sizes = ReplayProgress.from_json(value), [int(size) for size in value["sizes"]]
         except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise ConfigurationError(f"{self._path} cannot be read ({error}); to begin anew: rm {self._path}") from None
         if progress.request != request:
@@ -151,7 +151,7 @@ class _Beside:
             )
         return progress, sizes
 
-    def write(self, progress: Progress, sizes: Sequence[int]) -> None:
+    def write(self, progress: ReplayProgress, sizes: Sequence[int]) -> None:
         """Replace it as one."""
         temporary = self._path.with_name(f".{self._path.name}.new")
         temporary.write_bytes(orjson.dumps(progress.to_json() | {"sizes": [*sizes]}))
@@ -162,5 +162,5 @@ class _Beside:
         self._path.unlink(missing_ok=True)
 
 
-def _fresh(request: str, plan: Plan) -> Progress:
-    return Progress(request, plan, {source: first for source, (first, _) in plan.scored.items()})
+def _fresh(request: str, plan: Plan) -> ReplayProgress:
+    return ReplayProgress(request, plan, {source: first for source, (first, _) in plan.scored.items()})

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 
 from encoder.ocsf.events import Coordinates, Message
 from encoder.ocsf.repairs import FUTURE_TOLERANCE_MS
+from state.errors import SourcePartition
 from state.memory.episodes import MemoryEpisodes
 from state.memory.timers import MemoryTimers
 from state.memory.windows import MemoryWindows
-from streamer.alerting.pipeline import Findings, Suppressing, lined
+from streamer.alerting.pipeline import AlertPipeline, Suppressing, with_threshold
 from streamer.alerting.suppression_feed import open_feedback
-from streamer.alerting.threshold_ledger import Lines as RecordedLines
+from streamer.alerting.threshold_ledger import RecordedThresholds
 from streamer.bundles.bundle_files import load
 from streamer.detection.batches import ScoredBatch
 from streamer.detection.bundle import Bundle
@@ -33,7 +34,7 @@ from streamer.detection.detector import Detector
 from streamer.detection.score_records import score_lines
 from streamer.errors import StreamError
 from streamer.explain.attribution import Explainer
-from streamer.kafka.client import Offsets, SourcePartition, reason_of
+from streamer.kafka.client import Offsets, reason_of
 from streamer.kafka.consumer import message_of
 from streamer.kafka.offset_ranges import KAFKA_S, Range, freeze, metadata_consumer, offsets_at
 from streamer.kafka.producer import Written
@@ -45,7 +46,7 @@ MAX_ENTITIES = 1_000_000
 """Entities remembered, about 5 kB each; of more, those that were silent longest go, and their next scores say so."""
 CHECKPOINT_S = 2.0
 
-Lines = Callable[[NDArray[np.int64]], NDArray[np.float64]]
+ThresholdAt = Callable[[NDArray[np.int64]], NDArray[np.float64]]
 """event times (epoch ms, int64 [n]) -> the p-value at or under which an event of that time is an alert, float64 [n]."""
 Show = Callable[[str, int, int, str], None]
 """Called with (stage, messages done, of how many, what to show beside it)."""
@@ -78,7 +79,7 @@ class Counts:
 
 
 @dataclass
-class Progress:
+class ReplayProgress:
     """How far a replay has come: all that is needed to go on. request: what was asked for, of which bundle."""
 
     request: str
@@ -100,7 +101,7 @@ class Progress:
         }
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Progress:
+    def from_json(cls, value: dict[str, Any]) -> ReplayProgress:
         """The inverse of `to_json`."""
         rows = [((topic, partition), *offsets) for topic, partition, *offsets in value["partitions"]]
         plan = Plan({s: (a, b) for s, _, a, b, _ in rows}, {s: w for s, w, *_ in rows}, value["horizon_ms"])
@@ -137,7 +138,7 @@ class Sink(Protocol):
         """Take what came of a batch."""
         ...
 
-    def checkpoint(self, progress: Progress) -> None:
+    def checkpoint(self, progress: ReplayProgress) -> None:
         """Make what was written last, together with the progress: after a crash, both are there or neither."""
         ...
 
@@ -153,7 +154,7 @@ class ReplayDetector:
         self,
         bundle: Bundle,
         tenant: str,
-        lines: Lines,
+        lines: ThresholdAt,
         redact: Sequence[str] = (),
         suppressing: Suppressing | None = None,
     ) -> None:
@@ -162,7 +163,7 @@ class ReplayDetector:
         self._timers = MemoryTimers()
         self._detector = Detector(bundle, self._windows, tenant=tenant, timers=self._timers)
         redactor = Redactor(redact)
-        self._findings = Findings(
+        self._findings = AlertPipeline(
             Explainer(bundle, self._windows),
             MemoryEpisodes(),
             bundle_version=bundle.version,
@@ -178,9 +179,11 @@ class ReplayDetector:
         the budget gives at the rate of training. Raises BundleError."""
         bundle = load(path, device_of(settings))
         if settings.line is not None:
-            return cls(bundle, settings.tenant, fixed_line(settings.line), settings.redact, open_feedback(settings))
-        recorded = RecordedLines.read(settings)
-        lines = recorded.at if len(recorded) else fixed_line(bundle.line(settings.alerts_per_day))
+            return cls(
+                bundle, settings.tenant, fixed_threshold(settings.line), settings.redact, open_feedback(settings)
+            )
+        recorded = RecordedThresholds.read(settings)
+        lines = recorded.at if len(recorded) else fixed_threshold(bundle.line(settings.alerts_per_day))
         return cls(bundle, settings.tenant, lines, settings.redact, open_feedback(settings))
 
     def begin(self, horizon_ms: int) -> None:
@@ -199,7 +202,7 @@ class ReplayDetector:
 
     def _lined(self, scored: ScoredBatch) -> tuple[ScoredBatch, NDArray[np.intp]]:
         """With the line that each event is held against; and the rows that cross it."""
-        return lined(scored, lambda batch: self._lines(batch.time))
+        return with_threshold(scored, lambda batch: self._lines(batch.time))
 
     def score(self, batch: Sequence[Message], positions: Offsets) -> tuple[ScoredBatch, NDArray[np.intp]]:
         """Score a batch, with lines; also the rows from the positions on that cross them. `forget` it when it is
@@ -238,7 +241,7 @@ def judged(
     return Judged(alerts, scores, int(wanted.sum()), rejects, incomplete)
 
 
-def fixed_line(line: float) -> Lines:
+def fixed_threshold(line: float) -> ThresholdAt:
     """The same line at every time."""
     return lambda times: np.full(len(times), line)
 
@@ -271,7 +274,7 @@ def _heads(settings: Settings, wanted: Range) -> dict[SourcePartition, int]:
         return reader.heads()
 
 
-def replay(settings: Settings, progress: Progress, judge: Judge, sink: Sink, show: Show) -> None:
+def replay(settings: Settings, progress: ReplayProgress, judge: Judge, sink: Sink, show: Show) -> None:
     """Read the plan of `progress` from its warm-up on, and write what comes of all that is not done yet.
 
     Raises:

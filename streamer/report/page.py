@@ -12,7 +12,7 @@ from html import escape
 from typing import Any
 
 from streamer.alerting import text as wording
-from streamer.alerting.alert_reader import Finding, Story, own
+from streamer.alerting.alert_reader import AlertEpisode, Finding, own
 from streamer.report.report import DECADES, Days, Report, Scores
 
 _LEVELS = ("informational", "low", "medium", "high", "critical")
@@ -202,7 +202,7 @@ def _causes(causes: Sequence[tuple[str, int]]) -> str:
     return f"<table>{rows}</table>"
 
 
-def _story(story: Story, *, opened: bool) -> str:
+def _story(story: AlertEpisode, *, opened: bool) -> str:
     last, told = story.last, story.told
     info, level = told["finding_info"], min(max(_int(last.get("severity_id")), 1), 5)
     seen = wording.moment(_int(last.get("start_time"))).removesuffix(" UTC")

@@ -17,7 +17,7 @@ import orjson
 from numpy.typing import NDArray
 
 from state.episodes import CREATE
-from streamer.alerting.alert_reader import Finding, Story, own, parse, stories
+from streamer.alerting.alert_reader import AlertEpisode, Finding, own, parse, stories
 from streamer.errors import ConfigurationError
 
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
@@ -65,7 +65,7 @@ class Report:
     evaluation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     bars: tuple[tuple[int, tuple[int, ...]], ...] = ()
     causes: tuple[tuple[str, int], ...] = ()
-    top: tuple[Story, ...] = ()
+    top: tuple[AlertEpisode, ...] = ()
     drift: str = ""
 
 
@@ -129,12 +129,14 @@ def report(material: Material, *, title: str, made_ms: int, promised: float | No
     )
 
 
-def _rank(story: Story) -> tuple[int, int, str]:
+def _rank(story: AlertEpisode) -> tuple[int, int, str]:
     last = story.last
     return -_int(last.get("risk_score")), -_int(last.get("count")), story.uid
 
 
-def _counts(told: Sequence[Story], creates: Sequence[Finding], material: Material) -> tuple[tuple[str, str], ...]:
+def _counts(
+    told: Sequence[AlertEpisode], creates: Sequence[Finding], material: Material
+) -> tuple[tuple[str, str], ...]:
     found = []
     if material.findings:
         events = sum(max(_int(finding.get("count")) for finding in story.findings) for story in told)

@@ -36,7 +36,7 @@ AGAIN_S = 5.0
 _log = structlog.get_logger("ripcurrent.succession")
 
 
-class Preparation:
+class BundlePreparation:
     """Opens the bundle at `path` and fills its windows, in a thread.
 
     Args:
@@ -98,8 +98,8 @@ class Preparation:
             self.error = error
 
 
-class Succession:
-    """Watches the store and says when a promoted bundle is ready to take over. owned: as in `Preparation`."""
+class BundleRollout:
+    """Watches the store and says when a promoted bundle is ready to take over. owned: as in `BundlePreparation`."""
 
     def __init__(self, settings: Settings, bundles: Bundles, owned: Callable[[], Offsets], metrics: Metrics) -> None:
         self._settings = settings
@@ -107,11 +107,11 @@ class Succession:
         self._owned = owned
         self._metrics = metrics
         self._serving = bundles.serving
-        self._preparation: Preparation | None = None
+        self._preparation: BundlePreparation | None = None
         self._watched_at = 0.0
         self._refused: Path | None = None
 
-    def ready(self) -> Preparation | None:
+    def ready(self) -> BundlePreparation | None:
         """What can take over now: `catch_up` with it between two transactions, then say `done`."""
         if time.monotonic() - self._watched_at >= WATCH_S:
             self._watched_at = time.monotonic()
@@ -132,7 +132,7 @@ class Succession:
             return None
         return preparation
 
-    def done(self, preparation: Preparation) -> None:
+    def done(self, preparation: BundlePreparation) -> None:
         """It has taken over."""
         self._serving, self._preparation = preparation.path, None
         self._metrics.swaps.inc()
@@ -154,4 +154,4 @@ class Succession:
         self._preparation, self._refused = None, None
         if wanted != self._serving:
             _log.info("opening the promoted bundle", bundle=wanted.name)
-            self._preparation = Preparation(self._settings, wanted, self._opening, self._owned)
+            self._preparation = BundlePreparation(self._settings, wanted, self._opening, self._owned)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from state.errors import Source, StateLostError
+from state.errors import SourcePartition, StateLostError
 from state.redis.timers import RedisTimers
 from state.redis.windows import RedisWindows
 from state.timers import TimerStore
@@ -19,34 +19,34 @@ from streamer.detection.detector import Detector
 from streamer.settings import Settings, device_of
 
 
-class Remembering:
+class EntityState:
     """What the service needs of a `WindowStore`, and the timers beside it."""
 
     def __init__(self, windows: WindowStore, timers: TimerStore) -> None:
         self.age_ms = windows.age_ms
         self._windows, self._timers = windows, timers
 
-    def prepare(self, offsets: Mapping[Source, int]) -> None:
+    def prepare(self, offsets: Mapping[SourcePartition, int]) -> None:
         self._windows.prepare(offsets)
         self._timers.prepare(offsets)
 
-    def committed(self, offsets: Mapping[Source, int]) -> None:
+    def committed(self, offsets: Mapping[SourcePartition, int]) -> None:
         self._windows.committed(offsets)
         self._timers.committed(offsets)
 
-    def check_epoch(self, offsets: Mapping[Source, int]) -> None:
+    def check_epoch(self, offsets: Mapping[SourcePartition, int]) -> None:
         self._windows.check_epoch(offsets)
         self._timers.check_epoch(offsets)
 
-    def begin_rebuild(self, lost: StateLostError, others: Iterable[Source] = ()) -> None:
+    def begin_rebuild(self, lost: StateLostError, others: Iterable[SourcePartition] = ()) -> None:
         self._windows.begin_rebuild(lost, others)
         self._timers.begin_rebuild(lost)
 
-    def finish_rebuild(self, sources: Iterable[Source], horizon_ms: int = 0) -> None:
+    def finish_rebuild(self, sources: Iterable[SourcePartition], horizon_ms: int = 0) -> None:
         self._windows.finish_rebuild(sources, horizon_ms)
 
 
-def open_detector(settings: Settings, path: Path) -> tuple[Detector, RedisWindows | Remembering]:
+def open_detector(settings: Settings, path: Path) -> tuple[Detector, RedisWindows | EntityState]:
     """The detector of the service: the bundle at `path`, and windows in the settings' Redis; with them timers, where
     some kind of entity comes to an end."""
     bundle = load(path, device_of(settings))
@@ -57,4 +57,4 @@ def open_detector(settings: Settings, path: Path) -> tuple[Detector, RedisWindow
     if sequences is None or not sequences.model.silence:
         return Detector(bundle, windows, tenant=settings.tenant), windows
     timers = RedisTimers(settings.redis.url, space=bundle.encoder_hash, **place)
-    return Detector(bundle, windows, tenant=settings.tenant, timers=timers), Remembering(windows, timers)
+    return Detector(bundle, windows, tenant=settings.tenant, timers=timers), EntityState(windows, timers)

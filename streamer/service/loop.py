@@ -22,20 +22,19 @@ from numpy.typing import NDArray
 
 from encoder.ocsf.events import Message, Reject
 from state.episodes import CLOSE, CREATE
-from state.errors import Source as SourcePartition
-from state.errors import StateLostError, StoreFullError, StoreUnavailableError
-from streamer.alerting.pipeline import lined
-from streamer.alerting.threshold_ledger import Ledger
+from state.errors import SourcePartition, StateLostError, StoreFullError, StoreUnavailableError
+from streamer.alerting.pipeline import with_threshold
+from streamer.alerting.threshold_ledger import ThresholdLedger
 from streamer.detection.batches import ScoredBatch
 from streamer.detection.score_records import score_lines
 from streamer.errors import StreamError
 from streamer.kafka.client import Offsets, TransactionAbortedError, claim_instance
-from streamer.kafka.consumer import Batch, Source
+from streamer.kafka.consumer import Batch, EventConsumer
 from streamer.kafka.dead_letter_writer import dead_letter
 from streamer.kafka.producer import Output, PlainPublisher, Publisher, TransactionalPublisher, Written
-from streamer.service.bundle_rollout import Succession
+from streamer.service.bundle_rollout import BundleRollout
 from streamer.service.metrics import Metrics, serve
-from streamer.service.ports import Alerting, Bundles, Remembering, Scorer, Told
+from streamer.service.ports import Alerting, BatchScorer, Bundles, EmittedAlert, EntityStore
 from streamer.service.shadow import Shadow
 from streamer.service.window_rebuild import Rebuild
 from streamer.settings import Settings
@@ -91,11 +90,11 @@ class Service:
     def __init__(
         self,
         settings: Settings,
-        detector: Scorer,
+        detector: BatchScorer,
         alerting: Alerting,
         *,
-        line: float | Ledger,
-        windows: Remembering | None = None,
+        line: float | ThresholdLedger,
+        windows: EntityStore | None = None,
         instance: str = "",
         bundles: Bundles | None = None,
         clock: Callable[[], float] = time.time,
@@ -106,7 +105,7 @@ class Service:
         self._detector = detector
         self._alerting = alerting
         self._line = line
-        self._ledger = line if isinstance(line, Ledger) else None
+        self._ledger = line if isinstance(line, ThresholdLedger) else None
         self._windows = windows
         self._clock = clock
         self._stop = threading.Event()
@@ -117,9 +116,9 @@ class Service:
         self._aborts = 0
         self._rebuild: Rebuild | None = None
         self._watched_at = 0.0
-        self._source = Source(settings, self._release, self._prepare)
+        self._source = EventConsumer(settings, self._release, self._prepare)
         owned = self._source.owned
-        self._succession = Succession(settings, bundles, owned, self.metrics) if bundles is not None else None
+        self._succession = BundleRollout(settings, bundles, owned, self.metrics) if bundles is not None else None
         shadow = settings.shadow
         self._shadow = Shadow(settings, shadow, bundles, owned, self.metrics) if bundles and shadow else None
         self._publisher: Publisher = (
@@ -129,7 +128,7 @@ class Service:
         )
 
     @property
-    def detector(self) -> Scorer:
+    def detector(self) -> BatchScorer:
         """The one that serves now."""
         return self._detector
 
@@ -174,7 +173,7 @@ class Service:
         self._check_windows()  # After it was taken: no message comes before the check of its partition.
         if batch is not None:
             scored = self._score(batch)
-            scored, rows = lined(scored, self._line_for)
+            scored, rows = with_threshold(scored, self._line_for)
             alerts = self._alerts(scored, rows)
             if self._shadow is not None and scored.line is not None:
                 self._shadow.compare(batch.messages, scored, scored.line)
@@ -293,7 +292,7 @@ class Service:
         else:
             self._check_windows()
 
-    def _prepare(self, messages: Sequence[Message]) -> tuple[Scorer, Any]:
+    def _prepare(self, messages: Sequence[Message]) -> tuple[BatchScorer, Any]:
         """What is done ahead, in a thread of its own, and by whom: another may serve once it is taken."""
         detector = self._detector
         return detector, detector.prepare(messages)
@@ -309,11 +308,11 @@ class Service:
         return scored
 
     def _line_for(self, scored: ScoredBatch) -> NDArray[np.float64]:
-        if isinstance(self._line, Ledger):
+        if isinstance(self._line, ThresholdLedger):
             return self._line.judge(scored, self._source.owned())
         return np.full(len(scored), self._line)
 
-    def _alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> Sequence[Told]:
+    def _alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> Sequence[EmittedAlert]:
         with self.metrics.time("explain"):
             alerts = self._waiting("alerts", lambda: self._alerting.alerts(scored, rows))
         silences = scored.silences
@@ -322,7 +321,7 @@ class Service:
         self._group.suppressed.update(self._alerting.take_suppressed())
         return alerts
 
-    def _add(self, batch: Batch, scored: ScoredBatch, alerts: Sequence[Told]) -> None:
+    def _add(self, batch: Batch, scored: ScoredBatch, alerts: Sequence[EmittedAlert]) -> None:
         """Put a scored batch into the group: its outputs, its offsets, and what to count once they are committed."""
         group, settings, refused = self._group, self._settings, self._publisher.refused
         if not group.batches:
@@ -417,7 +416,7 @@ class Service:
         self._show_line()
 
     def _show_line(self) -> None:
-        self.metrics.line.set(self._line.line if isinstance(self._line, Ledger) else self._line)
+        self.metrics.line.set(self._line.line if isinstance(self._line, ThresholdLedger) else self._line)
 
     def _begin_again(self, reason: Exception) -> None:
         """After an abort: forget the group and read it again from what is committed, later each time it fails."""

@@ -11,13 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from encoder.ocsf.events import Message
-from state.errors import Source as SourcePartition
-from state.errors import StateLostError
+from state.errors import SourcePartition, StateLostError
 from streamer.detection.batches import ScoredBatch
 from streamer.kafka.producer import Written
 
 
-class Scorer(Protocol):
+class BatchScorer(Protocol):
     """What the loop needs of a `Detector`: scoring in two steps, of which the first may be done ahead."""
 
     def prepare(self, messages: Sequence[Message]) -> Any: ...
@@ -39,7 +38,7 @@ class Rebuildable(Protocol):
     def finish_rebuild(self, sources: Iterable[SourcePartition], horizon_ms: int = 0) -> None: ...
 
 
-class Remembering(Rebuildable, Protocol):
+class EntityStore(Rebuildable, Protocol):
     """What the loop needs of a `WindowStore`."""
 
     def committed(self, offsets: Mapping[SourcePartition, int]) -> None: ...
@@ -47,7 +46,7 @@ class Remembering(Rebuildable, Protocol):
     def check_epoch(self, offsets: Mapping[SourcePartition, int]) -> None: ...
 
 
-class Told(Written, Protocol):
+class EmittedAlert(Written, Protocol):
     """What the loop needs of an `Alert`."""
 
     @property
@@ -57,9 +56,9 @@ class Told(Written, Protocol):
 
 
 class Alerting(Protocol):
-    """What the loop needs of `Findings`: it turns scored rows into alerts to publish, and may be asked again."""
+    """What the loop needs of `AlertPipeline`: it turns scored rows into alerts to publish, and may be asked again."""
 
-    def alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> Sequence[Told]: ...
+    def alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> Sequence[EmittedAlert]: ...
 
     def take_suppressed(self) -> Mapping[str, int]: ...
 
@@ -71,9 +70,9 @@ class Opened:
     """A bundle that can score: its version, detector, alerts, and windows (None: nothing outside this process)."""
 
     version: str
-    detector: Scorer
+    detector: BatchScorer
     alerting: Alerting
-    windows: Remembering | None
+    windows: EntityStore | None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from encoder.ocsf.events import Message
 from streamer.bundles.manifest import resolve
 from streamer.kafka.client import Offsets
-from streamer.service.bundle_rollout import AGAIN_S, Preparation
+from streamer.service.bundle_rollout import AGAIN_S, BundlePreparation
 from streamer.service.metrics import Metrics
 from streamer.service.ports import Bundles
 from streamer.settings import Settings
@@ -43,7 +43,7 @@ class Shadow:
         self._opening = bundles.opening
         self._owned = owned
         self._metrics = metrics
-        self._preparation: Preparation | None = None
+        self._preparation: BundlePreparation | None = None
         self._again_at = 0.0
         self._prepared: set[tuple[str, int]] = set()
 
@@ -51,7 +51,7 @@ class Shadow:
         """Begin when it is ready; begin anew when partitions have come."""
         if self._preparation is None:
             if self._owned() and time.monotonic() >= self._again_at:
-                self._preparation = Preparation(self._settings, resolve(self._path), self._opening, self._owned)
+                self._preparation = BundlePreparation(self._settings, resolve(self._path), self._opening, self._owned)
         elif self._preparation.done and not self._owned().keys() <= self._prepared:
             self._guarded(self._join)
 

@@ -30,7 +30,7 @@ def serve(settings: Settings, stop: threading.Event) -> None:
     # Only now what takes seconds to import and load.
     from streamer.alerting.pipeline import open_episodes, open_findings
     from streamer.alerting.suppression_feed import open_feedback
-    from streamer.alerting.threshold_ledger import Ledger
+    from streamer.alerting.threshold_ledger import ThresholdLedger
     from streamer.detection.detector import Detector
     from streamer.explain.attribution import Explainer
     from streamer.kafka.client import claim_instance
@@ -49,7 +49,7 @@ def serve(settings: Settings, stop: threading.Event) -> None:
     first = opening(serving)
     instance = claim_instance(settings)
     rate = float(read_manifest(serving)["training"]["events_per_day"])
-    line = settings.line if settings.line is not None else Ledger(settings, instance, rate)
+    line = settings.line if settings.line is not None else ThresholdLedger(settings, instance, rate)
     service = Service(
         settings,
         first.detector,

@@ -15,16 +15,8 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from encoder.ocsf.events import Message
 from encoder.ocsf.repairs import FUTURE_TOLERANCE_MS
-from state.errors import StateLostError
-from streamer.kafka.client import (
-    Offsets,
-    SourcePartition,
-    build,
-    consumer_properties,
-    label,
-    reason_of,
-    topic_partitions,
-)
+from state.errors import SourcePartition, StateLostError
+from streamer.kafka.client import Offsets, build, consumer_properties, label, reason_of, topic_partitions
 from streamer.kafka.consumer import CHUNK, message_of
 from streamer.service.ports import Rebuildable
 from streamer.settings import Settings

@@ -23,8 +23,8 @@ from encoder.features.learner import SchemaLearner
 from encoder.features.schema import MISSING, Schema
 from encoder.features.vectorizer import FeatureBatch, Vectorizer, fitted_to
 from encoder.models.rarity import BLOCKS, ContextRarity
-from encoder.models.record_encoder import Encoder
-from encoder.ocsf.activity_counts import Acts, acts
+from encoder.models.record_encoder import RecordEncoder
+from encoder.ocsf.activity_counts import ActivityCounts, activity_counts
 from encoder.ocsf.decoder import decode
 from encoder.ocsf.entities import KINDS, Entities
 from encoder.ocsf.entities import entities as find_entities
@@ -32,18 +32,18 @@ from encoder.ocsf.events import EventBatch, Message
 from encoder.training.embedding_quality import check_embedding
 from encoder.training.masked_fields import train
 from encoder.training.sequence import SequenceReport, fit_sequences
-from encoder.training.trainer import Descent
+from encoder.training.trainer import TrainingRun
 from state.baseline.baseline import Baseline
 from state.baseline.density import Density
 from state.calibration import FEW, Calibration
-from state.cooccurrence import OverlapCounts, near
+from state.cooccurrence import CooccurrenceCounts, near
 from state.memory.windows import MemoryWindows
-from state.rate_profiles import Habits
+from state.rate_profiles import RateProfiles
 from state.windows import WindowEntries
 from streamer.bundles.bundle_files import save
 from streamer.detection.bundle import Bundle
-from streamer.detection.combine import Scorer, joined, weighed
-from streamer.detection.cooccurrence_score import JUDGED, OverlapScorer
+from streamer.detection.combine import EventScorer, joined, weighed
+from streamer.detection.cooccurrence_score import JUDGED, CooccurrenceScorer
 from streamer.detection.detector import compact
 from streamer.detection.drift import profile
 from streamer.detection.rate_score import RateScorer
@@ -69,7 +69,7 @@ PLACE = "@event"
 
 Reread = Callable[[], Iterable[Sequence[Message]]]
 """Gives the same messages each time it is called: a range of a topic."""
-Progress = Callable[[str, int, int, str], None]
+StageProgress = Callable[[str, int, int, str], None]
 """Called with (stage, done, total or 0, what to show beside it)."""
 
 
@@ -87,7 +87,7 @@ class Fitted:
     rejects: int
     repairs: Counter[str]
     seconds: float
-    report: Descent
+    report: TrainingRun
 
 
 @dataclass
@@ -98,7 +98,7 @@ class _Loaded:
     features: FeatureBatch
     time: NDArray[np.int64]
     entities: Entities
-    acts: Acts
+    activity_counts: ActivityCounts
     records: list[bytes]
     places: list[str]
     events: int
@@ -113,7 +113,7 @@ def fit(
     seed: int = 0,
     device: str = "cpu",
     redact: Collection[str] = (),
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> Fitted:
     """Fit a bundle to the events of `paths` (NDJSON, .gz, Parquet; or anything that can be read twice) and write it to
     `out`.
@@ -123,7 +123,7 @@ def fit(
     FitError for fewer than MIN_EVENTS readable events.
     """
     started = time.monotonic()
-    tell: Progress = progress or (lambda *_: None)
+    tell: StageProgress = progress or (lambda *_: None)
     kept = out.absolute().with_name(f".{out.name}.training")
     loaded = _load(paths, tell)
     n = len(loaded.features)
@@ -146,13 +146,13 @@ def fit(
         checkpoint=kept / "encoder.safetensors",
         progress=lambda step, steps, loss: tell("train", step, steps, f"loss {loss:.3f}"),
     )
-    encoder = Encoder(loaded.schema, net, rarity, where)
+    encoder = RecordEncoder(loaded.schema, net, rarity, where)
     tell("baseline", 0, 0, "")
     record, by_record = _fit_record(encoder, features, weights, later, seed)
-    behaviours = encoder.behaviours(loaded.features)
-    sequences, rates, overlaps, by_history, learned = _fit_history(encoder, loaded, behaviours, held, seed, kept, tell)
+    anonymised = encoder.anonymised(loaded.features)
+    sequences, rates, overlaps, by_history, learned = _fit_history(encoder, loaded, anonymised, held, seed, kept, tell)
     event = Calibration.fit(joined(by_record, by_history), tail_from=FEW)
-    scorer = Scorer(record, sequences, rates, event, overlaps)
+    scorer = EventScorer(record, sequences, rates, event, overlaps)
     redactor = Redactor(redact)
     members = first[record.baseline.members].tolist()
     span = max(int(np.ptp(loaded.time)), 60_000)
@@ -179,7 +179,7 @@ def fit(
         exemplars=exemplars(
             [loaded.records[row] for row in members], [loaded.places[row] for row in members], loaded.schema, redactor
         ),
-        behaviours=_steps(sequences, loaded, behaviours, redactor),
+        anonymised=_steps(sequences, loaded, anonymised, redactor),
         profile=profile(loaded.schema, loaded.features.codes),
         training=training,
         codes=shown_codes(loaded.features.codes[members], loaded.schema, redactor),
@@ -195,7 +195,7 @@ def _decoded(paths: Sequence[Path] | Reread) -> Iterator[tuple[EventBatch, int]]
         yield events, len(rejects)
 
 
-def _load(paths: Sequence[Path] | Reread, tell: Progress) -> _Loaded:
+def _load(paths: Sequence[Path] | Reread, tell: StageProgress) -> _Loaded:
     """Both passes: the schema, then features, times and the raw events (for exemplars) of at most MAX_EVENTS."""
     learner = SchemaLearner()
     total = rejected = 0
@@ -217,7 +217,7 @@ def _load(paths: Sequence[Path] | Reread, tell: Progress) -> _Loaded:
     stride = -(-total // min(MAX_EVENTS, MAX_CODES // len(schema.fields)))
     parts: list[FeatureBatch] = []
     times: list[NDArray[np.int64]] = []
-    pairs: list[tuple[Entities, Acts]] = []
+    pairs: list[tuple[Entities, ActivityCounts]] = []
     records: list[bytes] = []
     places: list[str] = []
     seen = 0
@@ -250,7 +250,7 @@ def _load(paths: Sequence[Path] | Reread, tell: Progress) -> _Loaded:
     )
 
 
-def _kept(events: EventBatch, kept: NDArray[np.intp], offset: int) -> tuple[Entities, Acts]:
+def _kept(events: EventBatch, kept: NDArray[np.intp], offset: int) -> tuple[Entities, ActivityCounts]:
     """The pairs of the kept events, numbered from `offset`."""
     entities = find_entities(events)
     place = np.full(len(events), -1, np.int64)
@@ -259,10 +259,12 @@ def _kept(events: EventBatch, kept: NDArray[np.intp], offset: int) -> tuple[Enti
     pairs = np.flatnonzero(rows >= 0)
     names = [entities.entity[i] for i in pairs.tolist()]
     found = Entities(rows[pairs].astype(np.int32), entities.kind[pairs], names, [])
-    return found, acts(events, entities).take(pairs)
+    return found, activity_counts(events, entities).take(pairs)
 
 
-def _reordered(parts: list[tuple[Entities, Acts]], order: NDArray[np.intp]) -> tuple[Entities, Acts]:
+def _reordered(
+    parts: list[tuple[Entities, ActivityCounts]], order: NDArray[np.intp]
+) -> tuple[Entities, ActivityCounts]:
     """All pairs, their events numbered by the new order."""
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
@@ -271,7 +273,7 @@ def _reordered(parts: list[tuple[Entities, Acts]], order: NDArray[np.intp]) -> t
     names = [name for entities, _ in parts for name in entities.entity]
     kind = np.concatenate([entities.kind for entities, _ in parts])
     found = Entities(row[by_row].astype(np.int32), kind[by_row], [names[i] for i in by_row.tolist()], [])
-    return found, Acts.concatenate([part for _, part in parts]).take(by_row)
+    return found, ActivityCounts.concatenate([part for _, part in parts]).take(by_row)
 
 
 def _held_out(time: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -294,7 +296,7 @@ def _distinct(features: FeatureBatch, rows: NDArray[np.intp]) -> tuple[NDArray[n
 
 
 def _fit_record(
-    encoder: Encoder, features: FeatureBatch, weights: NDArray[np.float64], later: FeatureBatch, seed: int
+    encoder: RecordEncoder, features: FeatureBatch, weights: NDArray[np.float64], later: FeatureBatch, seed: int
 ) -> tuple[RecordScorer, NDArray[np.float64]]:
     """The record part, and its evidence against each held-out event."""
     vectors = encoder.encode(features).vectors
@@ -306,7 +308,7 @@ def _fit_record(
     share = present[:, numbers].sum(1) / present.sum(1)
     quantities = np.array([share[measured & (types == kind)].mean() for kind in density.types])
     baseline = Baseline.build(
-        vectors, seed=seed, lonely=lambda places: density.lonely(vectors[places], weights[places], types[places])
+        vectors, seed=seed, sparse=lambda places: density.sparse(vectors[places], weights[places], types[places])
     )
     scorer = RecordScorer(baseline, density, quantities)
     first, like = later.distinct()
@@ -318,14 +320,16 @@ def _fit_record(
 
 
 def _fit_history(
-    encoder: Encoder,
+    encoder: RecordEncoder,
     loaded: _Loaded,
     vectors: NDArray[np.float16],
     held: NDArray[np.bool_],
     seed: int,
     kept: Path,
-    tell: Progress,
-) -> tuple[SequenceScorer | None, RateScorer | None, OverlapScorer | None, NDArray[np.float64], SequenceReport | None]:
+    tell: StageProgress,
+) -> tuple[
+    SequenceScorer | None, RateScorer | None, CooccurrenceScorer | None, NDArray[np.float64], SequenceReport | None
+]:
     """The parts that judge entities by what came before (None where the held-out events, or all others, name no
     entity), their evidence against each held-out event, and how the fit went. vectors: float16 [n, d], behaviours."""
     pairs = loaded.entities
@@ -353,7 +357,7 @@ def _fit_history(
     ended = is_last & (quiet > 0) & (loaded.time[-1] - loaded.time[pairs.row] > quiet)
     kinds = pairs.kind[judged]
     sequences.fit(raw, kinds, ended[judged], pairs.row[judged])
-    habits, excess = Habits.fit(pairs.entity, pairs.kind, levels, loaded.time[pairs.row], kinds=len(KINDS))
+    habits, excess = RateProfiles.fit(pairs.entity, pairs.kind, levels, loaded.time[pairs.row], kinds=len(KINDS))
     rates = RateScorer(habits)
     by_user = np.zeros(len(judged))
     if len(held) == loaded.events:  # Of a sample, every count would be too low.
@@ -369,13 +373,13 @@ def _fit_history(
 
 def _replayed(
     scorer: SequenceScorer, loaded: _Loaded, vectors: NDArray[np.float16], held: NDArray[np.bool_]
-) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.uint8], OverlapScorer, NDArray[np.float64]]:
+) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.uint8], CooccurrenceScorer, NDArray[np.float64]]:
     """All pairs through windows, as live: the raw scores of those of held-out events with all the history that they
     had, and of all what they raised; what the others teach of who is where at once, and how surprising that is of the
     held-out ones that are judged by it, float64 [k, PARTNERS]."""
     pairs = loaded.entities
     judged = np.flatnonzero(held[pairs.row])
-    counts = OverlapCounts()
+    counts = CooccurrenceCounts()
     at_once: list[tuple[list[str], NDArray[np.int16], NDArray[np.int16]]] = []
     windows = MemoryWindows(dim=vectors.shape[1], max_entities=MAX_ENTITIES)
     found: list[dict[str, NDArray[np.float64]]] = []
@@ -391,7 +395,7 @@ def _replayed(
             np.zeros(len(rows), np.int32),
             rows.astype(np.int64),
             np.zeros(len(rows), np.int32),
-            loaded.acts.take(slice(start, start + step)),
+            loaded.activity_counts.take(slice(start, start + step)),
         )
         seen = windows.append(entries)
         windows.committed({("training", 0): int(rows[-1])})
@@ -409,7 +413,7 @@ def _replayed(
     overlaps = counts.finish()
     surprise = np.concatenate([overlaps.surprise(*part) for part in at_once])
     raw = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-    return raw, np.concatenate(levels), OverlapScorer(overlaps), surprise
+    return raw, np.concatenate(levels), CooccurrenceScorer(overlaps), surprise
 
 
 def _steps(

@@ -20,8 +20,8 @@ from encoder.ocsf.decoder import decode
 from encoder.ocsf.entities import entities as find_entities
 from encoder.ocsf.events import EventBatch, Message
 from state.baseline.baseline import Baseline
-from state.drift_guard import Quarantine, Released
-from streamer.alerting.file_thresholds import lines_of
+from state.drift_guard import DriftGuard, Released
+from streamer.alerting.file_thresholds import thresholds_of
 from streamer.bundles.bundle_files import load, save
 from streamer.detection.bundle import Bundle
 from streamer.detection.record_score import NEIGHBOURS
@@ -60,7 +60,7 @@ def refresh(
     scored = score_files(paths, bundle, progress)
     if not len(scored):
         raise RefreshError(f"{', '.join(map(str, paths))}: no events could be read")
-    lines = lines_of(scored, alerts_per_day, bundle)
+    lines = thresholds_of(scored, alerts_per_day, bundle)
     released, records, places, joining, features = _quarantined(paths, bundle, scored.p_value <= lines)
     record = bundle.scorer.record
     both = np.concatenate([record.baseline.vectors(), joining])
@@ -75,7 +75,7 @@ def refresh(
         encoder=bundle.encoder,
         scorer=replace(bundle.scorer, record=replace(record, baseline=baseline)),
         exemplars=[told[place] for place in baseline.members.tolist()],
-        behaviours=bundle.behaviours,
+        anonymised=bundle.anonymised,
         profile=bundle.profile,
         codes=codes,
         watch=released.watch,
@@ -111,7 +111,7 @@ def _quarantined(
     record = bundle.scorer.record
     first_fit = Baseline.build(record.baseline.vectors()[record.baseline.learned], seed=0)
     present = {vector.tobytes() for vector in record.baseline.vectors()}
-    quarantine = Quarantine(bundle.watch)
+    quarantine = DriftGuard(bundle.watch)
     done = 0
     for batch in batches(paths):
         events, vectors, _, entity = _read(bundle, batch)
