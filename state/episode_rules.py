@@ -2,21 +2,22 @@
 
 Promises and limits are those of `state.episodes`. Reads no clock and talks to nobody.
 
-The rules. An episode is open until its partition's event time has passed its last event by `QUIET_MS`. An anomaly joins
-the first of these that is open, else it begins an episode (Create):
+The rules. An episode is open until its partition's event time has passed its last event by `TIMEOUT_MS`. An anomaly
+joins the first of these that is open, else it begins an episode (Create):
 
 1. *its own*: the same cause (of rates the same count, over whatever time) and the same entity, or an entity that shares
    events with it: one of the two is named by an event of the other. Two users on one host are not one story because
    they share the host.
-2. *its story*: a sequence (or rate) anomaly and a record anomaly of such entities, at most `STORY_MS` apart, as long as
-   the episode has fewer than `STORM` events: what comes in the middle of a storm is not part of it.
+2. *its story*: a sequence (or rate) anomaly and a record anomaly of such entities, at most `EPISODE_MS` apart, as long
+as
+   the episode has fewer than `MANY_EVENTS` events: what comes in the middle of a storm is not part of it.
 3. *the same elsewhere*: the same cause, type of event and value at other entities, at most `SAME_MS` apart.
 4. *the crowd*: the same cause and type, whatever the value, once `MASS_EVENT` episodes of them are open that began
 within
    an hour, unless its severity level is higher than that of the first of them.
 
 Joining is told (Update) when the severity level rises, a cause is new to the episode, the events or the entities reach
-2 or a power of ten, or nothing was told for `TELL_MS`; and is only counted otherwise.
+2 or a power of ten, or nothing was told for `UPDATE_MS`; and is only counted otherwise.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from state.episodes import CLOSE, CREATE, UPDATE, Anomaly, Decision, End, Episod
 from state.errors import SourcePartition
 
 MINUTE_MS = 60_000
-QUIET_MS = 60 * MINUTE_MS
-STORY_MS = 10 * MINUTE_MS
+TIMEOUT_MS = 60 * MINUTE_MS
+EPISODE_MS = 10 * MINUTE_MS
 SAME_MS = 10 * MINUTE_MS
-TELL_MS = 30 * MINUTE_MS
-STORM = 10
+UPDATE_MS = 30 * MINUTE_MS
+MANY_EVENTS = 10
 MASS_EVENT, MASS_EVENT_MS = 8, 60 * MINUTE_MS
 MAX_OPEN = 4096
 """Episodes that are open at once: beyond it the one that was quiet longest is closed."""
@@ -152,14 +153,14 @@ class EpisodeRules:
     def _find(self, anomaly: Anomaly) -> _Open | None:
         """The open episode that it joins."""
         kind, time = _kind(anomaly.cause), anomaly.time
-        for found in self._of_entities(anomaly, _family(anomaly.cause), QUIET_MS):
+        for found in self._of_entities(anomaly, _family(anomaly.cause), TIMEOUT_MS):
             return found
-        for found in self._of_entities(anomaly, "record" if kind == "sequence" else "sequence", STORY_MS):
-            if found.episode.count < STORM and all(_kind(cause) != kind for cause in found.episode.causes):
+        for found in self._of_entities(anomaly, "record" if kind == "sequence" else "sequence", EPISODE_MS):
+            if found.episode.count < MANY_EVENTS and all(_kind(cause) != kind for cause in found.episode.causes):
                 return found
         for found in self._at(("value", anomaly.cause, anomaly.type_uid, anomaly.what), time, SAME_MS):
             return found
-        alike = self._at(("type", anomaly.cause, anomaly.type_uid), time, QUIET_MS)
+        alike = self._at(("type", anomaly.cause, anomaly.type_uid), time, TIMEOUT_MS)
         alike = [found for found in alike if found.crowd or time - found.episode.first_seen <= MASS_EVENT_MS]
         if len(alike) >= MASS_EVENT or any(found.crowd for found in alike):
             crowd = min(alike, key=lambda found: (not found.crowd, found.episode.first_seen, found.episode.first))
@@ -186,7 +187,7 @@ class EpisodeRules:
 
     def _is_over(self, found: _Open) -> bool:
         """Whether the event time of its partition has passed its last event for long enough."""
-        return self._clocks.get(found.owner, 0) - found.episode.last_seen > QUIET_MS
+        return self._clocks.get(found.owner, 0) - found.episode.last_seen > TIMEOUT_MS
 
     def _begin(self, anomaly: Anomaly) -> _Open:
         episode = Episode(
@@ -211,7 +212,7 @@ class EpisodeRules:
             {_hash(anomaly.entity)},
             0,
             anomaly.time,
-            name=f"{anomaly.label}|{anomaly.cause}|{anomaly.entity}" if anomaly.told else anomaly.label,
+            name=f"{anomaly.label}|{anomaly.cause}|{anomaly.entity}" if anomaly.noticed_at else anomaly.label,
         )
         self._keep(found, moved=True)
         return found
@@ -250,7 +251,7 @@ class EpisodeRules:
             or now.level > old.level
             or now.count >= _next(found.told_count)
             or now.entities >= _next(found.told_entities)
-            or anomaly.time - found.told_at >= TELL_MS
+            or anomaly.time - found.told_at >= UPDATE_MS
         ):
             return 0
         found.told_at, found.told_count, found.told_entities = anomaly.time, now.count, now.entities
@@ -357,9 +358,9 @@ def _family(cause: str) -> str:
     return cause.rpartition(".")[0] if cause.startswith("rate:") else cause
 
 
-def _next(told: int) -> int:
-    """The number after `told` that is told again: 2, then powers of ten."""
-    return 2 if told < 2 else 10 ** len(str(told))
+def _next(noticed_at: int) -> int:
+    """The number after `noticed_at` that is told again: 2, then powers of ten."""
+    return 2 if noticed_at < 2 else 10 ** len(str(noticed_at))
 
 
 def _hash(name: str) -> str:

@@ -44,7 +44,7 @@ class Anomaly:
     what: str = ""
     shown: str = ""
     clock: int = 0
-    told: Place | None = None
+    noticed_at: Place | None = None
 
     @property
     def label(self) -> str:
@@ -54,7 +54,7 @@ class Anomaly:
     @property
     def place(self) -> Place:
         """Where it is told: what a redelivery and a commit go by."""
-        return self.told or (self.offset, self.index, 0)
+        return self.noticed_at or (self.offset, self.index, 0)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Activity:
     offset: int
     index: int
     time: int
-    quiet: int
+    timeout: int
     p_value: float
     complete: bool = True
     event: bytes = b""

@@ -26,6 +26,9 @@ DEFAULT_FILE = Path("ripcurrent.toml")
 _NOT_SETTINGS = re.compile(r"RIPCURRENT_(TEST_.*|EVAL_DATA)")
 _SECRET_PROPERTY = re.compile(r"password|secret|token|jaas|\.pem$|oauthbearer\.config", re.IGNORECASE)
 
+FORMER_NAMES = {"line": "threshold"}
+"""Names that settings had in earlier releases, and the names that they have now. Both are taken."""
+
 
 class KafkaSettings(BaseModel):
     """How to reach Kafka, and as whom."""
@@ -164,10 +167,10 @@ class Settings(BaseSettings):
     )
     ledger: str = Field(
         default="ledger",
-        description="compacted topic of one partition that holds the alert lines and what was spent; needed unless "
-        "line is set",
+        description="compacted topic of one partition that holds the alert thresholds and what was spent; "
+        "needed unless threshold is set",
     )
-    line: float | None = Field(
+    threshold: float | None = Field(
         default=None,
         gt=0,
         le=1,
@@ -237,16 +240,19 @@ def load(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> 
     """Settings from flags (by dotted name, None is not given), the environment, a TOML file and defaults.
 
     Args:
-        flags: such as {"kafka.group_id": "blue", "line": 0.001}.
+        flags: such as {"kafka.group_id": "blue", "threshold": 0.001}.
         config: the TOML file; None takes ./ripcurrent.toml where there is one.
 
     Raises:
         ConfigurationError: an unknown name, a value that cannot be, a file that cannot be read; in one line.
     """
-    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    given = _by_current_names({key: value for key, value in (flags or {}).items() if value is not None}, "flags")
     _refuse_unknown(given, "flags")
     _refuse_unknown_variables()
-    from_file = _read_file(config)
+    from_file = _by_current_names(_read_file(config), str(config or DEFAULT_FILE))
+    from_former_variables = {
+        new: os.environ[variable(old)] for old, new in FORMER_NAMES.items() if os.environ.get(variable(old))
+    }
 
     class Loaded(Settings):
         @classmethod
@@ -258,7 +264,8 @@ def load(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> 
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, InitSettingsSource(settings_cls, from_file)
+            former = InitSettingsSource(settings_cls, from_former_variables)
+            return init_settings, env_settings, former, InitSettingsSource(settings_cls, from_file)
 
     try:
         return Loaded(**_nest(given))
@@ -289,6 +296,14 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
+def _by_current_names(given: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Former names as the current ones. Raises ConfigurationError where one setting has both."""
+    for old, new in FORMER_NAMES.items():
+        if old in given and new in given:
+            raise ConfigurationError(f"{place}: {old!r} is the former name of {new!r}; give one of them")
+    return {FORMER_NAMES.get(name, name): value for name, value in given.items()}
+
+
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, value in flat.items():
@@ -312,7 +327,7 @@ def _read_file(config: Path | None) -> dict[str, Any]:
 
 
 def _refuse_unknown_variables() -> None:
-    known = {variable(name) for name, _ in leaves()}
+    known = {variable(name) for name, _ in leaves()} | {variable(name) for name in FORMER_NAMES}
     for name in os.environ:
         if name.upper().startswith(PREFIX) and name.upper() not in known and not _NOT_SETTINGS.fullmatch(name):
             raise ConfigurationError(f"unknown setting {name} in the environment{_nearest(name, known)}")
@@ -321,7 +336,7 @@ def _refuse_unknown_variables() -> None:
 def _refuse_unknown(names: Mapping[str, Any], place: str) -> None:
     known = {name for name, _ in leaves()}
     for name in names:
-        if name not in known and not name.startswith("kafka.properties."):
+        if name not in known | FORMER_NAMES.keys() and not name.startswith("kafka.properties."):
             raise ConfigurationError(f"unknown setting {name!r} in {place}{_nearest(name, known)}")
 
 

@@ -218,13 +218,13 @@ def serve(settings: Settings, events: int, *, ahead: bool) -> Run:
     """Run the service over the whole topic."""
     configure_logging(settings)
     detector, windows = open_detector(settings, settings.bundle)
-    line = detector.bundle.line(settings.alerts_per_day)
+    threshold = detector.bundle.threshold(settings.alerts_per_day)
     findings = streamer.alerting.pipeline.open_findings(
         settings, Explainer(detector.bundle, detector.windows), streamer.alerting.pipeline.open_episodes(settings)
     )
     clock = Clock()
     with clock.watching():
-        service = streamer.service.loop.Service(settings, detector, findings, line=line, windows=windows)
+        service = streamer.service.loop.Service(settings, detector, findings, threshold=threshold, windows=windows)
         source: Any = service._source
         if not ahead:
             source._ahead = OneAfterTheOther()

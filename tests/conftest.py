@@ -14,7 +14,7 @@ import pytest
 from streamer.devtools import servers
 
 if TYPE_CHECKING:
-    from stream import Topics
+    from loop_harness import Topics
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the command does, before torch is imported
 
@@ -45,7 +45,7 @@ def unique() -> Callable[[str], str]:
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train.ndjson, a simulated day; test.ndjson, the next, with incidents; and bundle, fitted on the first."""
-    from whole import short_training
+    from service_process import short_training
 
     from streamer.devtools.simulator.generator import schedule, simulate, write
     from streamer.training.fit import fit
@@ -62,8 +62,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def undisturbed(kafka: str, folder: Path, redis_url: str) -> Topics:
     """An undisturbed run over test.ndjson."""
-    from stream import create
-    from whole import lines, undisturbed_run
+    from loop_harness import create
+    from service_process import lines, undisturbed_run
 
     topics = create(kafka, f"undisturbed-{os.getpid()}", partitions=1)
     undisturbed_run(topics, folder / "bundle", redis_url, lines(folder / "test.ndjson"))

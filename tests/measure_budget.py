@@ -20,7 +20,7 @@ import orjson
 from numpy.typing import NDArray
 
 from streamer.alerting.file_thresholds import thresholds_of
-from streamer.alerting.threshold import STORY_MS
+from streamer.alerting.threshold import EPISODE_MS
 from streamer.bundles.bundle_files import load
 from streamer.detection.score_files import ScoredFile, score_files
 from streamer.devtools.simulator.generator import schedule, simulate, write
@@ -44,8 +44,8 @@ def weeks(folder: Path, seed: int) -> None:
         fit([train], bundle)
     opened = load(bundle)
     scored = _scored(test, folder / "scores.npz", bundle)
-    with labels.open(newline="") as lines:
-        marks = {row["uid"]: row["sequence"] for row in csv.DictReader(lines)}
+    with labels.open(newline="") as rows:
+        marks = {row["uid"]: row["sequence"] for row in csv.DictReader(rows)}
     incident = np.array([marks[uid] for uid in scored.uids])
     day = scored.time // DAY_MS
     day -= day.min()
@@ -55,8 +55,8 @@ def weeks(folder: Path, seed: int) -> None:
         print(f"{name}: {_told(scored.p_value[rows])}")
     for budget in BUDGETS:
         fixed = np.full(len(scored), budget / float(opened.manifest["training"]["events_per_day"]))
-        for name, line in (("stays", fixed), ("moves", thresholds_of(scored, budget, opened))):
-            alert = scored.p_value <= line
+        for name, threshold in (("stays", fixed), ("moves", thresholds_of(scored, budget, opened))):
+            alert = scored.p_value <= threshold
             false = _first_of_story(scored, alert) & normal
             days = np.bincount(day[false], minlength=7 * (WEEKS - 1))
             by_week = days.reshape(-1, 7).mean(1)
@@ -68,8 +68,8 @@ def weeks(folder: Path, seed: int) -> None:
 
 
 def held_out(path: Path) -> None:
-    with gzip.open(path) as lines:
-        events = sorted(lines, key=lambda line: int(orjson.loads(line)["time"]))
+    with gzip.open(path) as thresholds:
+        events = sorted(thresholds, key=lambda threshold: int(orjson.loads(threshold)["time"]))
     cut = 2 * len(events) // 3
     with tempfile.TemporaryDirectory() as folder:
         parts = Path(folder) / "0.ndjson", Path(folder) / "1.ndjson"
@@ -95,7 +95,7 @@ def _first_of_story(scored: ScoredFile, alert: NDArray[np.bool_]) -> NDArray[np.
     first, last = np.zeros(len(alert), bool), {}
     for row in np.flatnonzero(alert).tolist():
         about, moment = (scored.cause[row], scored.entity[row]), int(scored.time[row])
-        first[row] = about not in last or moment - last[about] > STORY_MS
+        first[row] = about not in last or moment - last[about] > EPISODE_MS
         last[about] = moment
     return first
 

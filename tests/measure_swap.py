@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import orjson
 from confluent_kafka import Consumer, Producer, TopicPartition
-from stream import Topics, create
-from whole import Service, lines, short_training
+from loop_harness import Topics, create
+from service_process import Service, lines, short_training
 
 from streamer.bundles.store import Store
 from streamer.devtools import servers

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from alerting import WORD, scored
+from alert_samples import WORD, scored
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
-from stream import until
+from loop_harness import until
 from test_cli import COMMAND
-from test_findings import Quiet
+from test_pipeline import Quiet
 from typer.testing import CliRunner, Result
 
 from state.episode_rules import MINUTE_MS
@@ -42,7 +42,7 @@ def make(times: int, entity: str = "user:bob", severity: float = 75.0, minutes: 
     records.append({**WORD, "time": records[-1]["time"] + 2 * 60 * MINUTE_MS})
     batch = scored(records, entity=entity)
     batch.severity[:] = severity
-    batch = replace(batch, line=np.full(len(batch), 1e-4))
+    batch = replace(batch, threshold=np.full(len(batch), 1e-4))
     return AlertPipeline(Quiet(), MemoryEpisodes(), bundle_version="b").alerts(batch, np.arange(times))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import structlog
-from stream import create
+from loop_harness import create
 
 from streamer.service.logs import configure_logging
 from streamer.settings import Settings, leaves
@@ -64,7 +64,7 @@ def test_config_prints_toml_that_gives_the_same_settings_and_hides_secrets(tmp_p
     done = ripcurrent("config", *flags, cwd=tmp_path, **variables)
     assert "hunter2" not in done.stdout
     shown = tomllib.loads(done.stdout)
-    assert (shown["batch_size"], shown["events"], shown["tenant"], shown["line"]) == (7, ["a", "b"], "blue", 0.001)
+    assert (shown["batch_size"], shown["events"], shown["tenant"], shown["threshold"]) == (7, ["a", "b"], "blue", 0.001)
     assert shown["kafka"]["properties"] == {"fetch.min.bytes": "5"}
     (tmp_path / "again.toml").write_text(done.stdout)
     (tmp_path / "ripcurrent.toml").unlink()

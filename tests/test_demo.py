@@ -58,7 +58,7 @@ class EachRowInWords:
     def alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Alert]:
         why = [Explanation((), (), 1.0, 0.1) for _ in rows]
         now_ms = int(time.time() * 1000)
-        return build_alerts(scored, rows, why, line=1e-3, bundle_version="b", tenant="t", now_ms=now_ms)
+        return build_alerts(scored, rows, why, threshold=1e-3, bundle_version="b", tenant="t", now_ms=now_ms)
 
     def take_suppressed(self) -> dict[str, int]:
         return {}
@@ -76,7 +76,7 @@ def stand_in() -> None:
     if os.environ.get("STAND_IN") == "run fails":
         sys.exit("the bundle is not to its liking")
 
-    service = Service(load(), ByName(), EachRowInWords(), line=1e-3)
+    service = Service(load(), ByName(), EachRowInWords(), threshold=1e-3)
     signal.signal(signal.SIGTERM, lambda *_: service.stop())
     service.run()
 

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 import pytest
 import yaml
-from stream import create
+from loop_harness import create
 
 from encoder.ocsf.decoder import decode
 from encoder.ocsf.events import Message

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
+from loop_harness import EVENT, create
 from numpy.typing import NDArray
-from stream import EVENT, create
+from test_bundle_store import bundle
 from test_cli import ripcurrent
-from test_store import bundle
 from typer.testing import CliRunner
 
 from encoder.features.learner import SchemaLearner

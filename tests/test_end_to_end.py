@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from stream import Topics, create
+from loop_harness import Topics, create
+from service_process import Service, alerts_of, lines, scores_of, short_training, undisturbed_run
 from test_cli import ripcurrent
-from whole import Service, alerts_of, lines, scores_of, short_training, undisturbed_run
 
 from encoder.ocsf.events import Message
 from state.memory.windows import MemoryWindows
@@ -75,9 +75,9 @@ def test_sigkill_half_way_on_a_recorded_stream(
     bundle, line = tmp_path / "bundle", 0.002
     fit([Path(DATA) / "windows-a.train.ndjson.gz"], bundle)
     events = lines(Path(DATA) / "windows-a.test.ndjson.gz")
-    undisturbed_run(topics, bundle, redis_url, events, line=line)
+    undisturbed_run(topics, bundle, redis_url, events, threshold=line)
     killed = replace(create(topics.bootstrap, unique("killed"), partitions=1), source=topics.events)
-    assert_killed_equals_undisturbed(killed, topics, bundle, redis_url, len(events), line=line)
+    assert_killed_equals_undisturbed(killed, topics, bundle, redis_url, len(events), threshold=line)
 
 
 def test_a_file_scores_as_the_topic_with_the_same_events(undisturbed: Topics, folder: Path) -> None:
@@ -120,7 +120,7 @@ def test_what_is_broken_is_kept_or_repaired_and_the_stream_goes_on(
     bundle = orjson.dumps({"events": [first, 7, first]})
     values = [*bad, *repaired, bundle, *map(orjson.dumps, rest)]
     topics.produce(values, 0)
-    Service(topics, folder / "bundle", redis_url, 4, line=1.0).run_until(len(values))
+    Service(topics, folder / "bundle", redis_url, 4, threshold=1.0).run_until(len(values))
     dead = {int(dict(message.headers())["__connect.errors.offset"]): message.value() for message in topics.read("dead")}
     assert dead == dict(enumerate(bad)) | {len(bad) + len(repaired): b"7"}
     scored = scores_of(topics)
@@ -143,7 +143,7 @@ def test_the_example_events_pass_through_fit_score_and_run(topics: Topics, tmp_p
     assert done.returncode == 0, done.stderr
     assert len(lines(tmp_path / "scores.ndjson")) == 93
     topics.produce(list(lines(examples)), 0)
-    Service(topics, tmp_path / "bundle", redis_url, 5, line=1.0).run_until(93)
+    Service(topics, tmp_path / "bundle", redis_url, 5, threshold=1.0).run_until(93)
     assert len(scores_of(topics)) == 93
     told = [body for _, body in alerts_of(topics).values()]
     created = {body["finding_info"]["uid"] for body in told if body["activity_name"] == "Create"}

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from state.episode_rules import MASS_EVENT, MINUTE_MS, QUIET_MS, SAME_MS, STORY_MS, TELL_MS
+from state.episode_rules import EPISODE_MS, MASS_EVENT, MINUTE_MS, SAME_MS, TIMEOUT_MS, UPDATE_MS
 from state.episodes import CLOSE, CREATE, UPDATE, Anomaly, Decision, End, EpisodeStore
 from state.memory.episodes import MemoryEpisodes
 from state.redis.episodes import RedisEpisodes
@@ -57,14 +57,14 @@ def decide(store: EpisodeStore, *anomalies: Anomaly, clock: float = 0, first: in
     return store.decide(anomalies, {source: End(start, offsets[-1], time)})
 
 
-def told(decisions: Sequence[Decision]) -> list[tuple[int, int]]:
+def noticed_at(decisions: Sequence[Decision]) -> list[tuple[int, int]]:
     return [(d.activity, d.offset) for d in decisions]
 
 
 def test_a_thousand_identical_anomalies_are_one_alert_with_a_count(make: Make) -> None:
     store = make()
     found = [d for start in range(0, 1000, 50) for d in decide(store, *[anomaly(start + i) for i in range(50)])]
-    assert told(found) == [(CREATE, 0), (UPDATE, 1), (UPDATE, 9), (UPDATE, 99), (UPDATE, 999)]
+    assert noticed_at(found) == [(CREATE, 0), (UPDATE, 1), (UPDATE, 9), (UPDATE, 99), (UPDATE, 999)]
     assert [d.episode.count for d in found] == [1, 2, 10, 100, 1000]
     assert {d.episode.first for d in found} == {"events:0:0:0"}
     assert found[-1].episode.last == "events:0:999:0"
@@ -75,8 +75,8 @@ def test_an_episode_that_goes_on_is_told_now_and_then_and_closed_after_quiet_by_
     store = make()
     minutes = [0, 5, 20, 36, 40, 90, 91]
     found = [decision for i, at in enumerate(minutes) for decision in decide(store, anomaly(i, at))]
-    assert told(found) == [(CREATE, 0), (UPDATE, 1), (UPDATE, 3), (UPDATE, 5)]
-    quiet = 91 + QUIET_MS / MINUTE_MS
+    assert noticed_at(found) == [(CREATE, 0), (UPDATE, 1), (UPDATE, 3), (UPDATE, 5)]
+    quiet = 91 + TIMEOUT_MS / MINUTE_MS
     assert decide(store, clock=quiet, first=10) == []
     (closed,) = decide(store, clock=quiet + 1, first=11)
     assert (closed.activity, closed.offset, closed.episode.count) == (CLOSE, 11, 7)
@@ -85,14 +85,14 @@ def test_an_episode_that_goes_on_is_told_now_and_then_and_closed_after_quiet_by_
     assert decide(store, clock=quiet + 5, first=11) == [closed], "until it is committed it is given again"
     store.committed({A: 12})
     assert decide(store, clock=quiet + 5, first=12) == []
-    assert told(decide(store, anomaly(13, quiet + 6))) == [(CREATE, 13)]
+    assert noticed_at(decide(store, anomaly(13, quiet + 6))) == [(CREATE, 13)]
 
 
 def test_after_quiet_the_next_is_a_new_alert_even_before_the_old_one_is_closed(make: Make) -> None:
     store = make()
     decide(store, anomaly(0))
     found = decide(store, anomaly(1, 61))
-    assert told(found) == [(CREATE, 1), (CLOSE, 1)]
+    assert noticed_at(found) == [(CREATE, 1), (CLOSE, 1)]
     assert [d.episode.first for d in found] == ["events:0:1:0", "events:0:0:0"]
 
 
@@ -104,7 +104,7 @@ def test_severity_may_rise_and_says_so_at_once_and_never_falls(make: Make) -> No
         anomaly(5, severity=80.0, level=4, p_value=1e-7),
         anomaly(6),
     )
-    assert told(found)[-1] == (UPDATE, 5)
+    assert noticed_at(found)[-1] == (UPDATE, 5)
     later = decide(store, *[anomaly(i) for i in range(7, 10)])[-1].episode
     assert (later.level, later.severity, later.p_value, later.count) == (4, 80.0, 1e-7, 10)
 
@@ -117,17 +117,17 @@ def test_another_cause_or_another_user_of_the_same_host_is_another_alert(make: M
         anomaly(1, entity="user:eve", named=("user:eve", "host:fs01")),
         anomaly(2, entity="user:bob", cause=FILE, named=("user:bob", "host:fs01")),
     )
-    assert told(found) == [(CREATE, 0), (CREATE, 1), (CREATE, 2)]
+    assert noticed_at(found) == [(CREATE, 0), (CREATE, 1), (CREATE, 2)]
 
 
 def test_entities_that_share_events_are_one_story(make: Make) -> None:
     store = make()
     decide(store, anomaly(0, entity="user:bob", named=("user:bob", "host:pc-7", "process:x@pc-7")))
     found = decide(store, anomaly(1, entity="host:pc-7", named=("host:pc-7",)))
-    assert told(found) == [(UPDATE, 1)]
+    assert noticed_at(found) == [(UPDATE, 1)]
     assert (found[0].episode.entity, found[0].episode.entities) == ("user:bob", 1)
-    assert told(decide(store, anomaly(2, entity="process:y@pc-7", named=("process:y@pc-7", "user:bob")))) == []
-    assert told(decide(store, anomaly(3, entity="host:pc-8", named=("host:pc-8",)))) == [(CREATE, 3)]
+    assert noticed_at(decide(store, anomaly(2, entity="process:y@pc-7", named=("process:y@pc-7", "user:bob")))) == []
+    assert noticed_at(decide(store, anomaly(3, entity="host:pc-8", named=("host:pc-8",)))) == [(CREATE, 3)]
 
 
 @pytest.mark.parametrize("causes", [(PORT, ORDER), (ORDER, PORT)])
@@ -138,7 +138,7 @@ def test_what_is_odd_by_itself_and_in_its_sequence_is_one_story(make: Make, caus
     (told_again,) = decide(store, anomaly(1, 5, entity="host:pc-7", cause=causes[1], named=named))
     assert (told_again.activity, told_again.episode.causes) == (UPDATE, causes)
     later = decide(store, anomaly(2, 5, cause=FILE, named=named))
-    assert told(later) == [(CREATE, 2)], "a second way in which events are odd is another story"
+    assert noticed_at(later) == [(CREATE, 2)], "a second way in which events are odd is another story"
 
 
 def test_a_rate_over_an_hour_and_over_a_day_are_one_story_and_another_count_is_another(make: Make) -> None:
@@ -146,16 +146,16 @@ def test_a_rate_over_an_hour_and_over_a_day_are_one_story_and_another_count_is_a
     decide(store, anomaly(0, cause="rate:bytes.hour"))
     (more,) = decide(store, anomaly(1, 20, cause="rate:bytes.day"))
     assert (more.activity, more.episode.causes) == (UPDATE, ("rate:bytes.hour", "rate:bytes.day"))
-    assert told(decide(store, anomaly(2, 20, cause="rate:failures.hour"))) == [(CREATE, 2)]
+    assert noticed_at(decide(store, anomaly(2, 20, cause="rate:failures.hour"))) == [(CREATE, 2)]
 
 
 def test_a_sequence_long_after_is_a_story_of_its_own_and_so_is_what_comes_in_a_storm(make: Make) -> None:
     store = make()
     decide(store, anomaly(0))
-    minutes = STORY_MS / MINUTE_MS
-    assert told(decide(store, anomaly(1, minutes + 1, cause=ORDER))) == [(CREATE, 1)]
+    minutes = EPISODE_MS / MINUTE_MS
+    assert noticed_at(decide(store, anomaly(1, minutes + 1, cause=ORDER))) == [(CREATE, 1)]
     decide(store, *[anomaly(i, entity="user:eve", cause=ORDER) for i in range(10, 30)])
-    assert told(decide(store, anomaly(30, entity="user:eve"))) == [(CREATE, 30)]
+    assert noticed_at(decide(store, anomaly(30, entity="user:eve"))) == [(CREATE, 30)]
 
 
 def hosts(first: int, n: int, minutes: float = 0, **more: Any) -> list[Anomaly]:
@@ -168,9 +168,9 @@ def test_half_of_all_hosts_at_once_are_one_alert_and_what_differs_is_not_hidden(
     other_host = anomaly(250, entity="host:new", what="evil.exe", cause=FILE)
     other_cause = anomaly(251, entity="host:h4", what="update.exe")
     found = decide(store, *hosts(0, 250, **storm), other_host, other_cause)
-    assert told(found) == [(CREATE, 0), (UPDATE, 1), (UPDATE, 9), (UPDATE, 99), (CREATE, 250), (CREATE, 251)]
+    assert noticed_at(found) == [(CREATE, 0), (UPDATE, 1), (UPDATE, 9), (UPDATE, 99), (CREATE, 250), (CREATE, 251)]
     found = decide(store, *hosts(300, 750, **storm))
-    assert told(found) == [(UPDATE, 1049)]
+    assert noticed_at(found) == [(UPDATE, 1049)]
     last = found[0].episode
     assert (last.first, last.count, last.entities) == ("events:0:0:0", 1000, 1000)
     assert len(last.others) <= 32
@@ -181,8 +181,8 @@ def test_half_of_all_hosts_at_once_are_one_alert_and_what_differs_is_not_hidden(
 def test_the_same_at_another_entity_much_later_is_another_alert(make: Make) -> None:
     store = make()
     minutes = SAME_MS / MINUTE_MS
-    assert told(decide(store, *hosts(0, 1, what="x"))) == [(CREATE, 0)]
-    assert told(decide(store, *hosts(1, 1, minutes + 1, what="x"))) == [(CREATE, 1)]
+    assert noticed_at(decide(store, *hosts(0, 1, what="x"))) == [(CREATE, 0)]
+    assert noticed_at(decide(store, *hosts(1, 1, minutes + 1, what="x"))) == [(CREATE, 1)]
 
 
 def test_a_crowd_with_values_of_its_own_becomes_one_alert_but_what_is_worse_stands_out(make: Make) -> None:
@@ -190,7 +190,7 @@ def test_a_crowd_with_values_of_its_own_becomes_one_alert_but_what_is_worse_stan
     found = decide(store, *hosts(0, 200))
     assert [d.offset for d in found if d.activity == CREATE] == list(range(MASS_EVENT))
     worse = decide(store, *hosts(200, 1, severity=95.0, level=5))
-    assert told(worse) == [(CREATE, 200)]
+    assert noticed_at(worse) == [(CREATE, 200)]
     for minutes in range(10, 200, 10):
         on = decide(store, *hosts(1000 + minutes, 3, minutes))
         assert not [d for d in on if d.activity == CREATE], "as long as it goes on"
@@ -200,7 +200,7 @@ def test_events_that_name_nobody_are_gathered_by_what_was_odd(make: Make) -> Non
     store = make()
     nobody: dict[str, Any] = {"entity": "", "named": ()}
     found = decide(store, *[anomaly(i, what="7", **nobody) for i in range(20)], anomaly(20, what="8", **nobody))
-    assert told(found) == [(CREATE, 0), (UPDATE, 1), (UPDATE, 9), (CREATE, 20)]
+    assert noticed_at(found) == [(CREATE, 0), (UPDATE, 1), (UPDATE, 9), (CREATE, 20)]
     assert {d.episode.entities for d in found} == {1}
 
 
@@ -212,7 +212,7 @@ def test_a_crash_before_the_commit_gives_the_same_decisions_again_and_counts_onc
     assert decide(after, *rows[:10]) + decide(after, *rows[10:]) == first
     after.committed({A: 30})
     assert decide(after, anomaly(30, entity="user:0"))[-1:] == []
-    (again,) = decide(after, anomaly(31, TELL_MS / MINUTE_MS, entity="user:0"))
+    (again,) = decide(after, anomaly(31, UPDATE_MS / MINUTE_MS, entity="user:0"))
     assert again.episode.count == 12
 
 
@@ -221,8 +221,8 @@ def test_an_entity_that_fell_silent_is_told_where_that_was_clear_and_again_until
     store = make()
     decide(store, clock=1, first=4)
     store.committed({A: 5})
-    bob = anomaly(2, 1, cause="sequence:silence", told=(40, 0, 1))
-    eve = anomaly(2, 1, entity="user:eve", what="", cause="sequence:silence", told=(40, 0, 2))
+    bob = anomaly(2, 1, cause="sequence:silence", noticed_at=(40, 0, 1))
+    eve = anomaly(2, 1, entity="user:eve", what="", cause="sequence:silence", noticed_at=(40, 0, 2))
     rows = [anomaly(40, 9, entity="user:kim"), bob, eve]
     found = store.decide(rows, {A: End(30, 50, AT + 9 * MINUTE_MS)})
     assert [(d.activity, d.place) for d in found] == [(CREATE, (40, 0, n)) for n in range(3)]
@@ -249,8 +249,8 @@ def test_a_batch_of_other_sources_closes_nothing_that_is_not_its_own(make: Make)
     store = make()
     decide(store, anomaly(0))
     far = anomaly(0, 500, entity="user:eve", source=B, cause=FILE)
-    assert told(decide(store, far)) == [(CREATE, 0)]
-    assert told(decide(store, clock=500, first=1)) == [(CLOSE, 1)]
+    assert noticed_at(decide(store, far)) == [(CREATE, 0)]
+    assert noticed_at(decide(store, clock=500, first=1)) == [(CLOSE, 1)]
 
 
 def test_too_many_open_episodes_close_the_quietest(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +344,7 @@ def test_processes_in_a_storm_at_once_count_every_event_once(redis_url: str) -> 
         thread.join(60)
     assert errors == []
     store = RedisEpisodes(redis_url, tenant=tenant)
-    (last,) = decide(store, anomaly(1000, TELL_MS / MINUTE_MS, source=("events", 9)))
+    (last,) = decide(store, anomaly(1000, UPDATE_MS / MINUTE_MS, source=("events", 9)))
     assert (last.activity, last.episode.count) == (UPDATE, 8 * 200 + 1)
     store.close()
 
@@ -355,10 +355,10 @@ def test_a_store_that_was_wiped_begins_anew_and_one_that_went_away_is_found_agai
         decide(store, anomaly(0))
         server.stop()
         server.start()
-        assert told(decide(store, anomaly(1), anomaly(2))) == [(UPDATE, 1)]
+        assert noticed_at(decide(store, anomaly(1), anomaly(2))) == [(UPDATE, 1)]
         with store._server._redis as client:
             client.flushall()
-        assert told(decide(store, anomaly(3))) == [(CREATE, 3)]
+        assert noticed_at(decide(store, anomaly(3))) == [(CREATE, 3)]
         assert replace(decide(store, anomaly(4))[0].episode, last="").first == "events:0:3:0"
         store.close()
 

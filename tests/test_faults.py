@@ -24,9 +24,9 @@ import orjson
 import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient
-from stream import EVENT, LINE, EachRow, HashDetector, Topics, create, p_value, running, until
-from test_rebuild import assert_undisturbed
-from test_rebuild import service_for as service_with_windows
+from loop_harness import EVENT, LINE, EachRow, HashDetector, Topics, create, p_value, running, until
+from test_window_rebuild import assert_undisturbed
+from test_window_rebuild import service_for as service_with_windows
 
 from encoder.ocsf.events import Message
 from state.baseline.baseline import Baseline
@@ -35,7 +35,7 @@ from streamer.errors import StreamError
 from streamer.kafka import consumer as source_module
 from streamer.service.loop import Service
 
-STREAM = Path(__file__).with_name("stream.py")
+STREAM = Path(__file__).with_name("loop_harness.py")
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def slow_detector(seconds: float) -> HashDetector:
 
 
 def service_for(topics: Topics, detector: HashDetector | None = None, **more: Any) -> Service:
-    return Service(topics.settings(**more), detector or HashDetector(), EachRow(), line=LINE)
+    return Service(topics.settings(**more), detector or HashDetector(), EachRow(), threshold=LINE)
 
 
 def assert_each_once(topics: Topics, n: int) -> None:
@@ -78,7 +78,7 @@ def resident() -> int:
 def process_of(topics: Topics, *, delay: float, **more: Any) -> list[str]:
     """The command line of a service that can be killed."""
     given = json.loads(topics.settings().model_dump_json())
-    arguments = {k: v for k, v in given.items() if k not in ("kafka", "redis", "line", "events")}
+    arguments = {k: v for k, v in given.items() if k not in ("kafka", "redis", "threshold", "events")}
     arguments |= {"kafka.bootstrap_servers": topics.bootstrap, "kafka.group_id": topics.name, "events": topics.events}
     arguments |= {"kafka.instance_id": "one", "kafka.properties": {"session.timeout.ms": 6000}, "delay": delay} | more
     return [sys.executable, str(STREAM), json.dumps(arguments)]
@@ -360,7 +360,7 @@ def test_a_clock_that_jumps_changes_no_alert_and_no_score(topics: Topics) -> Non
     def jumping() -> float:
         return time.time() + moments.choice([0, 3000, -3000, -86_400, -31_536_000])
 
-    service = Service(topics.settings(), HashDetector(), EachRow(), line=LINE, clock=jumping)
+    service = Service(topics.settings(), HashDetector(), EachRow(), threshold=LINE, clock=jumping)
     with running(service) as raised:
         topics.wait_until_read(600)
     assert raised == []
@@ -369,7 +369,7 @@ def test_a_clock_that_jumps_changes_no_alert_and_no_score(topics: Topics) -> Non
 
 def test_a_clock_far_ahead_of_the_brokers_ends_the_service_in_one_line_and_costs_nothing(topics: Topics) -> None:
     topics.produce_events(600)
-    ahead = Service(topics.settings(), HashDetector(), EachRow(), line=LINE, clock=lambda: time.time() + 86_400)
+    ahead = Service(topics.settings(), HashDetector(), EachRow(), threshold=LINE, clock=lambda: time.time() + 86_400)
     with running(ahead) as raised:
         until(lambda: bool(raised))
     assert isinstance(raised[0], StreamError)

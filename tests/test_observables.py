@@ -1,6 +1,6 @@
 """Evidences and observables have the shapes and the types that OCSF publishes."""
 
-from alerting import SCHEMA, VALIDATOR, one
+from alert_samples import SCHEMA, VALIDATOR, one
 from hypothesis import given
 from hypothesis import strategies as st
 

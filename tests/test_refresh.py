@@ -10,7 +10,7 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from whole import short_training
+from service_process import short_training
 
 from encoder.features.schema import FIRST
 from encoder.ocsf.decoder import decode

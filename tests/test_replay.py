@@ -19,9 +19,9 @@ import pytest
 import redis
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
-from stream import Topics, create, until
+from loop_harness import Topics, create, until
+from service_process import LINE, Service, alerts_of, lines, scores_of, short_training
 from typer.testing import CliRunner, Result
-from whole import LINE, Service, alerts_of, lines, scores_of, short_training
 
 from state.episodes import CLOSE
 from streamer.cli.main import app
@@ -36,7 +36,7 @@ KILLABLE = [sys.executable, "-c", _QUICK]
 
 
 def arguments(topics: Topics, bundle: Path, *more: Any) -> list[str]:
-    flags = {"bundle": bundle, "events": topics.events, "line": LINE, "device": "cpu", "tenant": topics.events}
+    flags = {"bundle": bundle, "events": topics.events, "threshold": LINE, "device": "cpu", "tenant": topics.events}
     flags |= {"kafka-bootstrap-servers": topics.bootstrap, "kafka-group-id": topics.name}
     return ["replay", *(f"--{key}={value}" for key, value in flags.items()), *map(str, more)]
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from alerting import WORD, scored
+from alert_samples import WORD, scored
 from test_alert_commands import create_topic, invoke, lines, make, send
-from test_findings import Quiet, with_threshold
+from test_pipeline import Quiet, with_threshold
 from typer.testing import CliRunner
 
 from state.memory.episodes import MemoryEpisodes

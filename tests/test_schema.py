@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from test_events import events as any_event
+from test_decoder import events as any_event
 
 from encoder.features import learner as learner_module
 from encoder.features.learner import MAX_VOCABULARY, MORE_PATHS, SchemaLearner, _DistinctCount, _order_statistics

@@ -20,7 +20,7 @@ from typing import Any
 import orjson
 import pytest
 from confluent_kafka import Producer
-from stream import EVENT, LINE, EachRow, HashDetector, Topics, create, p_value, running, until
+from loop_harness import EVENT, LINE, EachRow, HashDetector, Topics, create, p_value, running, until
 
 from encoder.ocsf.events import Message
 from state.errors import StateLostError, StoreUnavailableError
@@ -38,7 +38,7 @@ def topics(kafka: str, unique: Callable[[str], str]) -> Topics:
 
 
 def service_for(topics: Topics, detector: HashDetector | None = None, *, windows: Any = None, **more: Any) -> Service:
-    return Service(topics.settings(**more), detector or HashDetector(), EachRow(), line=LINE, windows=windows)
+    return Service(topics.settings(**more), detector or HashDetector(), EachRow(), threshold=LINE, windows=windows)
 
 
 @pytest.mark.parametrize("delivery", ["exactly_once", "at_least_once"])
@@ -127,11 +127,11 @@ def test_sigkill_in_the_middle_leaves_the_output_of_an_undisturbed_run(topics: T
     n = 3000
     topics.produce_events(n)
     flags = json.loads(topics.settings().model_dump_json())
-    arguments = {k: v for k, v in flags.items() if k not in ("kafka", "redis", "line", "events")}
+    arguments = {k: v for k, v in flags.items() if k not in ("kafka", "redis", "threshold", "events")}
     arguments |= {"kafka.bootstrap_servers": topics.bootstrap, "kafka.group_id": topics.name, "events": topics.events}
     arguments |= {"kafka.instance_id": "one", "kafka.properties": {"session.timeout.ms": 6000}, "delay": 0.02}
     arguments |= {"batches_per_transaction": 3}
-    command = [sys.executable, str(Path(__file__).with_name("stream.py")), json.dumps(arguments)]
+    command = [sys.executable, str(Path(__file__).with_name("loop_harness.py")), json.dumps(arguments)]
     moments = random.Random(7)
     for _ in range(2):
         before = sum(max(offset, 0) for offset in topics.committed().values())

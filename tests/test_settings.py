@@ -43,7 +43,7 @@ def test_flags_win_over_variables_over_file_over_defaults(monkeypatch: pytest.Mo
 
 
 def test_every_setting_can_be_given_as_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    examples = {"events": "a, b", "kafka.properties": '{"fetch.min.bytes": 2}', "line": "0.01", "device": "cuda:1"}
+    examples = {"events": "a, b", "kafka.properties": '{"fetch.min.bytes": 2}', "threshold": "0.01", "device": "cuda:1"}
     examples |= {"redis.url": "rediss://h/1", "kafka.sasl_mechanism": "PLAIN", "kafka.security_protocol": "ssl"}
     for name, field in leaves():
         value = examples.get(name, str(field.default.get_secret_value() if module.is_secret(field) else field.default))
@@ -54,7 +54,7 @@ def test_every_setting_can_be_given_as_a_variable(monkeypatch: pytest.MonkeyPatc
     assert settings.events == ("a", "b")
     assert settings.kafka.properties == {"fetch.min.bytes": "2"}
     assert settings.kafka.sasl_password.get_secret_value() == "something"
-    assert settings.line == 0.01
+    assert settings.threshold == 0.01
 
 
 @pytest.mark.parametrize(
@@ -132,3 +132,22 @@ def test_tls_and_sasl_reach_librdkafka_and_redis() -> None:
         "fetch.min.bytes": "3",
     }
     assert settings.redis.client_arguments() == {"username": "acl", "ssl_ca_certs": "/ca.pem"}
+
+
+def test_the_former_name_of_a_setting_still_works_wherever_it_stands(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text("line = 0.01\n")
+    assert load({"line": 0.02}).threshold == 0.02
+    assert load({}, file).threshold == 0.01
+    monkeypatch.setenv("RIPCURRENT_LINE", "0.03")
+    assert load({}, file).threshold == 0.03
+    monkeypatch.setenv("RIPCURRENT_THRESHOLD", "0.04")
+    assert load({}, file).threshold == 0.04
+    assert load({"line": 0.02}, file).threshold == 0.02
+
+
+def test_both_names_of_one_setting_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="'line' is the former name of 'threshold'"):
+        load({"line": 0.02, "threshold": 0.03})

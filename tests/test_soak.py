@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import redis
 from confluent_kafka import Producer
-from stream import create
-from whole import Service
+from loop_harness import create
+from service_process import Service
 
 from streamer.devtools.servers import ValkeyServer
 from streamer.devtools.simulator.generator import simulate
@@ -41,7 +41,7 @@ def test_memory_stays_flat(kafka: str, unique: Callable[[str], str], folder: Pat
     seen: list[tuple[float, int]] = []
     with ValkeyServer() as valkey, redis.Redis.from_url(valkey.url) as server:
         # Few alerts: one that falls behind holds what is fetched ahead, too.
-        service = Service(topics, folder / "bundle", valkey.url, 0, line=0.0005)
+        service = Service(topics, folder / "bundle", valkey.url, 0, threshold=0.0005)
         with service.running() as process:
             began, sent = time.monotonic(), 0
             while (now := time.monotonic() - began) < WARM_S + SOAK_S:

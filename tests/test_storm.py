@@ -8,19 +8,19 @@ from pathlib import Path
 
 import orjson
 import pytest
-from stream import Topics, create, until
-from whole import Service, alerts_of, short_training
+from loop_harness import Topics, create, until
+from service_process import Service, alerts_of, short_training
 
 from streamer.devtools.simulator.generator import simulate, write
 from streamer.training.fit import fit
 
-NORMAL, STORM, HOSTS = 30_000, 100_000, 700
+NORMAL, MANY_EVENTS, HOSTS = 30_000, 100_000, 700
 
 
 def storm(example: bytes, begins: int) -> list[bytes]:
     """A program that training never saw, started on every host, a thousand times a second."""
     events = []
-    for i in range(STORM):
+    for i in range(MANY_EVENTS):
         event = orjson.loads(example)
         event["time"] = begins + i
         event["metadata"]["uid"] = f"storm-{i}"
@@ -60,17 +60,17 @@ def test_a_hundred_thousand_anomalies_are_a_handful_of_alerts(
     begins = orjson.loads(normal[-1])["time"] + 1000
     storming = storm(launch, begins)
     topics = create(kafka, unique("storm"), partitions=1)
-    service = Service(topics, tmp_path / "bundle", redis_url, 7, line=5e-3)
+    service = Service(topics, tmp_path / "bundle", redis_url, 7, threshold=5e-3)
     with service.running():
         usual, stormy = seconds_an_event(service, topics, normal), seconds_an_event(service, topics, storming)
         for after in (1, 2):  # so that what has ended is closed
             topics.produce([orjson.dumps(orjson.loads(launch) | {"time": begins + after * 2 * 3_600_000})], 0)
-            until(lambda: service.done() >= NORMAL + STORM + after, 60)  # noqa: B023
+            until(lambda: service.done() >= NORMAL + MANY_EVENTS + after, 60)  # noqa: B023
     told = [body for _, body in alerts_of(topics).values() if body["unmapped"]["source"]["offset"] >= NORMAL]
     creates = {body["finding_info"]["uid"] for body in told if body["activity_name"] == "Create"}
     counted = sum(max(body["count"] for body in told if body["finding_info"]["uid"] == uid) for uid in creates)
     ratio = stormy / usual
     print(f"{len(told)} messages of {len(creates)} findings, {counted:,} events; {ratio:.2f} times normal an event")
     assert len(creates) <= 5
-    assert counted > 0.99 * STORM
+    assert counted > 0.99 * MANY_EVENTS
     assert ratio < 2

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stream import Topics, create, until
-from whole import Service, alerts_of, lines
+from loop_harness import Topics, create, until
+from service_process import Service, alerts_of, lines
 
 
 @pytest.fixture

@@ -90,10 +90,10 @@ class _History:
             inner = gaps[mine & ~self.is_last]
             if not len(inner):
                 continue
-            quiet = max(MIN_SILENCE_MS, 2 * int(np.quantile(inner, 0.999)))
-            ended = mine & self.is_last & (now - self.time > quiet)
+            timeout = max(MIN_SILENCE_MS, 2 * int(np.quantile(inner, 0.999)))
+            ended = mine & self.is_last & (now - self.time > timeout)
             if ended.sum() >= max(MIN_ENDINGS, 0.5 * (mine & self.is_last).sum()):
-                found[kind] = quiet
+                found[kind] = timeout
         return found
 
 
@@ -174,11 +174,11 @@ def _nats(p: NDArray[np.float64]) -> float:
 
 def _outcomes(history: _History, codes: NDArray[np.int64], silence: Mapping[int, int], end: int) -> NDArray[np.int64]:
     """int64 [m]: what followed each pair: the next record's outcome, the end, or -1 where the events ended first."""
-    quiet = np.array([silence.get(kind, np.iinfo(np.int64).max) for kind in range(len(KINDS))])[history.kind]
+    timeout = np.array([silence.get(kind, np.iinfo(np.int64).max) for kind in range(len(KINDS))])[history.kind]
     later = np.append(history.time[1:], 0)
     later[history.is_last] = history.time.max()
     follows = np.where(history.is_last, -1, np.append(codes[1:], -1))
-    follows[later - history.time > quiet] = end
+    follows[later - history.time > timeout] = end
     return follows
 
 

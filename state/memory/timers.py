@@ -84,7 +84,7 @@ class MemoryTimers:
         """As `check_epoch`."""
 
     def _hear(self, heard: Activity, source: _PartitionClock) -> None:
-        timer, due = self._open.get(heard.entity), max(heard.time, source.clock) + heard.quiet
+        timer, due = self._open.get(heard.entity), max(heard.time, source.clock) + heard.timeout
         if timer is not None and (not heard.newest or timer.last.key > heard.key):
             timer.due = max(timer.due, due)
             if not heard.newest:

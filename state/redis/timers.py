@@ -148,8 +148,8 @@ def _step(step: Activity | ClockAdvance, place: int) -> tuple[bytes, bytes, byte
     offset, index = _six(step.offset), step.index.to_bytes(3, "little")
     if isinstance(step, ClockAdvance):
         return _STEP.pack(0, place, offset, index, _six(step.clock), _six(0), 0.0, 0), b"", b""
-    kind, time, quiet = 1 if step.newest else 2, _six(step.time), _six(step.quiet)
-    packed = _STEP.pack(kind, place, offset, index, time, quiet, step.p_value, step.complete)
+    kind, time, timeout = 1 if step.newest else 2, _six(step.time), _six(step.timeout)
+    packed = _STEP.pack(kind, place, offset, index, time, timeout, step.p_value, step.complete)
     return packed, step.entity.encode("utf-8", "surrogatepass"), step.event
 
 

@@ -120,7 +120,7 @@ def in_file(path: Path) -> Iterator[Finding]:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def stories(findings: Iterable[Finding]) -> dict[str, AlertEpisode]:
+def group_episodes(findings: Iterable[Finding]) -> dict[str, AlertEpisode]:
     """By `finding_info.uid`, in the order in which they began; what came twice counts once."""
     found: dict[str, dict[str, Finding]] = {}
     for finding in findings:
@@ -130,7 +130,7 @@ def stories(findings: Iterable[Finding]) -> dict[str, AlertEpisode]:
     return {uid: AlertEpisode(uid, tuple(parts.values())) for uid, parts in found.items()}
 
 
-def story(findings: Iterable[Finding], uid: str) -> AlertEpisode:
+def find_episode(findings: Iterable[Finding], uid: str) -> AlertEpisode:
     """The one story that this uid, or the beginning of one, names: of an alert (`metadata.uid`) or of the finding.
 
     Raises:
@@ -139,7 +139,7 @@ def story(findings: Iterable[Finding], uid: str) -> AlertEpisode:
     wanted = uid.lower()
     named = [
         found
-        for found in stories(findings).values()
+        for found in group_episodes(findings).values()
         if found.uid.startswith(wanted)
         or any(str(finding["metadata"].get("uid")).startswith(wanted) for finding in found.findings)
     ]

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from state.episode_rules import QUIET_MS
+from state.episode_rules import TIMEOUT_MS
 from state.episodes import CLOSE, Episode
 from streamer.alerting import text as wording
 from streamer.alerting.detection_finding import P_FLOOR, told
 from streamer.alerting.finding_frame import Alert, Frame, confidence, finding_uid
 
 
-def close_alert(episode: Episode, *, line: float, bundle_version: str, tenant: str, now_ms: int) -> Alert:
+def close_alert(episode: Episode, *, threshold: float, bundle_version: str, tenant: str, now_ms: int) -> Alert:
     """The Close of an episode; its id is that of its last event. line: as for `build_alerts`."""
     finding = finding_uid(episode.first, episode.entity, episode.cause)
     frame = Frame(CLOSE, episode.last, (episode.entity, episode.cause), finding, bundle_version, tenant, now_ms)
     value = frame.value(
         severity=episode.severity,
-        confidence=confidence(max(episode.p_value, P_FLOOR), line),
+        confidence=confidence(max(episode.p_value, P_FLOOR), threshold),
         first_seen=episode.first_seen,
         last_seen=episode.last_seen,
         count=episode.count,
@@ -34,7 +34,7 @@ def close_alert(episode: Episode, *, line: float, bundle_version: str, tenant: s
         "finding_info": {
             "uid": finding,
             "title": title,
-            "desc": f"Nothing more for {wording.duration(QUIET_MS)}. From {wording.moment(episode.first_seen)} to "
+            "desc": f"Nothing more for {wording.duration(TIMEOUT_MS)}. From {wording.moment(episode.first_seen)} to "
             f"{wording.moment(episode.last_seen)}, first {episode.first}, last {episode.last}.",
             **frame.analytic,
             "created_time": now_ms,
@@ -48,7 +48,7 @@ def close_alert(episode: Episode, *, line: float, bundle_version: str, tenant: s
             "bundle": bundle_version,
             "entity": episode.shown,
             "cause": episode.cause,
-            "line": line,
+            "line": threshold,
             "severity_score": round(episode.severity, 1),
             "episode": told(episode),
         },

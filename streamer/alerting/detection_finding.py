@@ -55,7 +55,7 @@ def build_alerts(
     rows: NDArray[np.intp],
     explanations: Sequence[Explanation],
     *,
-    line: float | NDArray[np.float64],
+    threshold: float | NDArray[np.float64],
     bundle_version: str,
     tenant: str,
     now_ms: int,
@@ -70,7 +70,7 @@ def build_alerts(
     """
     redactor = redactor or Redactor()
     story = decisions if decisions is not None else [None] * len(rows)
-    lines = np.broadcast_to(line, len(rows)).tolist()
+    lines = np.broadcast_to(threshold, len(rows)).tolist()
     return [
         _Finding(scored, int(row), explanation, decision, crossed, bundle_version, tenant, now_ms, redactor).alert()
         for row, explanation, decision, crossed in zip(rows, explanations, story, lines, strict=True)
@@ -86,7 +86,7 @@ class _Finding:
         row: int,
         explanation: Explanation,
         decision: Decision | None,
-        line: float,
+        threshold: float,
         bundle_version: str,
         tenant: str,
         now_ms: int,
@@ -98,7 +98,7 @@ class _Finding:
         index = int(at.index[row])
         self.source = {"topic": topic, "partition": int(partition), "offset": int(at.offset[row]), "index": index}
         self.row, self.time = row, int(scored.time[row])
-        self.p_value, self.line = max(float(scored.p_value[row]), P_FLOOR), float(line)
+        self.p_value, self.threshold = max(float(scored.p_value[row]), P_FLOOR), float(threshold)
         severity = float(scored.severity[row])
         severity = min(100.0, max(0.0, severity)) if math.isfinite(severity) else 0.0
         self.complete = scored.complete is None or bool(scored.complete[row])
@@ -158,7 +158,7 @@ class _Finding:
         frame = Frame(self.activity, self.coordinates, self.ids, finding, self.bundle, self.tenant, self.now)
         value = frame.value(
             severity=self.severity,
-            confidence=confidence(min(self.p_value, max(episode.p_value, P_FLOOR)), self.line),
+            confidence=confidence(min(self.p_value, max(episode.p_value, P_FLOOR)), self.threshold),
             first_seen=self.first_seen,
             last_seen=self.last_seen,
             count=episode.count,
@@ -302,7 +302,7 @@ class _Finding:
             lines.append(self.story())
         if not self.complete:
             lines.append("Part of what its entities did before is not known, so it may look more unusual than it is.")
-        rare, limit = wording.one_in(_nats(self.p_value)), wording.one_in(_nats(self.line))
+        rare, limit = wording.one_in(_nats(self.p_value)), wording.one_in(_nats(self.threshold))
         lines.append(f"Of normal events, {rare} would look as unusual as this; alerts begin at {limit}.")
         lines.append(f"Event {self.coordinates}, judged by {self.bundle}.")
         return "\n".join(lines)
@@ -440,7 +440,7 @@ class _Finding:
             "entity": self.entity,
             "cause": self.cause,
             "p_value": self.p_value,
-            "line": self.line,
+            "line": self.threshold,
             "severity_score": round(self.severity, 1),
             "episode": told(self.episode),
         }

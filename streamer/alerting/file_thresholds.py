@@ -23,7 +23,7 @@ def thresholds_of(scored: ScoredFile, alerts_per_day: float, bundle: Bundle) -> 
         return np.full(len(scored), daily_threshold(alerts_per_day, len(scored)))
     budget = MovingThreshold(alerts_per_day, float(bundle.manifest["training"]["events_per_day"]))
 
-    def story(row: int) -> str:
+    def episode_key(row: int) -> str:
         return f"{scored.cause[row]} {scored.entity[row]}" if scored.entity[row] else ""
 
-    return budget.judge(scored.time, scored.p_value, story=story)
+    return budget.judge(scored.time, scored.p_value, episode_key=episode_key)

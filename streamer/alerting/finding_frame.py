@@ -147,9 +147,9 @@ def _uid(*parts: str | int) -> str:
     return str(uuid5(NAMESPACE, orjson.dumps(parts).decode()))
 
 
-def confidence(p_value: float, line: float) -> int:
+def confidence(p_value: float, threshold: float) -> int:
     """0 to 99: of the normal events that cross the line by chance, how many in 100 would lie nearer to it."""
-    share = p_value / line if line > 0 else 1.0
+    share = p_value / threshold if threshold > 0 else 1.0
     return min(99, max(0, round(100 * (1 - share)))) if math.isfinite(share) else 0
 
 

@@ -85,8 +85,8 @@ class AlertPipeline:
         self._clock = clock
 
     def alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Alert]:
-        """What to publish with a batch whose `line` is known, also that of its silences. rows: those at or under it,
-        ascending.
+        """What to publish with a batch whose `threshold` is known, also that of its silences. rows: those at or under
+        it, ascending.
 
         Raises:
             StateError: from the store of episodes or windows; call again with the same.
@@ -94,7 +94,7 @@ class AlertPipeline:
         decisions = self.note(scored, rows)
         if not decisions:
             return []
-        assert scored.line is not None, "whoever chose the rows knows the line"
+        assert scored.threshold is not None, "whoever chose the rows knows the line"
         made: dict[int, Alert] = {}
         own = [(i, row) for i, decision in enumerate(decisions) if (row := _row(scored, decision)) is not None]
         made |= self._made(scored, own, decisions)
@@ -102,32 +102,35 @@ class AlertPipeline:
             silent = [
                 (i, row) for i, d in enumerate(decisions) if (row := _silent_row(scored, silences, d)) is not None
             ]
-            assert silences.told is not None
+            assert silences.noticed_at is not None
             for i, alert in self._made(silences, silent, decisions).items():
-                made[i] = replace(alert, row=int(silences.told[alert.row]))
+                made[i] = replace(alert, row=int(silences.noticed_at[alert.row]))
         closed = [decision.episode for decision in decisions if decision.activity == CLOSE]
-        return [*(made[i] for i in sorted(made)), *(self._close(episode, float(scored.line[-1])) for episode in closed)]
+        return [
+            *(made[i] for i in sorted(made)),
+            *(self._close(episode, float(scored.threshold[-1])) for episode in closed),
+        ]
 
     def _made(
-        self, scored: ScoredBatch, told: Sequence[tuple[int, int]], decisions: Sequence[Decision]
+        self, scored: ScoredBatch, noticed_at: Sequence[tuple[int, int]], decisions: Sequence[Decision]
     ) -> dict[int, Alert]:
         """Alerts by the place of their decision; told: (that place, row)."""
-        if not told:
+        if not noticed_at:
             return {}
-        at = np.array([row for _, row in told], np.intp)
-        assert scored.line is not None, "whoever chose the rows knows the line"
+        at = np.array([row for _, row in noticed_at], np.intp)
+        assert scored.threshold is not None, "whoever chose the rows knows the line"
         alerts = build_alerts(
             scored,
             at,
             self._explainer.explain(scored, at),
-            line=scored.line[at],
+            threshold=scored.threshold[at],
             bundle_version=self._bundle,
             tenant=self._tenant,
             now_ms=self._now_ms(),
             redactor=self._redactor,
-            decisions=[decisions[i] for i, _ in told],
+            decisions=[decisions[i] for i, _ in noticed_at],
         )
-        return {i: alert for (i, _), alert in zip(told, alerts, strict=True)}
+        return {i: alert for (i, _), alert in zip(noticed_at, alerts, strict=True)}
 
     def note(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Decision]:
         """Decide what is one story, and tell nothing: as `alerts` does before it makes them."""
@@ -147,11 +150,11 @@ class AlertPipeline:
         taken, self._suppressed = self._suppressed, Counter()
         return taken
 
-    def finish(self, source: SourcePartition, offset: int, line: float) -> list[Alert]:
+    def finish(self, source: SourcePartition, offset: int, threshold: float) -> list[Alert]:
         """Close all episodes of a source that is over. offset: the one after its last."""
         self.committed({source: offset})
         decisions = self.episodes.decide([], {source: End(offset, offset, _NEVER)})
-        return [self._close(decision.episode, line) for decision in decisions]
+        return [self._close(decision.episode, threshold) for decision in decisions]
 
     def committed(self, offsets: Mapping[SourcePartition, int]) -> None:
         """These offsets are committed, with the alerts that came before them."""
@@ -192,18 +195,20 @@ class AlertPipeline:
         """Those of the rows and of the silences that cross their line, in stream order."""
         found = [(int(row), 0, anomaly) for row, anomaly in zip(rows, self.anomalies(scored, rows), strict=True)]
         silences = scored.silences
-        if silences is None or silences.told is None or silences.line is None:
+        if silences is None or silences.noticed_at is None or silences.threshold is None:
             return [anomaly for _, _, anomaly in found]
-        crossing = np.flatnonzero(silences.p_value <= silences.line)
+        crossing = np.flatnonzero(silences.p_value <= silences.threshold)
         clocks, at, numbers = _clocks(scored), scored.coordinates, _numbers(silences)
         for silent, anomaly in zip(crossing.tolist(), self.anomalies(silences, crossing), strict=True):
-            row, number = int(silences.told[silent]), int(numbers[silent])
-            told = int(at.offset[row]), int(at.index[row]), number
-            found.append((row, number, replace(anomaly, told=told, clock=int(clocks[row]))))
+            row, number = int(silences.noticed_at[silent]), int(numbers[silent])
+            noticed_at = int(at.offset[row]), int(at.index[row]), number
+            found.append((row, number, replace(anomaly, noticed_at=noticed_at, clock=int(clocks[row]))))
         return [anomaly for _, _, anomaly in sorted(found, key=lambda entry: entry[:2])]
 
-    def _close(self, episode: Episode, line: float) -> Alert:
-        return close_alert(episode, line=line, bundle_version=self._bundle, tenant=self._tenant, now_ms=self._now_ms())
+    def _close(self, episode: Episode, threshold: float) -> Alert:
+        return close_alert(
+            episode, threshold=threshold, bundle_version=self._bundle, tenant=self._tenant, now_ms=self._now_ms()
+        )
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)
@@ -227,8 +232,8 @@ def _what(record: Mapping[str, Any], cause: str) -> str:
     """The value that was odd, in the form in which training counted it; of a sequence, what its event was."""
     kind, _, path = cause.partition(":")
     if kind != "record":
-        told = ((path, _at(record, path)) for path in _SAYS_WHAT)
-        return "|".join([normalise(value, path) for path, value in told if value not in (None, "", "-")][:2])
+        noticed_at = ((path, _at(record, path)) for path in _SAYS_WHAT)
+        return "|".join([normalise(value, path) for path, value in noticed_at if value not in (None, "", "-")][:2])
     value = _at(record, path)
     return "" if value is None else normalise(value, path)
 
@@ -282,21 +287,21 @@ def _row(scored: ScoredBatch, decision: Decision) -> int | None:
 
 def _numbers(silences: ScoredBatch) -> NDArray[np.intp]:
     """The number of each silence among those told at its row, from 1 on, intp [k]."""
-    assert silences.told is not None
-    first = np.searchsorted(silences.told, silences.told)
+    assert silences.noticed_at is not None
+    first = np.searchsorted(silences.noticed_at, silences.noticed_at)
     return 1 + np.arange(len(silences)) - first
 
 
 def _silent_row(scored: ScoredBatch, silences: ScoredBatch, decision: Decision) -> int | None:
     """Which of the silences a decision was caused by."""
     at = scored.coordinates
-    if decision.activity == CLOSE or not decision.number or silences.told is None:
+    if decision.activity == CLOSE or not decision.number or silences.noticed_at is None:
         return None
     if decision.source not in at.sources:
         return None
-    here = at.offset[silences.told] == decision.offset
-    here &= (at.index[silences.told] == decision.index) & (_numbers(silences) == decision.number)
-    here &= at.source[silences.told] == at.sources.index(decision.source)
+    here = at.offset[silences.noticed_at] == decision.offset
+    here &= (at.index[silences.noticed_at] == decision.index) & (_numbers(silences) == decision.number)
+    here &= at.source[silences.noticed_at] == at.sources.index(decision.source)
     rows = np.flatnonzero(here)
     return int(rows[0]) if len(rows) else None
 
@@ -305,11 +310,11 @@ def with_threshold(
     scored: ScoredBatch, judge: Callable[[ScoredBatch], NDArray[np.float64]]
 ) -> tuple[ScoredBatch, NDArray[np.intp]]:
     """The batch and its silences with the line that each event is held against; and the rows that cross it."""
-    line = judge(scored)
+    threshold = judge(scored)
     silences = scored.silences
     if silences is not None:
-        silences = replace(silences, line=judge(silences))
-    return replace(scored, line=line, silences=silences), np.flatnonzero(scored.p_value <= line)
+        silences = replace(silences, threshold=judge(silences))
+    return replace(scored, threshold=threshold, silences=silences), np.flatnonzero(scored.p_value <= threshold)
 
 
 def open_episodes(settings: Settings) -> EpisodeStore:

@@ -26,7 +26,7 @@ CORRECTION = 3.0
 """The factor by which what was spent may move the line from what was promised."""
 PRIOR_DAYS = 1.0
 """Days of alerts as promised that are added to what was seen, so that the first few alerts move the line little."""
-STORY_MS = HOUR_MS
+EPISODE_MS = HOUR_MS
 """What goes on about the same thing within this spends nothing: it is told as one alert that is updated."""
 MAX_LINE = 0.5
 _KEPT_H = WEEK_H + BURST_H
@@ -75,10 +75,10 @@ class HourCounts:
         )
 
 
-def threshold_at(lines: Sequence[Threshold], time: NDArray[np.int64]) -> NDArray[np.float64]:
+def threshold_at(thresholds: Sequence[Threshold], time: NDArray[np.int64]) -> NDArray[np.float64]:
     """The line in force at each event time, float64 [n]. lines: at least one, by start; before the first, the first."""
-    place = np.searchsorted([line.start for line in lines], time, side="right") - 1
-    return np.asarray(np.array([line.in_force for line in lines])[np.maximum(place, 0)], np.float64)
+    place = np.searchsorted([threshold.start for threshold in thresholds], time, side="right") - 1
+    return np.asarray(np.array([threshold.in_force for threshold in thresholds])[np.maximum(place, 0)], np.float64)
 
 
 @dataclass
@@ -96,22 +96,22 @@ class MovingThreshold:
 
     alerts_per_day: float
     events_per_day: float
-    lines: list[Threshold] = field(default_factory=list)
+    thresholds: list[Threshold] = field(default_factory=list)
     tallies: dict[int, HourCounts] = field(default_factory=dict)
     elsewhere: dict[int, HourCounts] = field(default_factory=dict)
-    stories: dict[str, int] = field(default_factory=dict)
+    episodes: dict[str, int] = field(default_factory=dict)
 
     def copy(self) -> MovingThreshold:
         """One that may go its own way."""
-        tallies, elsewhere, stories = {**self.tallies}, {**self.elsewhere}, {**self.stories}
-        return replace(self, lines=[*self.lines], tallies=tallies, elsewhere=elsewhere, stories=stories)
+        tallies, elsewhere, episodes = {**self.tallies}, {**self.elsewhere}, {**self.episodes}
+        return replace(self, thresholds=[*self.thresholds], tallies=tallies, elsewhere=elsewhere, episodes=episodes)
 
     def judge(
         self,
         time: NDArray[np.int64],
         p_value: NDArray[np.float64],
         *,
-        story: Callable[[int], str] = lambda _: "",
+        episode_key: Callable[[int], str] = lambda _: "",
         moves: bool = True,
     ) -> NDArray[np.float64]:
         """The line that each of n events is held against, float64 [n]: it is an alert where its p-value is at or under.
@@ -120,34 +120,34 @@ class MovingThreshold:
         Counts the events and what they spend, and moves the line where they reach a new hour or spend what six hours
         may. moves: whether this process decides lines, or takes those that it is given.
         """
-        line = np.empty(len(time))
+        threshold = np.empty(len(time))
         hours = time // HOUR_MS
         for hour in np.unique(hours).tolist():
             rows = np.flatnonzero(hours == hour)
             if moves:
                 self.advance(hour)
-            line[rows] = self._judge_hour(hour, time[rows], p_value[rows], rows, story, moves)
-        return line
+            threshold[rows] = self._judge_hour(hour, time[rows], p_value[rows], rows, episode_key, moves)
+        return threshold
 
     def advance(self, hour: int) -> None:
         """Decide the line of an hour, unless it or a later one is decided."""
-        if self.lines and hour <= self.lines[-1].start // HOUR_MS:
+        if self.thresholds and hour <= self.thresholds[-1].start // HOUR_MS:
             return
         start = hour * HOUR_MS
         if self.elsewhere:  # What others have let through was judged by the line before.
             start = max(start, 1 + max(tally.latest for tally in self.elsewhere.values()))
-        self.lines.append(Threshold(start, *self._decide(hour), self._share(hour)))
+        self.thresholds.append(Threshold(start, *self._decide(hour), self._share(hour)))
         for counted in (self.tallies, self.elsewhere):
             for old in [old for old in counted if old < hour - _KEPT_H]:
                 del counted[old]
-        self.stories = {about: last for about, last in self.stories.items() if last >= start - 2 * STORY_MS}
+        self.episodes = {about: last for about, last in self.episodes.items() if last >= start - 2 * EPISODE_MS}
 
     def at(self, time: NDArray[np.int64]) -> NDArray[np.float64]:
         """The line in force at each event time, float64 [n]; before the first, the first."""
-        lines = self.lines[-_RECENT:] or [Threshold(0, self._promised(self.events_per_day))]
-        if len(self.lines) > _RECENT and time.min(initial=lines[0].start) < lines[0].start:
-            lines = self.lines
-        return threshold_at(lines, time)
+        thresholds = self.thresholds[-_RECENT:] or [Threshold(0, self._promised(self.events_per_day))]
+        if len(self.thresholds) > _RECENT and time.min(initial=thresholds[0].start) < thresholds[0].start:
+            thresholds = self.thresholds
+        return threshold_at(thresholds, time)
 
     @property
     def newest_hour(self) -> int:
@@ -164,17 +164,17 @@ class MovingThreshold:
         time: NDArray[np.int64],
         p_value: NDArray[np.float64],
         rows: NDArray[np.intp],
-        story: Callable[[int], str],
+        episode_key: Callable[[int], str],
         moves: bool,
     ) -> NDArray[np.float64]:
-        line = self.at(time)
-        crossing = np.flatnonzero(p_value <= line)
+        threshold = self.at(time)
+        crossing = np.flatnonzero(p_value <= threshold)
         for row in crossing[np.argsort(time[crossing], kind="stable")].tolist():
             moment = int(time[row])
             now = self._threshold_at(moment)
             if p_value[row] > now.in_force:
                 continue
-            if self._goes_on(story(int(rows[row])), moment):
+            if self._goes_on(episode_key(int(rows[row])), moment):
                 continue
             if p_value[row] <= ALWAYS * now.p_value:
                 self._count(hour, HourCounts(beyond=1))
@@ -182,33 +182,33 @@ class MovingThreshold:
             self._count(hour, HourCounts(spent=1, latest=moment))
             if moves:
                 self._tighten(moment)
-        line = self.at(time)
-        expected = float(line.sum())
-        correction = self.lines[-1].correction if self.lines else 1.0
+        threshold = self.at(time)
+        expected = float(threshold.sum())
+        correction = self.thresholds[-1].correction if self.thresholds else 1.0
         self._count(hour, HourCounts(len(time), expected, expected / correction))
-        return line
+        return threshold
 
     def _goes_on(self, about: str, moment: int) -> bool:
         """Whether this was alerted on a short time ago; takes note of it."""
         if not about:
             return False
-        last = self.stories.get(about)
-        self.stories[about] = moment if last is None else max(moment, last)
-        return last is not None and abs(moment - last) <= STORY_MS
+        last = self.episodes.get(about)
+        self.episodes[about] = moment if last is None else max(moment, last)
+        return last is not None and abs(moment - last) <= EPISODE_MS
 
     def _threshold_at(self, moment: int) -> Threshold:
         """The line in force at an event time, or the one that is promised where there is none yet."""
-        found = next((line for line in reversed(self.lines) if line.start <= moment), None)
-        return found or (self.lines[0] if self.lines else Threshold(0, self._promised(self.events_per_day)))
+        found = next((threshold for threshold in reversed(self.thresholds) if threshold.start <= moment), None)
+        return found or (self.thresholds[0] if self.thresholds else Threshold(0, self._promised(self.events_per_day)))
 
     def _tighten(self, moment: int) -> None:
         """After an alert, if six hours run out of budget. Not from before what was let through already: a line is never
         changed once it was used."""
-        newest = self.lines[-1]
+        newest = self.thresholds[-1]
         share = self._share(newest.start // HOUR_MS)
         if share < newest.share:
             latest = max(tally.latest for counted in (self.tallies, self.elsewhere) for tally in counted.values())
-            self.lines.append(replace(newest, start=max(moment, latest, newest.start) + 1, share=share))
+            self.thresholds.append(replace(newest, start=max(moment, latest, newest.start) + 1, share=share))
 
     def _share(self, hour: int) -> float:
         """The part of the line that is in force after what six hours that end in this one have spent: all until half of
@@ -226,10 +226,10 @@ class MovingThreshold:
         unseen = self.events_per_day * (WEEK_H - known) / DAY_H
         mean = (sum(tally.events for tally in week) + unseen) / (WEEK_H / DAY_H)
         day, burst = (sum(tally.events for tally in week[-hours:]) for hours in (DAY_H, BURST_H))
-        line = min(self._promised(mean), 1.5 * self._promised(day), 0.5 * self._promised(burst))
+        threshold = min(self._promised(mean), 1.5 * self._promised(day), 0.5 * self._promised(burst))
         correction = self._correction(week, self.alerts_per_day * known / DAY_H)
         # Sums of floating-point numbers depend on how the stream was cut into batches, so the last digits go.
-        return float(f"{min(line * correction, MAX_LINE):.6g}"), correction
+        return float(f"{min(threshold * correction, MAX_LINE):.6g}"), correction
 
     def _correction(self, week: list[HourCounts], promised: float) -> float:
         """What was promised, over what uncorrected lines would have cost: so many alerts more or fewer came than were

@@ -61,10 +61,12 @@ class ThresholdLedger:
         return self._settings.events[0], 0
 
     @property
-    def line(self) -> float:
+    def threshold(self) -> float:
         """The line as committed, of the latest hour."""
-        lines = self._committed.lines
-        return lines[-1].in_force if lines else self._committed.alerts_per_day / self._committed.events_per_day
+        thresholds = self._committed.thresholds
+        return (
+            thresholds[-1].in_force if thresholds else self._committed.alerts_per_day / self._committed.events_per_day
+        )
 
     def open(self) -> None:
         """Read what is recorded. Raises ConfigurationError: no such topic, or one that forgets."""
@@ -79,7 +81,7 @@ class ThresholdLedger:
     def judge(self, scored: ScoredBatch, owned: Offsets) -> NDArray[np.float64]:
         """The line that each of n events is held against, float64 [n]."""
         self._follow(owned)
-        return self._budget.judge(scored.time, scored.p_value, story=scored.story, moves=self._owner)
+        return self._budget.judge(scored.time, scored.p_value, episode_key=scored.episode_key, moves=self._owner)
 
     def idle(self, owned: Offsets) -> bool:
         """With nothing to judge: whether there is a line to be committed, because others have reached a new hour."""
@@ -87,16 +89,18 @@ class ThresholdLedger:
             self._follow(owned)
             if self._owner and self._budget.elsewhere and self._budget.newest_hour >= 0:
                 self._budget.advance(self._budget.newest_hour)
-        return len(self._budget.lines) > 0 and self._budget.lines[-1:] != self._committed.lines[-1:]
+        return len(self._budget.thresholds) > 0 and self._budget.thresholds[-1:] != self._committed.thresholds[-1:]
 
     def outputs(self, now_ms: int) -> list[Output]:
         """What the next transaction must carry: lines decided and hours counted since the last."""
-        known, tenant = set(self._committed.lines), self._settings.tenant
+        known, tenant = set(self._committed.thresholds), self._settings.tenant
         records: dict[str, dict[str, Any] | None] = {}
-        for line in self._budget.lines:
-            if line not in known:
+        for threshold in self._budget.thresholds:
+            if threshold not in known:
                 budget = {"alerts_per_day": self._budget.alerts_per_day}
-                records[f"{tenant}:line:{line.start}"] = asdict(line) | {"in_force": line.in_force} | budget
+                records[f"{tenant}:line:{threshold.start}"] = (
+                    asdict(threshold) | {"in_force": threshold.in_force} | budget
+                )
         before, after = self._committed.tallies, self._budget.tallies
         for hour in before.keys() - after.keys():
             records[f"{tenant}:tally:{hour}:{self._instance}"] = None
@@ -129,10 +133,10 @@ class ThresholdLedger:
     def _read(self, patience_s: float) -> None:
         self._reader.read(patience_s)
         self._read_at = time.monotonic()
-        lines = {line.start: line for line in self._reader.lines.values()}
+        thresholds = {threshold.start: threshold for threshold in self._reader.thresholds.values()}
         for budget in (self._committed, self._budget):
-            known = lines | {line.start: line for line in budget.lines}
-            budget.lines = [known[start] for start in sorted(known)[-KEPT_LINES:]]
+            known = thresholds | {threshold.start: threshold for threshold in budget.thresholds}
+            budget.thresholds = [known[start] for start in sorted(known)[-KEPT_LINES:]]
             budget.elsewhere = {}
             for (hour, instance), tally in self._reader.tallies.items():
                 if instance != self._instance:
@@ -145,11 +149,11 @@ class ThresholdLedger:
 class RecordedThresholds:
     """The recorded lines of a tenant, for replay: `RecordedThresholds.read(settings).at(event_time)`."""
 
-    def __init__(self, lines: Mapping[int, Threshold]) -> None:
-        self._lines = [line for _, line in sorted(lines.items())]
+    def __init__(self, thresholds: Mapping[int, Threshold]) -> None:
+        self._thresholds = [threshold for _, threshold in sorted(thresholds.items())]
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._thresholds)
 
     @classmethod
     def read(cls, settings: Settings) -> RecordedThresholds:
@@ -166,21 +170,21 @@ class RecordedThresholds:
             reader.read(READ_S)
         finally:
             reader.close()
-        return cls({start: reader.lines[start] for start in reader.lines if reader.budgets[start] == budget})
+        return cls({start: reader.thresholds[start] for start in reader.thresholds if reader.budgets[start] == budget})
 
     def at(self, event_time: NDArray[np.int64]) -> NDArray[np.float64]:
         """int64 [n], ms, to the line in force at each, float64 [n]; before the first line, the first. Raises ValueError
         where none is recorded."""
-        if not self._lines:
+        if not self._thresholds:
             raise ValueError("no line is recorded")
-        return threshold_at(self._lines, event_time)
+        return threshold_at(self._thresholds, event_time)
 
 
 class _Reader:
     """The records of a tenant, as far as they have been read."""
 
     def __init__(self, settings: Settings) -> None:
-        self.lines: dict[int, Threshold] = {}
+        self.thresholds: dict[int, Threshold] = {}
         self.budgets: dict[int, float] = {}
         self.tallies: dict[tuple[int, str], HourCounts] = {}
         self._settings = settings
@@ -226,7 +230,7 @@ class _Reader:
         body = orjson.loads(value) if value else None
         if kind == "line" and body is not None:
             self.budgets[int(number)] = body["alerts_per_day"]
-            self.lines[int(number)] = Threshold(int(number), body["p_value"], body["correction"], body["share"])
+            self.thresholds[int(number)] = Threshold(int(number), body["p_value"], body["correction"], body["share"])
         elif kind == "tally":
             place = int(number), "".join(instance)
             if body is None:

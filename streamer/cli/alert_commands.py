@@ -49,10 +49,10 @@ def explain(
     """Why an alert came: what was unusual against what is usual, its events, and what came of it since."""
     from rich.console import Console
 
-    from streamer.alerting.alert_reader import in_file, story
+    from streamer.alerting.alert_reader import find_episode, in_file
     from streamer.cli.alert_view import whole
 
-    found = story(in_file(file), uid) if file is not None else _story(settings, uid, since or [])
+    found = find_episode(in_file(file), uid) if file is not None else _story(settings, uid, since or [])
     if as_json:
         typer.echo(orjson.dumps(found.told, option=orjson.OPT_INDENT_2).decode())
         return
@@ -235,15 +235,15 @@ def report(
 
 def _story(settings: Settings, uid: str, since: Sequence[str]) -> AlertEpisode:
     """The story on the alert topic that a uid names, with the verdicts on it."""
-    from streamer.alerting.alert_reader import between, story
+    from streamer.alerting.alert_reader import between, find_episode
 
     def findings(of: str) -> Iterator[Finding]:
         needle = of.lower().encode()
         topics = [settings, *([settings.model_copy(update={"alerts": settings.feedback})] if settings.feedback else [])]
         return chain.from_iterable(between(topic, since, [], lambda value: needle in value) for topic in topics)
 
-    found = story(findings(uid), uid)
-    return story(findings(found.uid), found.uid)  # The uid of one alert is not in the others of its story.
+    found = find_episode(findings(uid), uid)
+    return find_episode(findings(found.uid), found.uid)  # The uid of one alert is not in the others of its story.
 
 
 def _filter(severity: str, entity: str, match: str, every: bool) -> Callable[[Finding], bool]:

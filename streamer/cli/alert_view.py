@@ -39,9 +39,9 @@ def line(finding: Finding, verbose: bool = False) -> Text:
     return text
 
 
-def whole(story: AlertEpisode) -> Text:
+def whole(episode: AlertEpisode) -> Text:
     """A story: what is told of it, how bad and how sure, why, and what came when."""
-    told, last = story.told, story.last
+    told, last = episode.told, episode.last
     info = told["finding_info"]
     text = Text(_plain(info.get("title")), style=f"bold {SEVERITY.get(last.get('severity_id', 1), '')}".strip())
     text.append("\n")
@@ -50,20 +50,20 @@ def whole(story: AlertEpisode) -> Text:
         f"confidence {_plain(last.get('confidence'))} ({_int(last.get('confidence_score'))} of 99)",
         f"risk {_int(last.get('risk_score'))} of 100",
         f"{_int(last.get('count')):,} event{'s' if _int(last.get('count')) != 1 else ''}",
-        _plain(story.verdict or last.get("status")).lower(),
+        _plain(episode.verdict or last.get("status")).lower(),
     ]
     text.append(f"{'; '.join(facts)}\n\n", style="default")
     for row in _plain(info.get("desc")).splitlines():
         text.append(f"{row}\n", style="default")
     text.append("\n")
-    for finding in story.findings:
+    for finding in episode.findings:
         text.append_text(line(finding))
         text.append("\n")
     source = own(told).get("source")
     if isinstance(source, dict):
         where = f"-t {source.get('topic')} -p {source.get('partition')} -o {source.get('offset')} -c 1"
         text.append(f"\nThe event: kcat -b BROKER {_plain(where)}\n", style="dim")
-    text.append(f"finding {_plain(story.uid)}, alert {_plain(told['metadata'].get('uid'))}", style="dim")
+    text.append(f"finding {_plain(episode.uid)}, alert {_plain(told['metadata'].get('uid'))}", style="dim")
     return text
 
 

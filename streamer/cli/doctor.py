@@ -64,8 +64,8 @@ def _kafka(settings: Settings) -> str:
 
 
 def _ledger(settings: Settings) -> str:
-    if settings.line is not None:
-        return f"not needed: the line is fixed at {settings.line:g}"
+    if settings.threshold is not None:
+        return f"not needed: the line is fixed at {settings.threshold:g}"
     from streamer.alerting.threshold_ledger import RecordedThresholds, check_compacted
 
     check_compacted(settings)

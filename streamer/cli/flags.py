@@ -13,7 +13,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from streamer.errors import ConfigurationError
-from streamer.settings import is_secret, leaves, load
+from streamer.settings import FORMER_NAMES, is_secret, leaves, load
 
 _PANELS = {"kafka": "Kafka connection", "redis": "Redis connection"}
 _METAVARS = {str(int): "N", str(float): "N", str(float | None): "N", str(Path): "PATH"}
@@ -68,7 +68,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     many = get_origin(field.annotation) is dict
     option = typer.Option(
         None,
-        "--" + (name.removesuffix("ies") + "y" if many else name).replace(".", "-").replace("_", "-"),
+        *(_flag(spelled, many) for spelled in (name, *(old for old, new in FORMER_NAMES.items() if new == name))),
         help=f"{field.description} (default: {_default(field.default)})",
         metavar="KEY=VALUE" if many else _METAVARS.get(str(field.annotation), "TEXT"),
         rich_help_panel=_PANELS.get(name.rpartition(".")[0], "Settings"),
@@ -76,6 +76,10 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     )
     kind: Any = list[str] | None if many else str | None
     return inspect.Parameter(name.replace(".", "_"), inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
+
+
+def _flag(name: str, many: bool) -> str:
+    return "--" + (name.removesuffix("ies") + "y" if many else name).replace(".", "-").replace("_", "-")
 
 
 def _default(value: Any) -> str:

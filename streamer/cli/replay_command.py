@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     "device",
     "events",
     "alerts_per_day",
-    "line",
+    "threshold",
     "ledger",
     "redact",
     "feedback",
@@ -83,7 +83,7 @@ def replay(
 
     judge = ReplayDetector.open(settings, settings.bundle)
     asked: dict[str, Any] = {"topics": settings.events, "from": starts, "to": ends, "warmup": warmup}
-    asked |= {"bundle": judge.version, "tenant": settings.tenant, "line": settings.line, "scores": bool(scores)}
+    asked |= {"bundle": judge.version, "tenant": settings.tenant, "line": settings.threshold, "scores": bool(scores)}
     asked |= {"alerts_per_day": settings.alerts_per_day}
     judging: Comparing | ReplayDetector = judge
     if compare is not None:

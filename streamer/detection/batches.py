@@ -46,10 +46,10 @@ class ScoredBatch:
     rejects: list[Reject]
     repairs: Counter[str] = field(default_factory=Counter)
     complete: NDArray[np.bool_] | None = None
-    line: NDArray[np.float64] | None = None
+    threshold: NDArray[np.float64] | None = None
     level: NDArray[np.uint8] | None = None
     silences: ScoredBatch | None = None
-    told: NDArray[np.intp] | None = None
+    noticed_at: NDArray[np.intp] | None = None
     windows: Windows | None = None
     in_sequence: NDArray[np.intp] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class ScoredBatch:
     def __len__(self) -> int:
         return len(self.records)
 
-    def story(self, row: int) -> str:
+    def episode_key(self, row: int) -> str:
         """What an alert on this event would be about: events of one story spend the budget once."""
         return f"{self.cause[row]} {self.entity[row]}" if self.entity[row] else ""
 

@@ -47,6 +47,6 @@ class Bundle:
         """Windows of vectors made by another encoder are never mixed with this one's."""
         return str(self.manifest["files"][ENCODER_FILE])[:16]
 
-    def line(self, alerts_per_day: float, events_per_day: float | None = None) -> float:
+    def threshold(self, alerts_per_day: float, events_per_day: float | None = None) -> float:
         """The p-value at which normal traffic gives that many alerts a day, at the rate of training unless told."""
         return min(0.5, alerts_per_day / max(events_per_day or float(self.manifest["training"]["events_per_day"]), 1.0))

@@ -212,7 +212,7 @@ class Detector:
     def _silences(self, silent: list[Inactivity], events: EventBatch) -> ScoredBatch:
         row = rows_of(silent, events.coordinates)
         order = np.argsort(row, kind="stable")
-        return replace(self._last_events([silent[i].last for i in order.tolist()]), told=row[order])
+        return replace(self._last_events([silent[i].last for i in order.tolist()]), noticed_at=row[order])
 
     @staticmethod
     def _last_events(last: list[Activity]) -> ScoredBatch:

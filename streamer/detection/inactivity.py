@@ -35,11 +35,11 @@ class InactivityMonitor:
     def __init__(self, scorer: EventScorer, sequences: SequenceScorer, timers: TimerStore) -> None:
         self.timers = timers
         self._scorer, self._sequences = scorer, sequences
-        self._quiet = np.array([sequences.model.silence.get(kind, 0) for kind in KINDS], np.int64)
+        self._timeout = np.array([sequences.model.silence.get(kind, 0) for kind in KINDS], np.int64)
 
     def ending(self, entities: Entities) -> NDArray[np.intp]:
         """Which of the m pairs are of a kind that ends."""
-        return np.flatnonzero(self._quiet[entities.kind] > 0)
+        return np.flatnonzero(self._timeout[entities.kind] > 0)
 
     def advance(
         self,
@@ -57,7 +57,7 @@ class InactivityMonitor:
             evidence = self._sequences.evidence("ending", {"ending": raw["ending"]}, kinds)
             p_value = self._scorer.p_value(np.zeros(len(pairs)), HISTORY_TRUST * beyond_doubt(evidence))
             newest = windows.own == windows.times.shape[1] - 1
-            columns = (entities.row[pairs], self._quiet[kinds], p_value, windows.complete, newest)
+            columns = (entities.row[pairs], self._timeout[kinds], p_value, windows.complete, newest)
             names = [entities.entity[pair] for pair in pairs.tolist()]
             found = list(zip(*(column.tolist() for column in columns), names, strict=True))
         return self.timers.advance(list(self._steps(events, found)), _spans(events.coordinates))
@@ -69,11 +69,11 @@ class InactivityMonitor:
         since: dict[tuple[str, int, bool], _Pair] = {}
 
         def heard() -> Iterator[Activity]:
-            for row, quiet, p_value, complete, newest, entity in since.values():
+            for row, timeout, p_value, complete, newest, entity in since.values():
                 place = at.sources[at.source[row]], int(at.offset[row]), int(at.index[row])
                 time = max(int(events.time[row]), 0)
                 yield Activity(
-                    entity, *place, time, quiet, p_value, complete, events_at(row) if newest else b"", newest
+                    entity, *place, time, timeout, p_value, complete, events_at(row) if newest else b"", newest
                 )
             since.clear()
 

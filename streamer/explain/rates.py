@@ -18,7 +18,7 @@ from state.rolling_counts import HOUR_MS, HOURS, LEVELS, NEAR, SPANS, count
 from state.windows import Windows
 from streamer.detection.rate_score import RateScorer
 
-TOLD = 3
+MAX_NAMED_RATES = 3
 """Counts named of one alert."""
 WORTH_TELLING = 2.3
 """Nats: of the counts that normal entities raise, one in ten."""
@@ -54,8 +54,8 @@ def levels(windows: Windows, time: NDArray[np.int64]) -> NDArray[np.uint8]:
 def findings(
     rates: RateScorer, entities: Sequence[str], reached: NDArray[np.uint8], causal: Sequence[int]
 ) -> list[tuple[RateFinding, ...]]:
-    """At most `TOLD` of each entity, one a count: the causal one (its place in `LEVELS`) first, then by evidence.
-    reached: uint8 [m, 8]."""
+    """At most `MAX_NAMED_RATES` of each entity, one a count: the causal one (its place in `LEVELS`) first, then by
+    evidence. reached: uint8 [m, 8]."""
     kinds = np.array([KINDS.index(entity.partition(":")[0]) for entity in entities], np.int8)
     own, known = rates.habits.own(entities)
     most = np.where(known[:, None], own, rates.habits.usual[kinds])
@@ -73,5 +73,5 @@ def findings(
             seen = float(count(int(reached[i, column])))
             as_much = int((others[:, column] >= reached[i, column]).sum())
             named.setdefault(what, RateFinding(what, span, seen, usual, bool(known[i]), as_much, len(others)))
-        found.append(tuple(named.values())[:TOLD])
+        found.append(tuple(named.values())[:MAX_NAMED_RATES])
     return found

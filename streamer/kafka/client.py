@@ -86,7 +86,7 @@ def check_topics(settings: Settings) -> None:
         ConfigurationError: with the address, or the topics and how to make them.
     """
     written = [settings.alerts, settings.dead_letters] + ([settings.scores] if settings.scores else [])
-    if settings.line is None:
+    if settings.threshold is None:
         written.append(settings.ledger)
     if settings.feedback:
         written.append(settings.feedback)

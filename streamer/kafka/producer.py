@@ -305,7 +305,7 @@ def _batch_bytes(settings: Settings) -> int:
         settings.alerts,
         settings.dead_letters,
         settings.scores,
-        settings.ledger if settings.line is None else "",
+        settings.ledger if settings.threshold is None else "",
     )
     topics = [topic for topic in written if topic]
     limits = [1_000_000]

@@ -30,7 +30,7 @@ def write_alerts(
     paths: Sequence[Path],
     bundle: Bundle,
     scores: ScoredFile,
-    lines: NDArray[np.float64],
+    thresholds: NDArray[np.float64],
     out: Path,
     progress: Callable[[int], None] = lambda _: None,
 ) -> int:
@@ -46,8 +46,8 @@ def write_alerts(
         for batch in batches(paths):
             seen = detector.score(batch)
             here = slice(done, done + len(seen))
-            scored = _as_scored(seen, scores, here, lines)
-            alerts = findings.alerts(scored, np.flatnonzero(scores.p_value[here] <= lines[here]))
+            scored = _as_scored(seen, scores, here, thresholds)
+            alerts = findings.alerts(scored, np.flatnonzero(scores.p_value[here] <= thresholds[here]))
             file.writelines(alert.value + b"\n" for alert in alerts)
             creates += sum(alert.activity == CREATE for alert in alerts)
             ends[batch[0].topic] = batch[-1].offset + 1
@@ -55,11 +55,11 @@ def write_alerts(
             done += len(scored)
             progress(done)
         for topic, end in ends.items():
-            file.writelines(alert.value + b"\n" for alert in findings.finish((topic, 0), end, float(lines[-1])))
+            file.writelines(alert.value + b"\n" for alert in findings.finish((topic, 0), end, float(thresholds[-1])))
     return creates
 
 
-def _as_scored(batch: ScoredBatch, scores: ScoredFile, here: slice, lines: NDArray[np.float64]) -> ScoredBatch:
+def _as_scored(batch: ScoredBatch, scores: ScoredFile, here: slice, thresholds: NDArray[np.float64]) -> ScoredBatch:
     """The batch with the scores of its file: an entity's silence is known only at its end."""
     level = np.where(scores.cause[here] == batch.cause, 0 if batch.level is None else batch.level, 0).astype(np.uint8)
     return replace(
@@ -68,15 +68,15 @@ def _as_scored(batch: ScoredBatch, scores: ScoredFile, here: slice, lines: NDArr
         severity=scores.severity[here],
         entity=scores.entity[here],
         cause=scores.cause[here],
-        line=lines[here],
+        threshold=thresholds[here],
         level=level,
     )
 
 
-def write_scores(scored: ScoredFile, line: float | NDArray[np.float64], out: Path) -> int:
+def write_scores(scored: ScoredFile, threshold: float | NDArray[np.float64], out: Path) -> int:
     """Write one JSON line an event; returns how many alerts. line: the p-value at or under which an event is one, for
     all or for each."""
-    alerts = scored.p_value <= line
+    alerts = scored.p_value <= threshold
     rows = zip(
         scored.uids,
         scored.p_value.tolist(),
@@ -100,6 +100,6 @@ def detect(
     started = time.perf_counter()
     fitted = fit(train, bundle, seed=seed, progress=progress)
     scored = score_files(test, fitted.bundle)
-    lines = {budget: daily_threshold(budget, len(scored)) for budget in (20, 100)}
+    thresholds = {budget: daily_threshold(budget, len(scored)) for budget in (20, 100)}
     p_value = dict(zip(scored.uids, scored.p_value.tolist(), strict=True))
-    return Detected(p_value, lines, time.perf_counter() - started)
+    return Detected(p_value, thresholds, time.perf_counter() - started)

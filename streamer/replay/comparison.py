@@ -67,17 +67,17 @@ class Comparing:
 
     def judge(self, batch: Sequence[Message], positions: Offsets) -> Judged:
         """What each would alert on."""
-        lines = []
+        thresholds = []
         for side, detector in self._sides.items():
             scored, rows = detector.score(batch, positions)
-            lines += [_candidate(side, scored, row) for row in rows.tolist()]
+            thresholds += [_candidate(side, scored, row) for row in rows.tolist()]
             silences = scored.silences
-            if silences is not None and silences.told is not None and silences.line is not None:
-                crossing = wanted_rows(scored.coordinates, positions)[silences.told]
-                crossing &= silences.p_value <= silences.line
-                lines += [_candidate(side, silences, row) for row in np.flatnonzero(crossing).tolist()]
+            if silences is not None and silences.noticed_at is not None and silences.threshold is not None:
+                crossing = wanted_rows(scored.coordinates, positions)[silences.noticed_at]
+                crossing &= silences.p_value <= silences.threshold
+                thresholds += [_candidate(side, silences, row) for row in np.flatnonzero(crossing).tolist()]
             detector.forget(batch)
-        return judged(batch, scored, positions, lines)
+        return judged(batch, scored, positions, thresholds)
 
 
 def _candidate(side: str, scored: ScoredBatch, row: int) -> Candidate:
@@ -106,8 +106,8 @@ def compare(candidates: Iterable[dict[str, Any]]) -> list[Change]:
 
 def compare_file(candidates: Path, out: Path) -> list[Change]:
     """Compare the lines of a file and write one line a change."""
-    with candidates.open("rb") as lines:
-        changes = compare(orjson.loads(line) for line in lines)
+    with candidates.open("rb") as thresholds:
+        changes = compare(orjson.loads(threshold) for threshold in thresholds)
     temporary = out.with_name(f".{out.name}.new")
     temporary.write_bytes(b"".join(orjson.dumps(change, option=orjson.OPT_APPEND_NEWLINE) for change in changes))
     os.replace(temporary, out)

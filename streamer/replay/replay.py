@@ -154,7 +154,7 @@ class ReplayDetector:
         self,
         bundle: Bundle,
         tenant: str,
-        lines: ThresholdAt,
+        thresholds: ThresholdAt,
         redact: Sequence[str] = (),
         suppressing: Suppressing | None = None,
     ) -> None:
@@ -171,20 +171,20 @@ class ReplayDetector:
             redactor=redactor,
             suppressing=suppressing,
         )
-        self._lines = lines
+        self._thresholds = thresholds
 
     @classmethod
     def open(cls, settings: Settings, path: Path) -> ReplayDetector:
         """With the bundle at `path`, at the lines that the service recorded; where it recorded none, at the one that
         the budget gives at the rate of training. Raises BundleError."""
         bundle = load(path, device_of(settings))
-        if settings.line is not None:
+        if settings.threshold is not None:
             return cls(
-                bundle, settings.tenant, fixed_threshold(settings.line), settings.redact, open_feedback(settings)
+                bundle, settings.tenant, fixed_threshold(settings.threshold), settings.redact, open_feedback(settings)
             )
         recorded = RecordedThresholds.read(settings)
-        lines = recorded.at if len(recorded) else fixed_threshold(bundle.line(settings.alerts_per_day))
-        return cls(bundle, settings.tenant, lines, settings.redact, open_feedback(settings))
+        thresholds = recorded.at if len(recorded) else fixed_threshold(bundle.threshold(settings.alerts_per_day))
+        return cls(bundle, settings.tenant, thresholds, settings.redact, open_feedback(settings))
 
     def begin(self, horizon_ms: int) -> None:
         """Windows that reach back behind this event time are not complete."""
@@ -202,7 +202,7 @@ class ReplayDetector:
 
     def _lined(self, scored: ScoredBatch) -> tuple[ScoredBatch, NDArray[np.intp]]:
         """With the line that each event is held against; and the rows that cross it."""
-        return with_threshold(scored, lambda batch: self._lines(batch.time))
+        return with_threshold(scored, lambda batch: self._thresholds(batch.time))
 
     def score(self, batch: Sequence[Message], positions: Offsets) -> tuple[ScoredBatch, NDArray[np.intp]]:
         """Score a batch, with lines; also the rows from the positions on that cross them. `forget` it when it is
@@ -241,9 +241,9 @@ def judged(
     return Judged(alerts, scores, int(wanted.sum()), rejects, incomplete)
 
 
-def fixed_threshold(line: float) -> ThresholdAt:
+def fixed_threshold(threshold: float) -> ThresholdAt:
     """The same line at every time."""
-    return lambda times: np.full(len(times), line)
+    return lambda times: np.full(len(times), threshold)
 
 
 def plan(settings: Settings, since: Sequence[str], until: Sequence[str], warmup_ms: int, now_ms: int) -> Plan:

@@ -17,7 +17,7 @@ import orjson
 from numpy.typing import NDArray
 
 from state.episodes import CREATE
-from streamer.alerting.alert_reader import AlertEpisode, Finding, own, parse, stories
+from streamer.alerting.alert_reader import AlertEpisode, Finding, group_episodes, own, parse
 from streamer.errors import ConfigurationError
 
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
@@ -112,7 +112,7 @@ class Material:
 
 def report(material: Material, *, title: str, made_ms: int, promised: float | None = None) -> Report:
     """The report of this material. promised: alerts a day of the budget, where it is known."""
-    told = list(stories(material.findings).values())
+    told = list(group_episodes(material.findings).values())
     creates = [finding for finding in material.findings if finding.get("activity_id") == CREATE]
     return Report(
         title,

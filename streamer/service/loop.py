@@ -93,7 +93,7 @@ class Service:
         detector: BatchScorer,
         alerting: Alerting,
         *,
-        line: float | ThresholdLedger,
+        threshold: float | ThresholdLedger,
         windows: EntityStore | None = None,
         instance: str = "",
         bundles: Bundles | None = None,
@@ -104,8 +104,8 @@ class Service:
         self._settings = settings
         self._detector = detector
         self._alerting = alerting
-        self._line = line
-        self._ledger = line if isinstance(line, ThresholdLedger) else None
+        self._line = threshold
+        self._ledger = threshold if isinstance(threshold, ThresholdLedger) else None
         self._windows = windows
         self._clock = clock
         self._stop = threading.Event()
@@ -175,8 +175,8 @@ class Service:
             scored = self._score(batch)
             scored, rows = with_threshold(scored, self._line_for)
             alerts = self._alerts(scored, rows)
-            if self._shadow is not None and scored.line is not None:
-                self._shadow.compare(batch.messages, scored, scored.line)
+            if self._shadow is not None and scored.threshold is not None:
+                self._shadow.compare(batch.messages, scored, scored.threshold)
             self._add(batch, scored, alerts)
         if self._due():
             self._commit()
@@ -261,8 +261,8 @@ class Service:
             return
         else:
             # While they are filled again, how far they have come is not how far the commit is.
-            told = {} if self._rebuild is not None else self._source.owned()
-            self._waiting("prepare", lambda: windows.prepare(told))
+            noticed_at = {} if self._rebuild is not None else self._source.owned()
+            self._waiting("prepare", lambda: windows.prepare(noticed_at))
         self._watched_at = time.monotonic()
 
     def _begin_rebuild(self, lost: StateLostError) -> None:
@@ -316,7 +316,9 @@ class Service:
         with self.metrics.time("explain"):
             alerts = self._waiting("alerts", lambda: self._alerting.alerts(scored, rows))
         silences = scored.silences
-        silent = 0 if silences is None or silences.line is None else int((silences.p_value <= silences.line).sum())
+        silent = (
+            0 if silences is None or silences.threshold is None else int((silences.p_value <= silences.threshold).sum())
+        )
         self._group.anomalies += len(rows) + silent
         self._group.suppressed.update(self._alerting.take_suppressed())
         return alerts
@@ -416,7 +418,7 @@ class Service:
         self._show_line()
 
     def _show_line(self) -> None:
-        self.metrics.line.set(self._line.line if isinstance(self._line, ThresholdLedger) else self._line)
+        self.metrics.threshold.set(self._line.threshold if isinstance(self._line, ThresholdLedger) else self._line)
 
     def _begin_again(self, reason: Exception) -> None:
         """After an abort: forget the group and read it again from what is committed, later each time it fails."""

@@ -74,7 +74,7 @@ class Metrics:
         )
         self.lag = gauge("lag_messages", "Messages behind the end of the partition", "topic", "partition")
         self.round_trip = gauge("kafka_round_trip_seconds", "Until a broker answers the producer, 95 %", "broker")
-        self.line = gauge("line_p_value", "Events at or under this p-value are alerts")
+        self.threshold = gauge("line_p_value", "Events at or under this p-value are alerts")
         self.promised = gauge("budget_promised_per_day", "Alerts a day that normal traffic may cost")
         self.spent = gauge("budget_spent_today", "Alerts (Create) of the latest day of event time")
         self.bundle = gauge("bundle_info", "1 for the bundle that serves", "version")

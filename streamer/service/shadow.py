@@ -55,10 +55,10 @@ class Shadow:
         elif self._preparation.done and not self._owned().keys() <= self._prepared:
             self._guarded(self._join)
 
-    def compare(self, messages: Sequence[Message], scored: ScoredBatch, line: NDArray[np.float64]) -> None:
+    def compare(self, messages: Sequence[Message], scored: ScoredBatch, threshold: NDArray[np.float64]) -> None:
         """Score the batch too, and count how that differs."""
         if self._prepared:
-            self._guarded(lambda: self._compare(messages, scored, line))
+            self._guarded(lambda: self._compare(messages, scored, threshold))
 
     def prepare(self, offsets: Offsets) -> None:
         """As `WindowStore.prepare`."""
@@ -82,13 +82,13 @@ class Shadow:
         self._prepared = set(self._owned())
         _log.info("a candidate scores beside", bundle=self._preparation.path.name)
 
-    def _compare(self, messages: Sequence[Message], scored: ScoredBatch, line: NDArray[np.float64]) -> None:
+    def _compare(self, messages: Sequence[Message], scored: ScoredBatch, threshold: NDArray[np.float64]) -> None:
         assert self._preparation is not None
         assert self._preparation.opened is not None
         detector = self._preparation.opened.detector
         with self._metrics.time("shadow"):
             other = detector.judge(detector.prepare(messages))
-        ours, theirs = scored.p_value <= line, other.p_value <= line
+        ours, theirs = scored.p_value <= threshold, other.p_value <= threshold
         for name, rows in (("both", ours & theirs), ("gained", theirs & ~ours), ("lost", ours & ~theirs)):
             self._metrics.shadow_alerts.labels(name).inc(int(rows.sum()))
         self._metrics.shadow_events.inc(len(scored))

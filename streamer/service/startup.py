@@ -49,12 +49,12 @@ def serve(settings: Settings, stop: threading.Event) -> None:
     first = opening(serving)
     instance = claim_instance(settings)
     rate = float(read_manifest(serving)["training"]["events_per_day"])
-    line = settings.line if settings.line is not None else ThresholdLedger(settings, instance, rate)
+    threshold = settings.threshold if settings.threshold is not None else ThresholdLedger(settings, instance, rate)
     service = Service(
         settings,
         first.detector,
         first.alerting,
-        line=line,
+        threshold=threshold,
         windows=first.windows,
         instance=instance,
         bundles=Bundles(serving, opening),

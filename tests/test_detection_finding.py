@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from alerting import (
+from alert_samples import (
     NOW,
     PORT,
     PROFILE,
@@ -142,7 +142,7 @@ def test_headers_find_the_event_without_reading_the_alert() -> None:
 
 def test_ids_never_change_and_tell_events_entities_causes_and_bundles_apart() -> None:
     assert one()["metadata"]["uid"] == "bf863aac-7d5b-584d-97dd-573d3bc18899"
-    uids = {one()["metadata"]["uid"], one(now_ms=NOW + 1)["metadata"]["uid"], one(line=2e-4)["metadata"]["uid"]}
+    uids = {one()["metadata"]["uid"], one(now_ms=NOW + 1)["metadata"]["uid"], one(threshold=2e-4)["metadata"]["uid"]}
     assert len(uids) == 1
     for change in ({"entity": "user:bob"}, {"cause": "record:x"}, {"bundle_version": "other"}):
         uids.add(one(**change)["metadata"]["uid"])
@@ -162,7 +162,7 @@ STORY = Episode(
 def test_an_episode_keeps_its_finding_and_only_its_create_is_an_alert() -> None:
     story = [Decision(activity, ("events", 3), 100, 0, STORY) for activity in (CREATE, UPDATE)]
     made = alerts(scored([WORD] * 2), decisions=story)
-    made.append(close_alert(STORY, line=1e-4, bundle_version="lab-3f2a", tenant="default", now_ms=NOW))
+    made.append(close_alert(STORY, threshold=1e-4, bundle_version="lab-3f2a", tenant="default", now_ms=NOW))
     found = [check(alert) for alert in made]
     assert len({f["finding_info"]["uid"] for f in found}) == 1
     assert len({f["metadata"]["uid"] for f in found}) == 3
@@ -183,12 +183,12 @@ def test_an_episode_says_how_many_where_and_that_it_is_over() -> None:
         "So far 12 such events in 10 min, the first at events:3:7:0 (destination port, order of events). "
         "Also at host:PC-8, host:PC-9."
     ) in info["desc"]
-    closed = close_alert(STORY, line=1e-4, bundle_version="b", tenant="t", now_ms=NOW)
+    closed = close_alert(STORY, threshold=1e-4, bundle_version="b", tenant="t", now_ms=NOW)
     info = check(closed)["finding_info"]
     assert info["title"] == "Over: unusual destination port of host PC-7 and at 2 others; 12 events in 10 min"
     assert {event["uid"] for event in info["related_events"]} == {"events:3:7:0", "events:3:100:0"}
     single = replace(STORY, last=STORY.first, last_seen=STORY.first_seen, count=1, entities=1, others=())
-    (alone,) = [check(close_alert(single, line=1e-4, bundle_version="b", tenant="t", now_ms=NOW))["finding_info"]]
+    (alone,) = [check(close_alert(single, threshold=1e-4, bundle_version="b", tenant="t", now_ms=NOW))["finding_info"]]
     assert alone["title"] == "Over: unusual destination port of host PC-7; 1 event"
 
 

@@ -77,7 +77,7 @@ def alerts(
     rows: NDArray[np.intp] | None = None,
     **changes: Any,
 ) -> list[Alert]:
-    chosen: Json = {"line": 1e-4, "bundle_version": "lab-3f2a", "tenant": "default", "now_ms": NOW, **changes}
+    chosen: Json = {"threshold": 1e-4, "bundle_version": "lab-3f2a", "tenant": "default", "now_ms": NOW, **changes}
     told = explanations or [explanation(PORT)] * len(batch)
     return build_alerts(batch, np.arange(len(batch)) if rows is None else rows, told, **chosen)
 

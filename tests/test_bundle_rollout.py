@@ -14,7 +14,7 @@ from pathlib import Path
 import orjson
 import pytest
 import redis
-from stream import EVENT, LINE, EachRow, HashDetector, Topics, WindowDetector, create, p_value, running, until
+from loop_harness import EVENT, LINE, EachRow, HashDetector, Topics, WindowDetector, create, p_value, running, until
 
 from encoder.ocsf.events import Message
 from state.memory.windows import MemoryWindows
@@ -77,7 +77,7 @@ def service_for(topics: Topics, valkey: ValkeyServer, store: Path, **more: objec
     serving = store / "versions" / "one_a"
     first = opening(serving)
     bundles = Bundles(store / (store / "current").readlink(), opening)
-    return Service(settings, first.detector, first.alerting, line=LINE, windows=first.windows, bundles=bundles)
+    return Service(settings, first.detector, first.alerting, threshold=LINE, windows=first.windows, bundles=bundles)
 
 
 def scores_by(topics: Topics, name: str, n: int) -> list[float]:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from alerting import NOW, WORD, check, explanation, scored
-from stream import HashDetector, Topics, create, findings, running
+from alert_samples import NOW, WORD, check, explanation, scored
+from loop_harness import HashDetector, Topics, create, findings, running
 
 from state.episodes import CLOSE, CREATE, UPDATE
 from state.memory.episodes import MemoryEpisodes
@@ -42,7 +42,7 @@ class Quiet:
 
 
 def with_threshold(batch: ScoredBatch) -> ScoredBatch:
-    return replace(batch, line=np.full(len(batch), 1e-4))
+    return replace(batch, threshold=np.full(len(batch), 1e-4))
 
 
 def published(batch: ScoredBatch, **options: Any) -> list[Alert]:
@@ -108,7 +108,7 @@ def test_kill_9_between_the_write_to_redis_and_the_commit_loses_and_doubles_noth
     topics.produce_events(n)
     straight = replace(create(topics.bootstrap, f"{topics.name}-straight", partitions=1), source=topics.events)
     detector = HashDetector()
-    service = Service(straight.settings(), detector, findings(detector, redis_url, straight.name), line=0.02)
+    service = Service(straight.settings(), detector, findings(detector, redis_url, straight.name), threshold=0.02)
     with running(service) as raised:
         straight.wait_until_read(n)
     assert raised == []
@@ -118,7 +118,7 @@ def test_kill_9_between_the_write_to_redis_and_the_commit_loses_and_doubles_noth
     names = {name: f"{topics.name}-{suffix}" for name, suffix in (("alerts", "alerts"), ("dead_letters", "dead"))}
     arguments |= {"start": "earliest", "batch_size": 50, "linger_ms": 10, **names}
     for dies_at in (1, 2):
-        command = [sys.executable, str(Path(__file__).with_name("stream.py"))]
+        command = [sys.executable, str(Path(__file__).with_name("loop_harness.py"))]
         command.append(json.dumps(arguments | {"episodes": redis_url, "dies_at": dies_at}))
         assert subprocess.run(command, timeout=60, check=False).returncode == -signal.SIGKILL
     command[-1] = json.dumps(arguments | {"episodes": redis_url})

@@ -1,6 +1,6 @@
 """What the tests of the loop share: topics, reading what subscribers see, and a detector that needs no bundle.
 
-Run as a program it is a service with that detector, to be killed: `python tests/stream.py '{"events": "topic", ...}'`.
+Run as a program it is a service with that detector, to be killed: `python tests/loop_harness.py '{"events": "topic", ...}'`.
 """
 
 from __future__ import annotations
@@ -316,7 +316,7 @@ def main() -> None:
     delay, redis_url, dies_at = (arguments.pop(name, 0) for name in ("delay", "episodes", "dies_at"))
     detector = HashDetector(lambda _: time.sleep(delay))
     alerting = Dying(findings(detector, redis_url, arguments["kafka.group_id"]), dies_at) if redis_url else EachRow()
-    service = Service(load(arguments), detector, alerting, line=LINE)
+    service = Service(load(arguments), detector, alerting, threshold=LINE)
     signal.signal(signal.SIGTERM, lambda *_: service.stop())
     service.run()
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_events import events as any_event
+from test_decoder import events as any_event
 from test_schema import decoded, feed, learn
 
 from encoder.features import vectorizer as vectorize_module
@@ -102,7 +102,7 @@ def test_the_caches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_features_are_the_same_in_every_process() -> None:
     program = (
-        "from test_vectorize import features, feed; import hashlib; f = features(feed());"
+        "from test_vectorizer import features, feed; import hashlib; f = features(feed());"
         "print(hashlib.sha256(f.codes.tobytes() + f.quantiles.tobytes() + f.actor.tobytes()).hexdigest(),"
         " f.distinct()[1].sum())"
     )

@@ -11,11 +11,11 @@ import jsonschema
 import numpy as np
 import orjson
 import pytest
-from alerting import SCHEMA, WORD, one, scored
+from alert_samples import SCHEMA, WORD, one, scored
+from loop_harness import EVENT, HashDetector, Topics, create, p_value, running, until
 from ocsf_json_schema import OcsfJsonSchemaEmbedded
-from stream import EVENT, HashDetector, Topics, create, p_value, running, until
 from test_alert_commands import create_topic, invoke, lines, send
-from test_findings import Quiet, with_threshold
+from test_pipeline import Quiet, with_threshold
 from typer.testing import CliRunner
 
 from state.episodes import Anomaly
@@ -178,7 +178,7 @@ def test_the_service_tells_nothing_of_what_is_silenced_and_counts_it(
     feedback = SuppressionFeed(settings_for)
     detector = HashDetector()
     findings = AlertPipeline(detector, MemoryEpisodes(), bundle_version="b", suppressing=feedback)
-    service = Service(topics.settings(), detector, findings, line=0.02)
+    service = Service(topics.settings(), detector, findings, threshold=0.02)
     with running(service) as raised:
         topics.wait_until_read(n)
     feedback.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from stream import EVENT
+from loop_harness import EVENT
 from test_cli import ripcurrent
 
 from encoder.features.learner import SchemaLearner

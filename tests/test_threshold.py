@@ -51,8 +51,8 @@ def test_weeks_of_normal_traffic_cost_what_was_promised(alerts_per_day: int, ske
     """skew: how often p-values that should be met once are met, because calibration was on another week."""
     time = traffic(28, 5_000)
     p = np.random.default_rng(1).random(len(time)) / skew
-    line = run(MovingThreshold(alerts_per_day, 5_000), time, p)
-    spent = a_day(time, p <= line, 7, 28)
+    threshold = run(MovingThreshold(alerts_per_day, 5_000), time, p)
+    spent = a_day(time, p <= threshold, 7, 28)
     assert 0.5 * alerts_per_day <= spent <= 1.5 * alerts_per_day
     if skew != 1.0:  # A line that stays does not.
         fixed = a_day(time, p <= alerts_per_day / 4_000, 7, 28)
@@ -66,9 +66,9 @@ def test_what_alerts_whatever_is_spent_is_made_up_for_by_the_line(beyond: int) -
     generator = np.random.default_rng(4)
     p = generator.random(len(time))
     p[generator.random(len(time)) < beyond / 4_000] = 1e-9
-    line = run(MovingThreshold(20, 4_000), time, p)
-    assert 10 <= a_day(time, p <= line, 7, 35) <= 24
-    assert a_day(time, p <= 1e-9, 7, 35) == a_day(time, (p <= line) & (p <= 1e-9), 7, 35)
+    threshold = run(MovingThreshold(20, 4_000), time, p)
+    assert 10 <= a_day(time, p <= threshold, 7, 35) <= 24
+    assert a_day(time, p <= 1e-9, 7, 35) == a_day(time, (p <= threshold) & (p <= 1e-9), 7, 35)
     fixed = a_day(time, p <= 20 / 4_000, 7, 35)
     assert fixed > 18 + beyond
 
@@ -78,9 +78,9 @@ def test_the_budget_holds_again_after_the_rate_has_changed(factor: float) -> Non
     before, after = traffic(7, 5000), traffic(14, int(5000 * factor), seed=2, start=MONDAY + 7 * DAY_MS)
     time = np.concatenate([before, after])
     p = np.random.default_rng(3).random(len(time))
-    line = run(MovingThreshold(50, 5000), time, p)
-    assert 25 <= a_day(time, p <= line, 14, 21) <= 75
-    assert max(a_day(time, p <= line, day, day + 1) for day in range(7, 21)) <= 100
+    threshold = run(MovingThreshold(50, 5000), time, p)
+    assert 25 <= a_day(time, p <= threshold, 14, 21) <= 75
+    assert max(a_day(time, p <= threshold, day, day + 1) for day in range(7, 21)) <= 100
 
 
 @settings(max_examples=15, deadline=None)
@@ -91,13 +91,15 @@ def test_any_six_hours_spend_at_most_half_and_what_is_far_under_the_line_always_
     time = traffic(3, 3000, seed=seed)
     p = np.maximum(np.random.default_rng(seed).random(len(time)) / skew, 1e-9)
     budget = MovingThreshold(alerts_per_day, 3000)
-    line = run(budget, time, p, size=seed % 700 + 1)
-    open_line = np.array([each.p_value for each in budget.lines])
-    open_at = open_line[np.maximum(np.searchsorted([each.start for each in budget.lines], time, side="right") - 1, 0)]
-    ordinary = time[(p <= line) & (p > ALWAYS * open_at)]
+    threshold = run(budget, time, p, size=seed % 700 + 1)
+    open_line = np.array([each.p_value for each in budget.thresholds])
+    open_at = open_line[
+        np.maximum(np.searchsorted([each.start for each in budget.thresholds], time, side="right") - 1, 0)
+    ]
+    ordinary = time[(p <= threshold) & (p > ALWAYS * open_at)]
     ends = np.searchsorted(ordinary, ordinary + 6 * HOUR_MS)
     assert (ends - np.arange(len(ordinary))).max(initial=0) <= np.ceil(alerts_per_day / 2)
-    assert ((p <= line) | (p > ALWAYS * open_at)).all()
+    assert ((p <= threshold) | (p > ALWAYS * open_at)).all()
 
 
 @settings(max_examples=15, deadline=None)
@@ -106,10 +108,10 @@ def test_a_line_depends_on_what_was_before_and_not_on_how_the_stream_was_cut(see
     time = traffic(2, 2000, seed=seed)
     p = np.random.default_rng(seed).random(len(time)) / 3
     whole, half = MovingThreshold(30, 2000), MovingThreshold(30, 2000)
-    lines = run(whole, time, p, one)
+    thresholds = run(whole, time, p, one)
     cut = len(time) // 2
-    np.testing.assert_array_equal(run(half, time[:cut], p[:cut], other), lines[:cut])
-    np.testing.assert_array_equal(run(MovingThreshold(30, 2000), time, p, other), lines)
+    np.testing.assert_array_equal(run(half, time[:cut], p[:cut], other), thresholds[:cut])
+    np.testing.assert_array_equal(run(MovingThreshold(30, 2000), time, p, other), thresholds)
 
 
 def test_the_recorded_lines_are_those_that_events_were_held_against() -> None:
@@ -117,10 +119,10 @@ def test_the_recorded_lines_are_those_that_events_were_held_against() -> None:
     time[::7] -= 90 * 60_000  # late by up to an hour and a half
     p = np.random.default_rng(0).random(len(time)) / 5
     budget = MovingThreshold(20, 4000)
-    lines = run(budget, time, p)
-    assert any(line.share == ALWAYS for line in budget.lines)
-    replayed = threshold_at(budget.lines, time)
-    np.testing.assert_array_equal(p <= lines, p <= replayed)
+    thresholds = run(budget, time, p)
+    assert any(threshold.share == ALWAYS for threshold in budget.thresholds)
+    replayed = threshold_at(budget.thresholds, time)
+    np.testing.assert_array_equal(p <= thresholds, p <= replayed)
 
 
 @settings(max_examples=20, deadline=None)
@@ -130,25 +132,27 @@ def test_the_correction_is_bounded(skew: float, alerts_per_day: float) -> None:
     p = np.minimum(np.random.default_rng(1).random(3000) / (skew + 1e-9), 1.0)
     budget = MovingThreshold(alerts_per_day, 1000)
     run(budget, time, p)
-    for line in budget.lines:
-        assert 0.99 / CORRECTION <= line.correction <= CORRECTION
-        assert 0 < line.in_force <= 0.5
+    for threshold in budget.thresholds:
+        assert 0.99 / CORRECTION <= threshold.correction <= CORRECTION
+        assert 0 < threshold.in_force <= 0.5
 
 
 def test_what_goes_on_about_the_same_thing_spends_once_and_closes_nothing() -> None:
     time = MONDAY + np.arange(4000) * 3000
     p = np.where(np.arange(4000) % 2, 0.5, 0.0005)
     storm, alone = MovingThreshold(20, 24_000), MovingThreshold(20, 24_000)
-    for budget, story in ((storm, lambda _: "record:cmd_line user:eve"), (alone, lambda _: "")):
-        line = np.concatenate([budget.judge(time[i : i + 64], p[i : i + 64], story=story) for i in range(0, 4000, 64)])
+    for budget, episode_key in ((storm, lambda _: "record:cmd_line user:eve"), (alone, lambda _: "")):
+        threshold = np.concatenate(
+            [budget.judge(time[i : i + 64], p[i : i + 64], episode_key=episode_key) for i in range(0, 4000, 64)]
+        )
         if budget is storm:
-            assert (p[::2] <= line[::2]).sum() > 1000
+            assert (p[::2] <= threshold[::2]).sum() > 1000
     hours = range(MONDAY // HOUR_MS, MONDAY // HOUR_MS + 5)
     assert storm.spent(hours) == 1
-    assert all(each.share == 1.0 for each in storm.lines)
+    assert all(each.share == 1.0 for each in storm.thresholds)
     assert 5 < alone.spent(hours) <= 10
     again = np.array([MONDAY + 4000 * 3000 + 2 * HOUR_MS])
-    storm.judge(again, np.array([storm.at(again)[0] / 2]), story=lambda _: "record:cmd_line user:eve")
+    storm.judge(again, np.array([storm.at(again)[0] / 2]), episode_key=lambda _: "record:cmd_line user:eve")
     assert storm.spent(range(hours[0], hours[-1] + 5)) == 2
 
 
@@ -157,7 +161,7 @@ def test_a_copy_goes_its_own_way() -> None:
     budget.judge(np.array([MONDAY]), np.array([0.5]))
     other = budget.copy()
     other.judge(np.array([MONDAY + HOUR_MS]), np.array([0.001]))
-    assert len(budget.lines) == 1
+    assert len(budget.thresholds) == 1
     assert budget.spent(range(MONDAY // HOUR_MS, MONDAY // HOUR_MS + 2)) == 0
     assert other.spent(range(MONDAY // HOUR_MS, MONDAY // HOUR_MS + 2)) == 1
 
@@ -166,7 +170,8 @@ def test_what_others_spend_counts_and_what_they_let_through_is_not_judged_anew()
     hour = MONDAY // HOUR_MS
     budget = MovingThreshold(20, 1000, elsewhere={hour: HourCounts(10, 0.2, 0.2, 10, MONDAY + 60_000)})
     budget.advance(hour)
-    assert budget.lines == [Threshold(MONDAY + 60_001, budget.lines[0].p_value, 1.0, share=ALWAYS)]
+    assert budget.thresholds == [Threshold(MONDAY + 60_001, budget.thresholds[0].p_value, 1.0, share=ALWAYS)]
     np.testing.assert_array_equal(
-        budget.judge(np.array([MONDAY + 70_000]), np.array([0.01]), moves=False), [budget.lines[0].p_value * ALWAYS]
+        budget.judge(np.array([MONDAY + 70_000]), np.array([0.01]), moves=False),
+        [budget.thresholds[0].p_value * ALWAYS],
     )

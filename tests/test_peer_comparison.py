@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from alerting import Json, alerts, check
-from whole import short_training
+from alert_samples import Json, alerts, check
+from service_process import short_training
 
 from encoder.ocsf.entities import KINDS
 from encoder.ocsf.events import Message

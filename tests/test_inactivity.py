@@ -15,12 +15,12 @@ import numpy as np
 import orjson
 import pytest
 import redis
-import whole
-from alerting import VALIDATOR
+import service_process
+from alert_samples import VALIDATOR
+from loop_harness import EachRow, Topics, create, running, until
 from numpy.typing import NDArray
-from stream import EachRow, Topics, create, running, until
+from service_process import alerts_of, lines
 from test_replay import alerts_in, replay
-from whole import alerts_of, lines
 
 from state.calibration import Calibration
 from streamer.alerting.finding_frame import Alert
@@ -38,14 +38,14 @@ Alerts = dict[str, tuple[bytes, dict[str, Any]]]
 DIES = """
 import os, signal, sys
 import streamer.alerting.pipeline as findings
-inner, left = findings.Findings.alerts, [int(sys.argv.pop(1))]
+inner, left = findings.AlertPipeline.alerts, [int(sys.argv.pop(1))]
 def alerts(self, scored, rows):
     found = inner(self, scored, rows)
     left[0] -= scored.silences is not None
     if left[0] == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return found
-findings.Findings.alerts = alerts
+findings.AlertPipeline.alerts = alerts
 from streamer.cli.main import main
 main()
 """
@@ -133,7 +133,7 @@ def service_for(topics: Topics, folder: Path, redis_url: str, alerting: Any = No
     findings = alerting or open_findings(
         settings, Explainer(detector.bundle, detector.windows), open_episodes(settings)
     )
-    return Service(settings, detector, findings, line=LINE, windows=remembering)
+    return Service(settings, detector, findings, threshold=LINE, windows=remembering)
 
 
 def test_a_restart_while_somebody_is_waited_for_changes_nothing_also_as_another_worker(
@@ -179,12 +179,12 @@ class EachSilence(EachRow):
 
     def alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Alert]:
         silences = scored.silences
-        if silences is None or silences.told is None:
+        if silences is None or silences.noticed_at is None:
             return []
         uids = [f"{entity}|{silences.coordinates.label(row)}" for row, entity in enumerate(silences.entity)]
         return [
             Alert(uid, uid.encode(), orjson.dumps({"uid": uid}), [], row=row)
-            for uid, row in zip(uids, silences.told.tolist(), strict=True)
+            for uid, row in zip(uids, silences.noticed_at.tolist(), strict=True)
         ]
 
 
@@ -223,7 +223,9 @@ def test_sigkill_between_a_silence_and_its_commit_loses_and_doubles_nothing(
     straight: Topics, topics: Topics, folder: Path, redis_url: str
 ) -> None:
     flags = {"batch_size": 100, "tenant": topics.name}
-    command = whole.Service(topics, folder / "bundle", redis_url, 2, line=LINE, scores="", **flags).command
+    command = service_process.Service(
+        topics, folder / "bundle", redis_url, 2, threshold=LINE, scores="", **flags
+    ).command
     for n in (1, 3):
         killed = [sys.executable, "-c", DIES, str(n), *command[command.index("run") :]]
         done = subprocess.run(killed, timeout=90, check=False)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 from confluent_kafka import Producer
-from stream import Topics, create
+from loop_harness import Topics, create
 
 from streamer.errors import ConfigurationError, RipcurrentError
 from streamer.kafka import range_reader

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException
-from stream import LINE, EachRow, HashDetector, Topics, create, running, until
+from loop_harness import LINE, EachRow, HashDetector, Topics, create, running, until
 
 from streamer.devtools.servers import KafkaServer
 from streamer.errors import ConfigurationError, StreamError
@@ -86,7 +86,7 @@ def test_a_broker_that_restarts_costs_nothing_but_time(unique: Callable[[str], s
         topics = create(server.bootstrap, unique("restart"))
         topics.produce_events(600)
         detector = HashDetector(lambda _: time.sleep(0.05))
-        service = Service(topics.settings(), detector, EachRow(), line=LINE)
+        service = Service(topics.settings(), detector, EachRow(), threshold=LINE)
         with running(service) as raised:
             until(lambda: len(detector.batches) > 3)
             server.restart(kill=True)
@@ -101,7 +101,7 @@ def test_a_broker_that_is_away_is_named_by_readyz_until_it_is_back(unique: Calla
     with KafkaServer() as server:
         topics = create(server.bootstrap, unique("away"))
         topics.produce_events(20)
-        service = Service(topics.settings(), HashDetector(), EachRow(), line=LINE)
+        service = Service(topics.settings(), HashDetector(), EachRow(), threshold=LINE)
         with running(service) as raised:
             topics.wait_until_read(20)
             assert service.not_ready() == ""
@@ -123,7 +123,7 @@ def test_a_producer_whose_transaction_cannot_be_aborted_is_made_anew(
     with KafkaServer() as server:
         topics = create(server.bootstrap, unique("anew"))
         topics.produce_events(600)
-        service = Service(topics.settings(), HashDetector(lambda _: time.sleep(0.02)), EachRow(), line=LINE)
+        service = Service(topics.settings(), HashDetector(lambda _: time.sleep(0.02)), EachRow(), threshold=LINE)
         publisher: Any = service._publisher
         first, write, frozen = publisher._producer, publisher._write, []
 
@@ -199,7 +199,7 @@ def test_a_partition_whose_leader_is_not_ready_is_waited_for(topics: Topics, mon
         return patiently("offsets", read)
 
     monkeypatch.setattr(source_module, "watermarks", watermarks)
-    with running(Service(topics.settings(), HashDetector(), EachRow(), line=LINE)) as raised:
+    with running(Service(topics.settings(), HashDetector(), EachRow(), threshold=LINE)) as raised:
         topics.wait_until_read(20)
     assert raised == []
     assert len(asked) == 5
@@ -212,7 +212,7 @@ def test_what_fails_while_partitions_are_assigned_ends_the_service(
         raise KafkaException(KafkaError(KafkaError.NOT_LEADER_FOR_PARTITION))
 
     monkeypatch.setattr(source_module, "watermarks", watermarks)
-    with running(Service(topics.settings(), HashDetector(), EachRow(), line=LINE)) as raised:
+    with running(Service(topics.settings(), HashDetector(), EachRow(), threshold=LINE)) as raised:
         until(lambda: bool(raised))
     assert "NOT_LEADER_FOR_PARTITION" in str(raised[0])
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from alerting import PORT, WORD, Json, alerts, check, explanation, one, scored
+from alert_samples import PORT, WORD, Json, alerts, check, explanation, one, scored
 
 from streamer.alerting import text as wording
 from streamer.alerting.finding_frame import confidence

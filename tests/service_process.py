@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 import pytest
-from stream import Topics, until
+from loop_harness import Topics, until
 from test_cli import COMMAND
 
 import encoder.training.masked_fields
@@ -52,7 +52,7 @@ class Service:
             "dead-letters": f"{topics.name}-dead",
             "scores": f"{topics.name}-scores",
             "start": "earliest",
-            "line": LINE,
+            "threshold": LINE,
             "device": "cpu",
             "metrics-port": 0,
             "log-level": "warning",

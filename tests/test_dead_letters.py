@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
-from stream import EVENT, EachRow, HashDetector, Topics, create, running
+from loop_harness import EVENT, EachRow, HashDetector, Topics, create, running
 from typer.testing import CliRunner, Result
 
 from streamer.cli.main import app
@@ -30,7 +30,7 @@ def topics(kafka: str, unique: Callable[[str], str]) -> Topics:
 
 
 def serve(topics: Topics, n: int) -> None:
-    with running(Service(topics.settings(), HashDetector(), EachRow(), line=1.0)) as raised:
+    with running(Service(topics.settings(), HashDetector(), EachRow(), threshold=1.0)) as raised:
         topics.wait_until_read(n)
     assert raised == []
 

@@ -15,7 +15,7 @@ import pytest
 import redis
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
-from stream import EVENT, LINE, EachRow, Topics, WindowDetector, create, running, until
+from loop_harness import EVENT, LINE, EachRow, Topics, WindowDetector, create, running, until
 
 from encoder.ocsf.events import Message
 from state.memory.windows import MemoryWindows
@@ -44,7 +44,7 @@ def windows_of(server: ValkeyServer) -> RedisWindows:
 def service_for(topics: Topics, server: ValkeyServer, *, delay: float = 0.01, **more: Any) -> Service:
     windows = windows_of(server)
     detector = WindowDetector(windows, lambda _: time.sleep(delay))
-    return Service(topics.settings(**more), detector, EachRow(), line=LINE, windows=windows)
+    return Service(topics.settings(**more), detector, EachRow(), threshold=LINE, windows=windows)
 
 
 def undisturbed(topics: Topics, n: int) -> tuple[list[str], dict[str, float], MemoryWindows]:

@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
-from stream import EVENT, EachRow, HashDetector, Topics, create, p_value, running, until
+from loop_harness import EVENT, EachRow, HashDetector, Topics, create, p_value, running, until
 
 from encoder.ocsf.events import Message
 from streamer.alerting.threshold import HOUR_MS, MovingThreshold
@@ -48,7 +48,7 @@ def service_for(
 ) -> Service:
     settings = topics.settings(**({"alerts_per_day": 60, "kafka.instance_id": instance} | more))
     ledger = ThresholdLedger(settings, instance, RATE)
-    return Service(settings, Alone(before), EachRow(), line=ledger, instance=instance)
+    return Service(settings, Alone(before), EachRow(), threshold=ledger, instance=instance)
 
 
 def expected(topics: Topics, n: int) -> tuple[list[str], MovingThreshold]:
@@ -56,8 +56,8 @@ def expected(topics: Topics, n: int) -> tuple[list[str], MovingThreshold]:
     budget = MovingThreshold(60, RATE)
     labels = [f"{topics.events}:0:{i}:0" for i in range(n)]
     p = np.array([p_value(label) for label in labels])
-    line = budget.judge(START + np.arange(n) * HOUR_MS // 200, p)
-    return sorted(label for label, alert in zip(labels, p <= line, strict=True) if alert), budget
+    threshold = budget.judge(START + np.arange(n) * HOUR_MS // 200, p)
+    return sorted(label for label, alert in zip(labels, p <= threshold, strict=True) if alert), budget
 
 
 def test_lines_are_recorded_with_the_alerts_and_give_the_same_alerts_again(topics: Topics) -> None:
@@ -70,12 +70,14 @@ def test_lines_are_recorded_with_the_alerts_and_give_the_same_alerts_again(topic
     alerts, budget = expected(topics, n)
     assert topics.alerts() == alerts != []
     assert len(RecordedThresholds.read(topics.settings())) == 0  # for another budget
-    lines = RecordedThresholds.read(topics.settings(alerts_per_day=60))
-    assert len(lines) == len(budget.lines) >= 20
+    thresholds = RecordedThresholds.read(topics.settings(alerts_per_day=60))
+    assert len(thresholds) == len(budget.thresholds) >= 20
     labels = [f"{topics.events}:0:{i}:0" for i in range(n)]
-    replayed = lines.at(START + np.arange(n) * HOUR_MS // 200)
-    assert sorted(x for x, line in zip(labels, replayed.tolist(), strict=True) if p_value(x) <= line) == alerts
-    assert service.metrics.line._value.get() == budget.lines[-1].in_force
+    replayed = thresholds.at(START + np.arange(n) * HOUR_MS // 200)
+    assert (
+        sorted(x for x, threshold in zip(labels, replayed.tolist(), strict=True) if p_value(x) <= threshold) == alerts
+    )
+    assert service.metrics.threshold._value.get() == budget.thresholds[-1].in_force
 
 
 def test_a_process_that_is_started_again_goes_on_with_what_was_spent(topics: Topics) -> None:
@@ -130,7 +132,7 @@ def test_two_processes_share_one_line_and_one_budget(kafka: str, unique: Callabl
     ledger.close()
     counted = ledger._budget.elsewhere
     assert sum(tally.events for tally in counted.values()) == 2000
-    assert len(ledger._budget.lines) >= 8
+    assert len(ledger._budget.thresholds) >= 8
     hours = sorted(counted)
     spent = [sum(counted[h].spent for h in hours if h0 <= h < h0 + 6) for h0 in hours]
     assert 0 < max(spent) <= 30 + 5  # Until one has read what the other spent, it may spend too.

@@ -76,7 +76,7 @@ def test_every_event_is_valid_ocsf_of_one_of_seven_classes() -> None:
 def test_equal_arguments_give_equal_bytes_in_another_process() -> None:
     here = digest(simulate(seed=5, days=2, events_per_day=SMALL, incidents={1: tuple(KINDS)}))
     program = (
-        "from tests.test_simulate import *; "
+        "from tests.test_simulator import *; "
         "print(digest(simulate(seed=5, days=2, events_per_day=SMALL, incidents={1: tuple(KINDS)})))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "77"}
