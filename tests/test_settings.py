@@ -66,7 +66,7 @@ def test_every_setting_can_be_given_as_a_variable(monkeypatch: pytest.MonkeyPatc
         ("zzzz = 1", r"unknown setting 'zzzz' in ripcurrent.toml; `ripcurrent config` lists all"),
         ("batch_size = 0", r"setting batch_size = 0: input should be greater than or equal to 1"),
         ("delivery = 'twice'", r"setting delivery = 'twice': input should be 'exactly_once' or 'at_least_once'"),
-        ("line = 2", r"setting line = 2"),
+        ("line = 2", r"setting threshold = 2"),
         ("[redis]\nurl = 'localhost'", r"setting redis.url = 'localhost': .*redis://"),
         ("batch_size = ", r"ripcurrent.toml is not TOML"),
         ("kafka = 'x'", r"kafka"),
