@@ -109,7 +109,7 @@ class RateProfiles:
         at = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
         return self.most[at], self.keys[at] == wanted
 
-    def others(self, entity: str, kind: int) -> NDArray[np.uint8]:
+    def peers(self, entity: str, kind: int) -> NDArray[np.uint8]:
         """uint8 [o, 8]: the highest levels of the entities of this kind in training, but for this one."""
         found: NDArray[np.uint8] = self.most[(self.kinds == kind) & (self.keys != np.uint64(_key(entity)))]
         return found

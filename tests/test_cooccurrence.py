@@ -127,7 +127,7 @@ def test_a_user_who_flips_is_evidence_and_a_host_that_many_visit_is_not() -> Non
     scorer = CooccurrenceScorer(learn(weeks()))
     visits = weeks()
     mine, before = near(windows_at(visits))
-    scorer.fit(scorer.overlaps.surprise([user for user, _, _ in visits], mine, before), events=2 * len(visits))
+    scorer.fit(scorer.model.surprise([user for user, _, _ in visits], mine, before), events=2 * len(visits))
     flip = [("user:ann", 30 * DAY, HERE), ("user:ann", 30 * DAY + 60_000, THERE)]
     kinds = np.array([KINDS.index("user")] * 2, np.int8)
     evidence, sort = scorer.judge([user for user, _, _ in flip], kinds, windows_at(flip))

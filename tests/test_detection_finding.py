@@ -112,13 +112,13 @@ def test_every_part_that_an_analyst_needs_is_there() -> None:
     assert json.loads(finding["raw_data"])["device"]["hostname"] == "PC-7"
 
 
-OTHERS = PeerComparison("value", "dst_endpoint.port", "host", 2, 211, ("pc-9", "build01"), at_least=True)
+PEERS = PeerComparison("value", "dst_endpoint.port", "host", 2, 211, ("pc-9", "build01"), at_least=True)
 
 
 def test_the_documented_alert_is_the_one_that_comes_out() -> None:
     page = (Path(__file__).parent.parent / "docs" / "alerts.md").read_text()
     neighbours = ({"dst_endpoint.port": "443", "actor.process.name": "winword.exe"},)
-    finding = one(told=explanation(PORT, neighbours=neighbours, others=OTHERS))
+    finding = one(told=explanation(PORT, neighbours=neighbours, peers=PEERS))
     finding["metadata"]["product"]["version"] = "0.1.0"
     assert json.loads(page.split("```json\n")[1].split("```")[0]) == finding
     undocumented = [name for name in finding if f"`{name}" not in page]
@@ -249,11 +249,11 @@ def test_a_fitted_detector_explains_in_words(day: tuple[Detector, EmittedAlert])
             assert field.observed not in [text for text, _ in field.expected], "what was expected did happen"
             assert not any(set("{}#*") & set(text) for text, _ in field.expected if field.path != "process.cmd_line")
         assert "a rare value" not in info["desc"]
-        assert why.others is None or why.others.names == tuple(check(alert)["unmapped"]["peers"]["names"])
+        assert why.peers is None or why.peers.names == tuple(check(alert)["unmapped"]["peers"]["names"])
         assert len(info["title"]) < 400
         assert not why.window or batch.cause[row].startswith("sequence:")
     assert any(why.window for _, _, why in told)
-    assert sum(why.others is not None for _, _, why in told) > len(told) / 4
+    assert sum(why.peers is not None for _, _, why in told) > len(told) / 4
 
 
 def test_explaining_an_alert_takes_milliseconds(day: tuple[Detector, EmittedAlert]) -> None:
@@ -394,7 +394,7 @@ EXPLANATIONS = st.builds(
         ),
         max_size=3,
     ).map(tuple),
-    others=st.none()
+    peers=st.none()
     | st.builds(
         PeerComparison,
         st.sampled_from(["count", "value", "more", "less", "event", "change"]),

@@ -78,37 +78,37 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return bundles.load(folder / "bundle")
 
 
-def told(bundle: Bundle, event: Json, cause: str, entity: str) -> tuple[PeerComparison | None, Json]:
+def explained(bundle: Bundle, event: Json, cause: str, entity: str) -> tuple[PeerComparison | None, Json]:
     """What is said of others, were this event an alert for this cause; and the whole alert."""
     detector = Detector(bundle, MemoryWindows(dim=bundle.dim))
     batch = detector.score([Message("events", 0, 0, -1, orjson.dumps(event))])
     batch.cause[:], batch.entity[:] = cause, entity
     (why,) = Explainer(detector.bundle, detector.windows).explain(batch, np.arange(1))
     (alert,) = alerts(batch, [why])
-    return why.others, check(alert)
+    return why.peers, check(alert)
 
 
 LATER = START + 3 * 24 * 60 * MINUTE
 
 
 def test_who_else_had_the_odd_value_is_named(fitted: Bundle) -> None:
-    others, finding = told(fitted, logon(LATER, "heidi", "mail"), "record:device.hostname", "user:heidi")
-    assert others is not None
-    assert set(others.names) == set(AT_MAIL)
-    assert (others.what, others.of, others.kind) == ("value", "device.hostname", "user")
-    assert (others.count, others.among, others.itself) == (5, 7, False)
+    peers, finding = explained(fitted, logon(LATER, "heidi", "mail"), "record:device.hostname", "user:heidi")
+    assert peers is not None
+    assert set(peers.names) == set(AT_MAIL)
+    assert (peers.what, peers.of, peers.kind) == ("value", "device.hostname", "user")
+    assert (peers.count, peers.among, peers.itself) == (5, 7, False)
     sentence = "5 of 7 other users are known from training with host mail in such events ("
     assert f"\n{sentence}" in finding["finding_info"]["desc"]
     assert " and 2 more); this one is not." in finding["finding_info"]["desc"]
-    assert finding["unmapped"]["peers"]["names"] == list(others.names)
+    assert finding["unmapped"]["peers"]["names"] == list(peers.names)
 
 
 def test_one_that_does_so_itself_is_not_among_the_others(fitted: Bundle) -> None:
-    others, _ = told(fitted, logon(LATER, "anna", "mail"), "record:device.hostname", "user:anna")
-    assert others is not None
-    assert set(others.names) == set(AT_MAIL) - {"anna"}
-    assert others.itself
-    alone, finding = told(fitted, logon(LATER, "dave", "vault"), "record:device.hostname", "user:dave")
+    peers, _ = explained(fitted, logon(LATER, "anna", "mail"), "record:device.hostname", "user:anna")
+    assert peers is not None
+    assert set(peers.names) == set(AT_MAIL) - {"anna"}
+    assert peers.itself
+    alone, finding = explained(fitted, logon(LATER, "dave", "vault"), "record:device.hostname", "user:dave")
     assert alone is not None
     assert (alone.count, alone.names, alone.itself) == (0, (), True)
     assert (
@@ -119,41 +119,41 @@ def test_one_that_does_so_itself_is_not_among_the_others(fitted: Bundle) -> None
 
 def test_a_run_is_told_by_its_user_and_a_name_by_where_it_was_seen(fitted: Bundle) -> None:
     event = logon(LATER, "heidi", "mail") | {"metadata": {"correlation_uid": "run-1"}}
-    others, _ = told(fitted, event, "record:device.hostname", "correlation:run-1")
-    assert others is not None
-    assert others.kind == "user"
-    others, _ = told(fitted, logon(LATER, "dave", "mail"), "record:user.name", "user:dave")
-    assert others is not None
-    assert (others.kind, set(others.names), others.itself) == ("host", {"west", "vault"}, True)
+    peers, _ = explained(fitted, event, "record:device.hostname", "correlation:run-1")
+    assert peers is not None
+    assert peers.kind == "user"
+    peers, _ = explained(fitted, logon(LATER, "dave", "mail"), "record:user.name", "user:dave")
+    assert peers is not None
+    assert (peers.kind, set(peers.names), peers.itself) == ("host", {"west", "vault"}, True)
 
 
 def test_of_a_number_those_with_as_much_are_counted(fitted: Bundle) -> None:
-    others, finding = told(fitted, sent(LATER, "ben", 49_000), "record:traffic.bytes_out", "user:ben")
-    assert others is not None
-    assert (others.what, others.names, others.itself) == ("more", ("grace",), False)
+    peers, finding = explained(fitted, sent(LATER, "ben", 49_000), "record:traffic.bytes_out", "user:ben")
+    assert peers is not None
+    assert (peers.what, peers.names, peers.itself) == ("more", ("grace",), False)
     assert "with bytes sent 49 kB or more in such events (grace); this one is not." in finding["finding_info"]["desc"]
 
 
 def test_where_the_examples_show_nobody_nothing_is_said(fitted: Bundle) -> None:
-    others, finding = told(fitted, sent(LATER, "ben", 10**9), "record:traffic.bytes_out", "user:ben")
-    assert others is None
+    peers, finding = explained(fitted, sent(LATER, "ben", 10**9), "record:traffic.bytes_out", "user:ben")
+    assert peers is None
     assert "peers" not in finding["unmapped"]
     assert " known from training " not in finding["finding_info"]["desc"]
 
 
 def test_a_value_that_is_new_was_nobodys(fitted: Bundle) -> None:
-    others, finding = told(fitted, logon(LATER, "ben", "attic"), "record:device.hostname", "user:ben")
-    assert others == PeerComparison("value", "device.hostname", "user", 0, 7)
+    peers, finding = explained(fitted, logon(LATER, "ben", "attic"), "record:device.hostname", "user:ben")
+    assert peers == PeerComparison("value", "device.hostname", "user", 0, 7)
     assert "host (device.hostname): attic; " in finding["finding_info"]["desc"]
     assert "never seen in training." in finding["finding_info"]["desc"]
     assert " known from training " not in finding["finding_info"]["desc"], "that is said already"
 
 
 def test_of_a_course_of_events_who_has_such_events_is_told(fitted: Bundle) -> None:
-    others, finding = told(fitted, logon(LATER, "dave", "vault"), "sequence:order", "user:dave")
-    assert others is not None
-    assert (others.what, others.kind, others.itself) == ("event", "user", True)
-    silent, _ = told(fitted, logon(LATER, "dave", "vault"), "sequence:silence", "user:dave")
+    peers, finding = explained(fitted, logon(LATER, "dave", "vault"), "sequence:order", "user:dave")
+    assert peers is not None
+    assert (peers.what, peers.kind, peers.itself) == ("event", "user", True)
+    silent, _ = explained(fitted, logon(LATER, "dave", "vault"), "sequence:silence", "user:dave")
     assert silent is None
     assert "events like it" in finding["finding_info"]["desc"]
 
@@ -177,8 +177,8 @@ def test_features_of_masked_attributes_are_not_kept(tmp_path: Path) -> None:
     fields = [field.name for field in bundle.encoder.schema.fields]
     assert not bundle.codes[fields.index("user.name")].any()
     assert bundle.codes[fields.index("device.hostname")].any()
-    others, _ = told(bundle, logon(LATER, "heidi", "mail"), "record:device.hostname", "user:heidi")
-    assert others is None
+    peers, _ = explained(bundle, logon(LATER, "heidi", "mail"), "record:device.hostname", "user:heidi")
+    assert peers is None
 
 
 def test_examples_name_the_entities_that_their_events_did() -> None:

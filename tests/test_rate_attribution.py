@@ -49,12 +49,12 @@ def test_a_count_is_what_it_was_last_raised_to_within_its_span() -> None:
 
 
 def test_the_cause_is_named_first_and_then_what_else_is_beyond_the_habits() -> None:
-    habits, _ = RateProfiles.fit(
+    profiles, _ = RateProfiles.fit(
         ["user:bob"] * 2, np.full(2, USER, np.int8), np.full((2, 8), 12, np.uint8), np.array([0, HOUR]), kinds=8
     )
     nothing_like_it = Calibration.fit(np.linspace(-10, 0, 200))
     names = [f"{USER}.{column}.{group}" for column in range(len(LEVELS)) for group in range(GROUPS)]
-    rates = RateScorer(habits, dict.fromkeys(names, nothing_like_it))
+    rates = RateScorer(profiles, dict.fromkeys(names, nothing_like_it))
     windows = store([MINUTE * i for i in range(30)], [i % 2 == 0 for i in range(30)])
     at = levels(windows.latest(["user:bob"]), np.array([30 * MINUTE]))
     for cause in ("events.hour", "failures.day"):
@@ -69,8 +69,10 @@ def test_of_those_of_its_kind_it_is_told_how_many_reached_as_much() -> None:
     most = {"user:bob": 6, "user:ann": level_of(30), "user:eve": level_of(20), "user:joe": 0, "host:pc": 255}
     names, kinds = list(most), np.array([KINDS.index(name.partition(":")[0]) for name in most], np.int8)
     reached = np.repeat(np.array(list(most.values()), np.uint8)[:, None], len(LEVELS), axis=1)
-    habits, _ = RateProfiles.fit(names * 2, np.tile(kinds, 2), np.tile(reached, (2, 1)), np.arange(10) * HOUR, kinds=8)
-    rates = RateScorer(habits)
+    profiles, _ = RateProfiles.fit(
+        names * 2, np.tile(kinds, 2), np.tile(reached, (2, 1)), np.arange(10) * HOUR, kinds=8
+    )
+    rates = RateScorer(profiles)
     now = np.full((1, len(LEVELS)), level_of(30), np.uint8)
     for who, count, among in (("user:bob", 1, 3), ("user:new", 1, 4), ("user:ann", 0, 3)):
         (told,) = findings(rates, [who], now, [LEVELS.index("failures.hour")])

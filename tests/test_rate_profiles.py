@@ -25,17 +25,17 @@ def a_week(counts: NDArray[np.int64]) -> tuple[list[str], NDArray[np.uint8], NDA
 def fitted(counts: NDArray[np.int64]) -> tuple[RateProfiles, RateExcess, RateScorer]:
     names, levels, time, rows = a_week(counts)
     kind = np.zeros(len(names), np.int8)
-    habits, excess = RateProfiles.fit(names, kind, levels, time, kinds=1)
-    rates = RateScorer(habits)
+    profiles, excess = RateProfiles.fit(names, kind, levels, time, kinds=1)
+    rates = RateScorer(profiles)
     rates.fit(excess, kind, names, rows)
-    return habits, excess, rates
+    return profiles, excess, rates
 
 
-def judged(habits: RateProfiles, rates: RateScorer, name: str, count: int) -> tuple[float, str]:
+def judged(profiles: RateProfiles, rates: RateScorer, name: str, count: int) -> tuple[float, str]:
     levels = np.zeros((1, len(LEVELS)), np.uint8)
     levels[0, LEVELS.index("failures.day")] = level_of(count)
     kind = np.zeros(1, np.int8)
-    evidence, column = rates.evidence(habits.excess([name], kind, levels), kind)
+    evidence, column = rates.evidence(profiles.excess([name], kind, levels), kind)
     return float(evidence[0]), LEVELS[column[0]]
 
 
@@ -45,8 +45,8 @@ COUNTS = np.random.default_rng(0).poisson(3, (PEOPLE, BLOCKS)) + 1
 def test_what_is_much_for_one_is_little_for_another() -> None:
     counts = COUNTS.copy()
     counts[0] = 200 + np.arange(BLOCKS)
-    habits, _, rates = fitted(counts)
-    busy, quiet = (judged(habits, rates, name, 210) for name in ("user:0", "user:1"))
+    profiles, _, rates = fitted(counts)
+    busy, quiet = (judged(profiles, rates, name, 210) for name in ("user:0", "user:1"))
     assert quiet[0] > 4 > 2 > busy[0]
     assert quiet[1] == "failures.day"
 
@@ -65,18 +65,18 @@ def test_a_newcomer_that_does_as_the_few_that_do_most_is_not_odd() -> None:
     counts = np.ones((30 * 20, BLOCKS), np.int64)
     counts[:20] = 200
     names, levels, time, _ = a_week(counts)
-    habits, _ = RateProfiles.fit(names, np.zeros(len(names), np.int8), levels, time, kinds=1)
+    profiles, _ = RateProfiles.fit(names, np.zeros(len(names), np.int8), levels, time, kinds=1)
     column = LEVELS.index("failures.day")
     new = [a_week(np.full((1, 1), many))[1] for many in (200, 4000)]
-    over = [habits.excess(["user:new"], np.zeros(1, np.int8), level).over[0, column] for level in new]
+    over = [profiles.excess(["user:new"], np.zeros(1, np.int8), level).over[0, column] for level in new]
     assert over[0] <= 0 < over[1]
 
 
 def test_a_stranger_is_measured_by_what_its_kind_seldom_exceeds_and_only_where_training_had_strangers() -> None:
-    habits, _, rates = fitted(COUNTS)
-    excess = habits.excess(["user:new"], np.zeros(1, np.int8), a_week(np.full((1, 1), 9))[1])
+    profiles, _, rates = fitted(COUNTS)
+    excess = profiles.excess(["user:new"], np.zeros(1, np.int8), a_week(np.full((1, 1), 9))[1])
     assert excess.group[0, LEVELS.index("failures.day")] == STRANGER
-    assert judged(habits, rates, "user:new", 500)[0] == 0.0
+    assert judged(profiles, rates, "user:new", 500)[0] == 0.0
     guests = np.zeros((2 * PEOPLE, BLOCKS), np.int64)
     guests[:PEOPLE] = COUNTS
     names, levels, time, _ = a_week(guests)
@@ -85,15 +85,15 @@ def test_a_stranger_is_measured_by_what_its_kind_seldom_exceeds_and_only_where_t
     levels[PEOPLE * BLOCKS :, LEVELS.index("failures.day")] = level_of(1)
     names = [name for name, yes in zip(names, there, strict=True) if yes]
     kind, rows = np.zeros(len(names), np.int8), np.arange(len(names), dtype=np.int32)
-    habits, excess = RateProfiles.fit(names, kind, levels[there], time[there], kinds=1)
-    rates = RateScorer(habits)
+    profiles, excess = RateProfiles.fit(names, kind, levels[there], time[there], kinds=1)
+    rates = RateScorer(profiles)
     rates.fit(excess, kind, names, rows)
-    assert judged(habits, rates, "user:new", 500)[0] > 2
+    assert judged(profiles, rates, "user:new", 500)[0] > 2
 
 
 def test_of_a_few_entities_nothing_is_concluded() -> None:
-    habits, _, rates = fitted(COUNTS[: MIN_ENTITIES - 1])
-    assert judged(habits, rates, "user:1", 1_000_000)[0] == 0.0
+    profiles, _, rates = fitted(COUNTS[: MIN_ENTITIES - 1])
+    assert judged(profiles, rates, "user:1", 1_000_000)[0] == 0.0
 
 
 def test_half_of_what_is_normal_says_little() -> None:
@@ -106,16 +106,16 @@ def test_half_of_what_is_normal_says_little() -> None:
 def test_others_are_of_the_same_kind_and_not_the_one_itself() -> None:
     names, levels, time, _ = a_week(COUNTS)
     kind = np.array([int(name.removeprefix("user:")) % 2 for name in names], np.int8)
-    habits, _ = RateProfiles.fit(names, kind, levels, time, kinds=2)
+    profiles, _ = RateProfiles.fit(names, kind, levels, time, kinds=2)
     failures = LEVELS.index("failures.day")
-    others = np.sort(habits.others("user:2", 0)[:, failures])
-    assert others.tolist() == sorted(level_of(int(COUNTS[i].max())) for i in range(PEOPLE) if i % 2 == 0 and i != 2)
-    assert len(habits.others("user:new", 1)) == PEOPLE // 2
+    peers = np.sort(profiles.peers("user:2", 0)[:, failures])
+    assert peers.tolist() == sorted(level_of(int(COUNTS[i].max())) for i in range(PEOPLE) if i % 2 == 0 and i != 2)
+    assert len(profiles.peers("user:new", 1)) == PEOPLE // 2
 
 
 def test_what_stays_within_the_habits_is_no_evidence() -> None:
-    habits, _, rates = fitted(COUNTS)
+    profiles, _, rates = fitted(COUNTS)
     name = "user:1"
     reached = int(COUNTS[1].max())
-    assert judged(habits, rates, name, reached)[0] == 0.0
-    assert judged(habits, rates, name, 40 * reached)[0] > 0.0
+    assert judged(profiles, rates, name, reached)[0] == 0.0
+    assert judged(profiles, rates, name, 40 * reached)[0] > 0.0

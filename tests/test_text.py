@@ -270,14 +270,14 @@ def test_what_is_known_of_others_is_one_sentence() -> None:
 
 def test_how_many_others_is_told_of_counts_and_changes() -> None:
     rate = RateFinding("failures", "day", 23.4, 3.0, own=True, reached=3, among=211)
-    others = PeerComparison("count", "failures.day", "user", 3, 211)
-    told = replace(explanation(PORT, others=others), rates=(rate, replace(rate, count="events", reached=0)))
+    peers = PeerComparison("count", "failures.day", "user", 3, 211)
+    told = replace(explanation(PORT, peers=peers), rates=(rate, replace(rate, count="events", reached=0)))
     finding = check(alerts(scored([WORD], "rate:failures.day", "user:bob"), [told])[0])
     desc = finding["finding_info"]["desc"]
     assert "never more than 3 before; reached in training by 3 of 211 other users.\n" in desc
     assert "events within a day; never more than 3 before; reached in training by none of 211 other users.\n" in desc
     assert finding["unmapped"]["peers"]["count"] == 3
-    change = explanation(PORT, others=PeerComparison("change", "address", "user", 40, 57))
+    change = explanation(PORT, peers=PeerComparison("change", "address", "user", 40, 57))
     finding = check(alerts(scored([WORD], "first:address", "user:bob"), [change])[0])["finding_info"]
     went = "\nIn training 40 of 57 other users went from one usual address to another within an hour.\n"
     assert went in finding["desc"]

@@ -123,7 +123,7 @@ class _Finding:
         ]
         self.distance, self.usual_distance = float(explanation.distance), float(explanation.usual_distance)
         self.rates = explanation.rates
-        self.others = explanation.others and _masked(explanation.others, redactor)
+        self.peers = explanation.peers and _masked(explanation.peers, redactor)
         likely = ((self._like(like, redactor), float(p)) for like, p in explanation.instead if like)
         self.instead = [(what, p) for what, p in likely if WORTH_EXPECTING <= p <= 1]
         self.window = [
@@ -185,7 +185,7 @@ class _Finding:
         return next((f for f in self.fields if f.path == path), self.fields[0] if self.fields else None)
 
     def title(self) -> str:
-        """What was unusual, in one line; and at how many others, where it was not only here."""
+        """What was unusual, in one line, and at how many other entities it happened."""
         return self.what() + wording.and_others("; the same", self.episode.entities - 1)
 
     def what(self) -> str:
@@ -236,8 +236,8 @@ class _Finding:
 
     def how_much(self) -> str:
         """Of a rate: "about 23 within two hours, never more than 3 before; also 35 events (never more than 19)"."""
-        first, *others = self.rates
-        told = [f"{_beside(rate, first)} ({_at_most(rate).removesuffix(' before')})" for rate in others]
+        first, *further = self.rates
+        told = [f"{_beside(rate, first)} ({_at_most(rate).removesuffix(' before')})" for rate in further]
         also = f"; also {' and '.join(told)}" if told else ""
         return f"about {_beside(first, None)}, {_at_most(first)}{also}"
 
@@ -253,8 +253,8 @@ class _Finding:
         if len(self.window) == 1:
             return f": {newest}{usual}"
         # The newest was least expected; the latest of equals that it would be less surprising without.
-        others = max(self.window[-2::-1], key=lambda entry: entry[3])
-        before = others if others[3] >= WORTH_NAMING else self.window[-2]
+        earlier = max(self.window[-2::-1], key=lambda entry: entry[3])
+        before = earlier if earlier[3] >= WORTH_NAMING else self.window[-2]
         return f": {newest} after {wording.shorten(before[2])}{usual}"
 
     def missing_in_short(self) -> str:
@@ -309,20 +309,20 @@ class _Finding:
 
     def known_of_others(self) -> str:
         """What others of the same kind did in training, in a sentence; of counts that stands beside them."""
-        others = self.others
-        if others is None or others.what == COUNT or not (others.count or others.itself or others.what == CHANGE):
+        peers = self.peers
+        if peers is None or peers.what == COUNT or not (peers.count or peers.itself or peers.what == CHANGE):
             return ""
-        if others.what == CHANGE:
-            did = wording.of_others(others.kind, others.count, others.among)
-            return f"In training {did} went from one usual {others.of} to another within an hour."
+        if peers.what == CHANGE:
+            did = wording.of_others(peers.kind, peers.count, peers.among)
+            return f"In training {did} went from one usual {peers.of} to another within an hour."
         what = "events like it"
-        if others.what != EVENT:
-            observed = next((f.observed for f in self.fields if f.path == others.of), "")
-            shown = wording.value(others.of, observed, self.record)
-            limit = {MORE: " or more", LESS: " or less"}.get(others.what, "")
-            what = f"{wording.attribute(others.of)} {shown}{limit} in such events"
-        known = others.kind, others.count, others.among, others.names
-        return wording.known_with(what, *known, itself=others.itself, at_least=others.at_least)
+        if peers.what != EVENT:
+            observed = next((f.observed for f in self.fields if f.path == peers.of), "")
+            shown = wording.value(peers.of, observed, self.record)
+            limit = {MORE: " or more", LESS: " or less"}.get(peers.what, "")
+            what = f"{wording.attribute(peers.of)} {shown}{limit} in such events"
+        known = peers.kind, peers.count, peers.among, peers.names
+        return wording.known_with(what, *known, itself=peers.itself, at_least=peers.at_least)
 
     def story(self) -> str:
         """The episode so far."""
@@ -446,8 +446,8 @@ class _Finding:
         }
         if not self.complete:
             found["history_complete"] = False
-        if (others := self.others) is not None:
-            found["peers"] = {**asdict(others), "names": list(others.names)}
+        if (peers := self.peers) is not None:
+            found["peers"] = {**asdict(peers), "names": list(peers.names)}
         if self.neighbours:
             found["nearest_normal"] = self.neighbours
         if self.window:
@@ -498,10 +498,10 @@ def _at_most(rate: RateFinding) -> str:
     return f"never more than {most} before" if rate.own else f"others like it seldom more than {most}"
 
 
-def _masked(others: PeerComparison, redactor: Redactor) -> PeerComparison:
+def _masked(peers: PeerComparison, redactor: Redactor) -> PeerComparison:
     """What may be shown: no names where one of the attributes that names of this kind come from is listed."""
-    hidden = any(redactor.lists(path) for rule in RULES if rule.kind == others.kind for path in rule.paths)
-    return replace(others, names=() if hidden else tuple(mask_text(name) for name in others.names))
+    hidden = any(redactor.lists(path) for rule in RULES if rule.kind == peers.kind for path in rule.paths)
+    return replace(peers, names=() if hidden else tuple(mask_text(name) for name in peers.names))
 
 
 def _share(x: float) -> float:

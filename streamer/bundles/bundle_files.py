@@ -127,13 +127,13 @@ def _scorer_arrays(scorer: EventScorer) -> dict[str, NDArray[Any]]:
     if scorer.sequences is not None:
         groups["sequence"] = scorer.sequences.calibrations
     if scorer.rates is not None:
-        habits = scorer.rates.habits
-        arrays |= {f"habits.{name}": getattr(habits, name) for name in _HABITS}
+        profiles = scorer.rates.profiles
+        arrays |= {f"habits.{name}": getattr(profiles, name) for name in _HABITS}
         groups["rate"] = scorer.rates.calibrations
-    if scorer.overlaps is not None:
-        overlaps = scorer.overlaps.overlaps
-        arrays |= {f"overlaps.{name}": getattr(overlaps, name) for name in ("keys", "events", "pairs", "counts")}
-        groups["overlap"] = scorer.overlaps.calibrations
+    if scorer.cooccurrence is not None:
+        cooccurrence = scorer.cooccurrence.model
+        arrays |= {f"overlaps.{name}": getattr(cooccurrence, name) for name in ("keys", "events", "pairs", "counts")}
+        groups["overlap"] = scorer.cooccurrence.calibrations
     for group, calibrations in groups.items():
         for name, calibration in calibrations.items():
             arrays[f"scores.{group}/{name}"] = calibration.scores
@@ -170,13 +170,13 @@ def load(path: Path, device: str = "cpu") -> Bundle:
             sequences = SequenceScorer(model, _calibrations(arrays, "sequence"))
         rates = None
         if "habits.keys" in arrays:
-            habits = RateProfiles(*(arrays[f"habits.{name}"] for name in _HABITS))
-            rates = RateScorer(habits, _calibrations(arrays, "rate"))
-        overlaps = None
+            profiles = RateProfiles(*(arrays[f"habits.{name}"] for name in _HABITS))
+            rates = RateScorer(profiles, _calibrations(arrays, "rate"))
+        cooccurrence = None
         if "overlaps.keys" in arrays:
             learned = Cooccurrence(*(arrays[f"overlaps.{name}"] for name in ("keys", "events", "pairs", "counts")))
-            overlaps = CooccurrenceScorer(learned, _calibrations(arrays, "overlap"))
-        scorer = EventScorer(record, sequences, rates, _calibrations(arrays, "event")["event"], overlaps)
+            cooccurrence = CooccurrenceScorer(learned, _calibrations(arrays, "overlap"))
+        scorer = EventScorer(record, sequences, rates, _calibrations(arrays, "event")["event"], cooccurrence)
         profile, codes = arrays["profile"], arrays["exemplars.codes"]
         watch = EntityDrifts(arrays.get("watch.keys"), arrays.get("watch.walks"))
     except (SafetensorError, KeyError) as error:

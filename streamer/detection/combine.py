@@ -51,7 +51,7 @@ class EventScorer:
     sequences: SequenceScorer | None
     rates: RateScorer | None
     event: Calibration
-    overlaps: CooccurrenceScorer | None
+    cooccurrence: CooccurrenceScorer | None
 
     def p_value(self, record: NDArray[np.float64], history: NDArray[np.float64]) -> NDArray[np.float64]:
         """Evidence of both, float64 [n] in nats, to p-values.

@@ -31,12 +31,12 @@ _EVENT = "event"
 class CooccurrenceScorer:
     """Calibrated for each sort of partner, then by event, of which most say nothing."""
 
-    overlaps: Cooccurrence
+    model: Cooccurrence
     calibrations: dict[str, Calibration] = field(default_factory=dict)
 
     def fit(self, surprise: NDArray[np.float64], events: int) -> None:
         """Calibrate on the pairs that are judged of so many held-out events. surprise: float64 [m, PARTNERS]."""
-        for sort in np.flatnonzero(self.overlaps.events.any(0)).tolist():
+        for sort in np.flatnonzero(self.model.events.any(0)).tolist():
             self.calibrations[str(sort)] = Calibration.fit(surprise[:, sort], tail_from=FEW)
         strongest, _ = self.evidence(surprise)
         by_event = np.concatenate([strongest, np.zeros(max(events - len(strongest), 0))])
@@ -51,7 +51,7 @@ class CooccurrenceScorer:
         rows = np.flatnonzero(kinds == JUDGED)
         if len(rows):
             names = [entities[row] for row in rows.tolist()]
-            evidence[rows], sort[rows] = self.evidence(self.overlaps.surprise(names, *near(windows.take(rows))))
+            evidence[rows], sort[rows] = self.evidence(self.model.surprise(names, *near(windows.take(rows))))
         return evidence, sort
 
     def evidence(self, surprise: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int8]]:

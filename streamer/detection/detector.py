@@ -171,8 +171,8 @@ class Detector:
         raw = sequences.raw(windows, kind)
         rate, column = self._judge_rates(rates, entities, windows)
         overlap, sort = np.zeros(len(row)), np.zeros(len(row), np.int8)
-        if (overlaps := self.bundle.scorer.overlaps) is not None:
-            overlap, sort = overlaps.judge(entities.entity, kind, windows)
+        if (cooccurrence := self.bundle.scorer.cooccurrence) is not None:
+            overlap, sort = cooccurrence.judge(entities.entity, kind, windows)
         order, missing = (sequences.evidence(name, raw, kind) for name in ("order", "missing"))
         parts = weighed(order, missing, rate, overlap)
         evidence = parts.max(0)
@@ -199,7 +199,7 @@ class Detector:
         raised = np.flatnonzero(windows.levels.any(1))
         if len(raised):
             names, kinds = [entities.entity[pair] for pair in raised.tolist()], entities.kind[raised]
-            excess = rates.habits.excess(names, kinds, windows.levels[raised])
+            excess = rates.profiles.excess(names, kinds, windows.levels[raised])
             evidence[raised], column[raised] = rates.evidence(excess, kinds)
         return evidence, column
 

@@ -25,7 +25,7 @@ class RateScorer:
     then by kind, and by event, most of which raise nothing.
     """
 
-    habits: RateProfiles
+    profiles: RateProfiles
     calibrations: dict[str, Calibration] = field(default_factory=dict)
 
     def fit(

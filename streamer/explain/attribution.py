@@ -1,8 +1,8 @@
-"""Why events scored as they did, as data: the attributes that mattered, the counts, the course of events, and the
-normal events nearest to them.
+"""Why events scored as they did, as data: the attributes that contributed most, the counts, the timeline of the window
+and the nearest normal events.
 
-Asked of what is told alone, a handful of events at a time. Promises to look at nothing but the bundle, the event and
-its entity's window. Knows no words (`streamer.alerting.text`) and no secrets (`streamer.redaction`).
+It runs for events that become alerts, a few at a time. Promises to read only the bundle, the event and its entity's
+window. It does not write sentences (`streamer.alerting.text`) and does not redact (`streamer.redaction`).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from encoder.ocsf.entities import KINDS
 from encoder.ocsf.events import EventBatch, Message
 from state.rolling_counts import LEVELS
 from state.windows import Windows, WindowStore
-from streamer.detection.cooccurrence_score import CAUSES as AT_ONCE
-from streamer.detection.inactivity import CAUSE as SILENCE
+from streamer.detection.cooccurrence_score import CAUSES as COOCCURRENCE_CAUSES
+from streamer.detection.inactivity import CAUSE as INACTIVITY
 from streamer.detection.record_score import NEIGHBOURS
 from streamer.detection.sequence_score import MISSING, ORDER
-from streamer.explain import peer_comparison as others
-from streamer.explain import rates as much
+from streamer.explain import peer_comparison
+from streamer.explain import rates as rate_attribution
 from streamer.explain.leave_one_out import LATEST, cut, weights
 from streamer.explain.peer_comparison import PeerComparison
 from streamer.explain.rates import RateFinding
@@ -45,10 +45,10 @@ Likely = tuple[tuple[dict[str, Any], float], ...]
 
 @dataclass(frozen=True)
 class FieldFinding:
-    """One attribute that mattered: what was observed, what else was expected with its probability, and -log p in nats.
+    """One attribute that contributed: the observed value, the expected values with their probabilities, -log p in nats.
 
-    given: who acts, where the value is odd for that actor more than for events of this type; new: training had no such
-    value at all.
+    given: the actor, where the value is more surprising for this actor than for events of this type (else ""); new: the
+    value did not occur in training.
     """
 
     path: str
@@ -61,15 +61,15 @@ class FieldFinding:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why one event was alerted on, in the order of what mattered most.
+    """Why one event is an alert, strongest reason first.
 
-    fields: at most five; neighbours: the nearest normal events, each a compact redacted copy (path -> value, and
-    under `@event` where it stood), nearest first; distance and usual_distance: to the nearest normal and that of a
-    normal event; window: for a sequence, (event time ms, coordinates, a normal event like it (path -> value; empty:
-    there is none), share of its surprise that it would lose without this one) of each of its events, oldest first;
-    instead: for a sequence, normal events one of which was expected in place of the newest (after a silence: after
-    it), with their probability, likeliest first; rates: of a rate, how much it was, and what else was much; else
-    none; others: what others of the same kind did in training (None: that is not known).
+    fields: at most five. neighbours: the nearest normal events, nearest first, each a compact redacted copy (path ->
+    value; `@event` holds its coordinates). distance, usual_distance: from this event, and from a typical normal event,
+    to the nearest normal events. window: for a sequence, one entry for each of its events, oldest first: event time in
+    ms, coordinates, a similar normal event (path -> value; empty: none), and the share of the window's surprise that
+    goes away without this event. instead: for a sequence, the normal events that were expected in place of the newest
+    (for inactivity: after it), with their probabilities, most likely first. rates: for a rate, the count that caused
+    the alert and other high counts; else empty. peers: what peers of the entity did in training (None: not known).
     """
 
     fields: tuple[FieldFinding, ...]
@@ -79,26 +79,27 @@ class Explanation:
     window: Timeline = ()
     instead: Likely = ()
     rates: tuple[RateFinding, ...] = ()
-    others: PeerComparison | None = None
+    peers: PeerComparison | None = None
 
 
 EXPLAINED_FIELDS = 5
 EXPLAINED_NEIGHBOURS = 3
 EXAMPLES = 32
-"""Near normal events in which real examples of an expected value are looked for: the schema has it normalised."""
+"""Nearest normal events that are searched for original spellings of an expected value: the schema keeps it normalised.
+"""
 FEW = 8
-"""Any examples of an expected value, where none is near."""
+"""Examples that are read to spell out an expected value that none of the nearest normal events has."""
 WORTH_TELLING = 1.5
-"""Nats: what is expected more often than one time in four or five explains nothing."""
-_STATISTICS = {ORDER: "order", MISSING: "missing", SILENCE: "ending"}
-"""What of `SequenceScorer.raw` a cause rests on."""
+"""Nats: a value that is expected more often than one time in four or five explains nothing."""
+_STATISTICS = {ORDER: "order", MISSING: "missing", INACTIVITY: "ending"}
+"""The score of `SequenceScorer.raw` that each cause is based on."""
 _TEMPLATED = re.compile(r"\{\}|#|\*")
-"""What `normalise` puts where ids, hexadecimal numbers and owners of home folders stood."""
+"""Placeholders that `normalise` puts in place of ids, hexadecimal numbers and owners of home folders."""
 
 
 @dataclass(frozen=True)
 class _Event:
-    """One of the events that are explained together, and its row among them."""
+    """One of the events that are explained together; `row` is its row in their arrays."""
 
     events: EventBatch
     features: FeatureBatch
@@ -106,144 +107,157 @@ class _Event:
     row: int
 
     def raw(self, path: str) -> Any:
-        """What stands at an attribute path; None where nothing does."""
+        """The value at an attribute path; None where the event has none."""
         column = self.events.columns.get(path)
         at = int(np.searchsorted(column.rows, self.row)) if column is not None else 0
         there = column is not None and at < len(column.rows) and column.rows[at] == self.row
         return column.values[at] if column is not None and there else None
 
     def value(self, path: str) -> str:
-        """The same as text; "" where nothing stands."""
-        found = self.raw(path)
-        return "" if found is None else _shown(found)
+        """The value at an attribute path as text; "" where the event has none."""
+        value = self.raw(path)
+        return "" if value is None else _as_text(value)
 
 
 class Explainer:
-    """Says why, with the bundle that scored and the windows that it scored on."""
+    """Explains scored events, with the bundle and the windows that they were scored with."""
 
     def __init__(self, bundle: Bundle, windows: WindowStore) -> None:
         self.bundle, self.windows = bundle, windows
 
     def explain(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Explanation]:
-        """Why these events scored as they did; all of them go through each model together. Costs milliseconds an event:
-        for alerts."""
+        """The explanations of `rows` (intp [r]), one a row. Each model runs once over all of them. This costs
+        milliseconds an event, so call it for alerts only."""
         if not len(rows):
             return []
         encoder, record = self.bundle.encoder, self.bundle.scorer.record
-        lines = [orjson.dumps(scored.records[row]) for row in rows.tolist()]
+        raw = [orjson.dumps(scored.records[row]) for row in rows.tolist()]
         times = scored.time[rows].tolist()
         events, _ = decode(
-            [Message("", 0, i, time, line) for i, (time, line) in enumerate(zip(times, lines, strict=True))]
+            [Message("", 0, i, time, payload) for i, (time, payload) in enumerate(zip(times, raw, strict=True))]
         )
         features = encoder.vectorize(events)
         surprise = encoder.rarity(features)
         distances, places = record.baseline.search(encoder.vectors(features), EXAMPLES)
         usual = float(np.median(record.calibrations["novelty"].scores))
         timelines, rates = self._timelines(scored, rows), self._rates(scored, rows)
-        named = others.names_in(events)
-        found = []
+        named = peer_comparison.names_in(events)
+        explanations = []
         for i, row in enumerate(rows.tolist()):
             near = [orjson.loads(self.bundle.exemplars[place]) for place in places[i].tolist()]
-            alike = near[: int((distances[i] <= usual).sum())]
+            similar = near[: int((distances[i] <= usual).sum())]
             event, cause, entity = (
                 _Event(events, features, surprise, i),
                 str(scored.cause[row]),
                 str(scored.entity[row]),
             )
-            fields, much_ = self._fields(event, near, cause), rates.get(row, ())
-            found.append(
+            fields, event_rates = self._fields(event, near, cause), rates.get(row, ())
+            explanations.append(
                 Explanation(
                     fields,
                     tuple(near[:EXPLAINED_NEIGHBOURS]),
                     float(distances[i, :NEIGHBOURS].mean()),
                     usual,
                     *timelines.get(row, ((), ())),
-                    much_,
-                    self._others(event, cause, entity, named[i], fields, alike, much_),
+                    event_rates,
+                    self._peers(event, cause, entity, named[i], fields, similar, event_rates),
                 )
             )
-        return found
+        return explanations
 
-    def _others(
+    def _peers(
         self,
         event: _Event,
         cause: str,
         entity: str,
-        names: others.Names,
+        names: peer_comparison.Names,
         fields: tuple[FieldFinding, ...],
-        alike: list[dict[str, Any]],
+        similar: list[dict[str, Any]],
         rates: tuple[RateFinding, ...],
     ) -> PeerComparison | None:
-        """What others of the same kind did: as much, with the same value, or the same change."""
-        kind, _, what = cause.partition(":")
-        if kind == "rate":
-            of_kind, first = entity.partition(":")[0], rates[0] if rates else None
+        """What peers did in training: reached the same count, had the same value, or made the same change."""
+        part, _, what = cause.partition(":")
+        if part == "rate":
+            entity_kind, first = entity.partition(":")[0], rates[0] if rates else None
             if first is None or not first.among:
                 return None
-            return PeerComparison(others.COUNT, f"{first.count}.{first.span}", of_kind, first.reached, first.among)
-        if kind == "first" and (overlaps := self.bundle.scorer.overlaps) is not None:
-            changed, among = overlaps.overlaps.changing(entity, AT_ONCE.tolist().index(cause))
-            return PeerComparison(others.CHANGE, what, entity.partition(":")[0], changed, among) if among else None
-        if cause == SILENCE:  # That its last event is usual is not the point.
+            return PeerComparison(
+                peer_comparison.COUNT, f"{first.count}.{first.span}", entity_kind, first.reached, first.among
+            )
+        if part == "first" and (cooccurrence := self.bundle.scorer.cooccurrence) is not None:
+            changed, among = cooccurrence.model.changing(entity, COOCCURRENCE_CAUSES.tolist().index(cause))
+            return (
+                PeerComparison(peer_comparison.CHANGE, what, entity.partition(":")[0], changed, among)
+                if among
+                else None
+            )
+        if cause == INACTIVITY:  # The last event is usual; that none followed is not, and examples do not show that.
             return None
-        field = next((f for f in fields if f.path == what), fields[0] if fields else None) if kind == "record" else None
+        field = next((f for f in fields if f.path == what), fields[0] if fields else None) if part == "record" else None
         path = field.path if field is not None and field.path != "type_uid" else ""
         codes = event.features.codes[event.row]
         new = field is not None and field.new
-        return others.find(
+        return peer_comparison.find(
             self.bundle,
-            others.PeerQuery(entity, names, codes, path, event.raw(path), new, alike, len(alike) < EXAMPLES),
+            peer_comparison.PeerQuery(
+                entity, names, codes, path, event.raw(path), new, similar, len(similar) < EXAMPLES
+            ),
         )
 
     def _rates(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> dict[int, tuple[RateFinding, ...]]:
-        """Of those rows that a rate made alerts, the counts that their entity had raised beyond its habits by then."""
-        told = [row for row in rows.tolist() if str(scored.cause[row]).startswith("rate:")]
-        if self.bundle.scorer.rates is None or not told:
+        """For the rows whose cause is a rate: by row, the counts of their entity that were above its usual rates."""
+        selected = [row for row in rows.tolist() if str(scored.cause[row]).startswith("rate:")]
+        if self.bundle.scorer.rates is None or not selected:
             return {}
-        entities, causes = ([str(column[row]) for row in told] for column in (scored.entity, scored.cause))
-        level = np.zeros(len(told), np.uint8) if scored.level is None else scored.level[told]
+        entities, causes = ([str(column[row]) for row in selected] for column in (scored.entity, scored.cause))
+        level = np.zeros(len(selected), np.uint8) if scored.level is None else scored.level[selected]
         causal = [LEVELS.index(cause.partition(":")[2]) for cause in causes]
-        levels = much.levels(self.windows.latest(entities), scored.time[told])
-        levels[np.arange(len(told)), causal] = level
-        return dict(zip(told, much.findings(self.bundle.scorer.rates, entities, levels, causal), strict=True))
+        levels = rate_attribution.levels(self.windows.latest(entities), scored.time[selected])
+        levels[np.arange(len(selected)), causal] = level
+        return dict(
+            zip(selected, rate_attribution.findings(self.bundle.scorer.rates, entities, levels, causal), strict=True)
+        )
 
     def _timelines(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> dict[int, tuple[Timeline, Likely]]:
-        """Of those rows that a sequence made alerts, the last records of its window up to the event, each told by the
-        normal event that it is most like, with what the window would lose without it; and what was expected instead.
-        """
-        told = [row for row in rows.tolist() if str(scored.cause[row]).startswith("sequence:")]
-        if not told:
+        """For the rows whose cause is a sequence: by row, the timeline of the window up to the event, and the normal
+        events that were expected instead (see `Explanation.window` and `Explanation.instead`)."""
+        selected = [row for row in rows.tolist() if str(scored.cause[row]).startswith("sequence:")]
+        if not selected:
             return {}
-        kept = np.isin(told, scored.in_sequence) if scored.in_sequence is not None else np.zeros(len(told), np.bool_)
-        kept &= scored.cause[told] != SILENCE
-        found = {}
+        kept = (
+            np.isin(selected, scored.in_sequence)
+            if scored.in_sequence is not None
+            else np.zeros(len(selected), np.bool_)
+        )
+        kept &= scored.cause[selected] != INACTIVITY
+        timelines = {}
         if kept.any() and scored.windows is not None and scored.in_sequence is not None:
-            rows = np.array(told)[kept]
-            found = self._told(scored, rows, scored.windows.take(np.searchsorted(scored.in_sequence, rows)))
-        if not kept.all():  # A silence is of an event that may lie long back.
-            rows = np.array(told)[~kept]
+            rows = np.array(selected)[kept]
+            timelines = self._timelines_of(scored, rows, scored.windows.take(np.searchsorted(scored.in_sequence, rows)))
+        if not kept.all():  # The last event before an inactivity may be old: its window is not in this batch.
+            rows = np.array(selected)[~kept]
             windows = self.windows.latest([str(entity) for entity in scored.entity[rows]])
             upto = windows.mask & (windows.times <= scored.time[rows][:, None])
             ends = np.where(upto.any(1), upto.shape[1] - 1 - upto[:, ::-1].argmax(1), -1)
-            found |= self._told(scored, rows, cut(windows, ends))
-        return found
+            timelines |= self._timelines_of(scored, rows, cut(windows, ends))
+        return timelines
 
-    def _told(
+    def _timelines_of(
         self, scored: ScoredBatch, rows: NDArray[np.intp], windows: Windows
     ) -> dict[int, tuple[Timeline, Likely]]:
-        """The same of some rows, with the windows as they were at these."""
+        """Timelines and expected events of some rows; windows: as they were at those events."""
         sequences = self.bundle.scorer.sequences
         if sequences is None:
             return {}
         kinds = np.array([KINDS.index(str(entity).partition(":")[0]) for entity in scored.entity[rows]], np.int8)
         cause = scored.cause[rows]
-        weight = weights(sequences, windows, kinds, [_STATISTICS[each] for each in cause])
-        asked = windows.vectors, windows.times, windows.length, kinds
-        expected, absent = sequences.model.expected(*asked, cause == SILENCE), sequences.model.absent(*asked)
-        instead = {ORDER: expected, SILENCE: expected, MISSING: absent}
+        losses = weights(sequences, windows, kinds, [_STATISTICS[each] for each in cause])
+        inputs = windows.vectors, windows.times, windows.length, kinds
+        expected, absent = sequences.model.expected(*inputs, cause == INACTIVITY), sequences.model.absent(*inputs)
+        instead = {ORDER: expected, INACTIVITY: expected, MISSING: absent}
         return {
             row: (
-                self._timeline(windows, i, weight[i]),
+                self._timeline(windows, i, losses[i]),
                 tuple((self._like(code), p) for code, p in (instead[cause[i]][i] if cause[i] in instead else ())),
             )
             for i, row in enumerate(rows.tolist())
@@ -261,10 +275,10 @@ class Explainer:
         )
 
     def _like(self, code: int) -> dict[str, Any]:
-        """What records of a window of this outcome have in common, which names nobody."""
-        known = self.bundle.anonymised
-        found: dict[str, Any] = orjson.loads(known[code]) if code < len(known) else {}
-        return found
+        """The anonymised normal event of a code of the codebook; empty where it has none."""
+        anonymised = self.bundle.anonymised
+        example: dict[str, Any] = orjson.loads(anonymised[code]) if code < len(anonymised) else {}
+        return example
 
     @staticmethod
     def _coordinates(windows: Windows, i: int, slot: int) -> str:
@@ -272,59 +286,59 @@ class Explainer:
         return f"{topic}:{partition}:{windows.offset[i, slot]}:{windows.index[i, slot]}"
 
     def _fields(self, event: _Event, near: list[dict[str, Any]], cause: str) -> tuple[FieldFinding, ...]:
-        """The fields that mattered, one of each group: the cause, then by how surprising the counts or the network find
-        them."""
+        """The fields that contributed, at most one of each group: the field of the cause first, then by surprise (the
+        larger of counts and network)."""
         encoder = self.bundle.encoder
         fields = encoder.schema.fields
         codes = event.features.codes[event.row]
         by_type, by_actor = (
-            dict(zip(encoder.rarity.columns, nats[event.row].tolist(), strict=True))
-            for nats in (event.surprise.by_type, event.surprise.by_actor)
+            dict(zip(encoder.rarity.columns, surprises[event.row].tolist(), strict=True))
+            for surprises in (event.surprise.by_type, event.surprise.by_actor)
         )
-        # Of an actor that hardly ever does this, every value is a little odd: that is told once, of the type of event.
+        # Where an actor rarely does this, every value is a little unusual for it. Report that once, for the event type.
         hardly_ever = min(by_actor.values())
-        by_actor = {i: nats if i == 0 else nats - hardly_ever for i, nats in by_actor.items()}
+        by_actor = {i: surprises if i == 0 else surprises - hardly_ever for i, surprises in by_actor.items()}
         counted = {i: max(by_type[i], by_actor[i]) for i in by_type}
         numbers = [i for i, f in enumerate(fields) if f.kind == "number" and codes[i]]
         likely = sorted(counted, key=lambda i: -counted[i])[: 2 * EXPLAINED_FIELDS]
         named = [i for i in counted if f"record:{fields[i].path}" == cause and i not in likely]
         expectations = encoder.expectations(event.features, event.row, np.array(likely + named + numbers, np.int32))
-        told = {e.field: max(e.surprise, counted.get(e.field, 0.0)) for e in expectations}
+        surprises = {e.field: max(e.surprise, counted.get(e.field, 0.0)) for e in expectations}
         present = {field.path for field, code in zip(fields, codes.tolist(), strict=True) if code}
         actor = event.value(next((path for path in encoder.schema.actors if path in present), ""))
         findings: list[FieldFinding] = []
         columns, twins = encoder.rarity.columns, encoder.rarity.groups[int(codes[0])].tolist()
         group_of = {i: fields[columns[twin]].group for i, twin in zip(columns, twins, strict=True)}
         groups: set[str] = set()
-        first = {e for e in told if f"record:{fields[e].path}" == cause and told[e] >= WORTH_TELLING}
-        for e in sorted(expectations, key=lambda e: (e.field not in first, -told[e.field])):
+        first = {e for e in surprises if f"record:{fields[e].path}" == cause and surprises[e] >= WORTH_TELLING}
+        for e in sorted(expectations, key=lambda e: (e.field not in first, -surprises[e.field])):
             field_, code = fields[e.field], int(codes[e.field])
             group = group_of.get(e.field, field_.group)
-            if group in groups or field_.name.startswith("#") or (findings and told[e.field] < WORTH_TELLING):
+            if group in groups or field_.name.startswith("#") or (findings and surprises[e.field] < WORTH_TELLING):
                 continue
             groups.add(group)
             observed = event.value(field_.path)
-            by_whom = by_actor.get(e.field, 0.0) > max(by_type.get(e.field, 0.0) + 1, e.surprise)
-            given = actor if by_whom and actor != observed else ""
+            unusual_for_actor = by_actor.get(e.field, 0.0) > max(by_type.get(e.field, 0.0) + 1, e.surprise)
+            given = actor if unusual_for_actor and actor != observed else ""
             new = code == UNKNOWN and not field_.left_out and not field_.came_later(event.raw(field_.path))
-            # What the rarest word usually is explains no text.
+            # The usual rarest word does not explain a text.
             usual = e.expected if field_.derives != WORD else ()
             expected = tuple((self._example(e.field, text, near), p) for text, p in usual)
-            findings.append(FieldFinding(field_.path, observed, expected, told[e.field], given, new))
+            findings.append(FieldFinding(field_.path, observed, expected, surprises[e.field], given, new))
             if len(findings) == EXPLAINED_FIELDS:
                 break
         return tuple(findings)
 
     def _example(self, place: int, normalised: str, near: list[dict[str, Any]]) -> str:
-        """What a value that is expected of a field (by its place) looks like before it is normalised: what near
-        examples have in common, else any; else "…" stands for what stands for many values."""
+        """An expected value of a field (by its place) as it looks before normalisation: the common part of the nearest
+        examples that have it, else of any examples; else the normalised text with "…" for its placeholders."""
         field = self.bundle.encoder.schema.fields[place]
         in_folder = field.derives == FOLDER
         if field.kind in ("number", "presence") or not normalised or (field.derives and not in_folder):
             return normalised
 
         def alike(examples: list[dict[str, Any]]) -> list[str]:
-            values = {_shown(value): value for example in examples if (value := example.get(field.path)) is not None}
+            values = {_as_text(value): value for example in examples if (value := example.get(field.path)) is not None}
             texts = ((shown, normalise(value, field.path)) for shown, value in values.items())
             return [
                 shown
@@ -332,18 +346,18 @@ class Explainer:
                 if (derived(text, FOLDER) == (normalised,) if in_folder else text == normalised)
             ]
 
-        found = alike(near)
-        if not found and normalised in field.values:
+        matches = alike(near)
+        if not matches and normalised in field.values:
             code = FIRST + field.values.index(normalised)
-            found = alike(others.read(self.bundle, np.flatnonzero(self.bundle.codes[place] == code), FEW))
-        if found:
-            return _common(field, found)
+            matches = alike(peer_comparison.read(self.bundle, np.flatnonzero(self.bundle.codes[place] == code), FEW))
+        if matches:
+            return _common(field, matches)
         text = _TEMPLATED.sub("…", normalised)
         return f"{text}/…" if in_folder else text
 
 
 def _common(field: Field, texts: list[str]) -> str:
-    """What values that are one once normalised have in common, with "…" for what varies; of a folder it is that."""
+    """The common part of values that are equal once normalised, with "…" for what varies; for a folder, its path."""
     if field.derives == FOLDER:
         ends = [max(text.rfind("/"), text.rfind("\\")) for text in texts]
         texts = [text[: end + 1] for text, end in zip(texts, ends, strict=True)]
@@ -356,10 +370,10 @@ def _common(field: Field, texts: list[str]) -> str:
 
 
 def _beginning(texts: list[str]) -> str:
-    """What all of these begin with."""
+    """The longest common prefix."""
     first, last = min(texts), max(texts)
     return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
 
 
-def _shown(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else orjson.dumps(value).decode()

@@ -1,8 +1,8 @@
-"""Which records of a sequence mattered: each is left out of the window in turn, and the statistic that fired is asked
-again.
+"""Which records of a sequence contributed: leave each record out of the window in turn and compute the statistic of the
+alert again.
 
 All windows of all alerts go through the sequence network together. Promises that a weight depends on its window alone.
-Says nothing of pairs of records that matter only together: without either of them the rest may be as odd as before.
+It does not detect pairs of records that contribute only together: without one of them the score may stay as it is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from state.windows import Windows
 from streamer.detection.sequence_score import SequenceScorer
 
 LATEST = 12
-"""Records of a window that are weighed, the latest: as many as an alert tells."""
+"""The latest records of a window, which get a weight: as many as an alert shows."""
 
 
 def weights(
@@ -25,8 +25,8 @@ def weights(
 ) -> NDArray[np.float64]:
     """float64 [m, W], 0 to 1: the share of its surprise that each window loses without each of its records.
 
-    kinds: int8 [m]; names: m of what `SequenceScorer.raw` names, the statistic that fired.
-    A record without which the rest is as surprising, or more, has 0; so has an unused slot, and all before the LATEST.
+    kinds: int8 [m]; names: m names of `SequenceScorer.raw`, the statistic that caused each alert. The weight is 0 for a
+    record without which the rest is at least as surprising, for an unused slot, and for all records before the LATEST.
     """
     latest = np.arange(windows.times.shape[1]) >= windows.times.shape[1] - LATEST
     which, slots = np.nonzero(windows.mask & latest)
@@ -43,25 +43,26 @@ def weights(
     statistic = np.select([fired == name for name in raw], list(raw.values()))
     statistic[both.length == 0] = 0.0
     before, after = statistic[which], statistic[len(windows) :]
-    found = np.zeros(windows.mask.shape)
-    found[which, slots] = np.clip((before - after) / np.maximum(before, 1e-9), 0.0, 1.0)
-    return found
+    losses = np.zeros(windows.mask.shape)
+    losses[which, slots] = np.clip((before - after) / np.maximum(before, 1e-9), 0.0, 1.0)
+    return losses
 
 
 def cut(windows: Windows, ends: NDArray[np.intp]) -> Windows:
-    """Each of m windows as it was when the slot `ends` (intp [m]; -1: none) was its newest; what is older stays."""
+    """Each of m windows as it was when the slot `ends` (intp [m]; -1: no slot) was its newest; older slots stay."""
     width = windows.times.shape[1]
     return _moved(windows, np.arange(width)[None, :] - (width - 1 - ends[:, None]))
 
 
 def _without(windows: Windows, slots: NDArray[np.intp]) -> Windows:
-    """Each of m windows without its member at a slot: intp [m]."""
+    """Each of m windows without the member in its slot of `slots` (intp [m])."""
     place = np.arange(windows.times.shape[1])[None, :]
     return _moved(windows, place - (place <= slots[:, None]))
 
 
 def _moved(windows: Windows, place: NDArray[np.intp]) -> Windows:
-    """Windows whose slots are those of others: place: intp [m, W], negative for none; members stay on the right."""
+    """m windows with their slots taken from `place` (intp [m, W], negative for an unused slot); members stay on the
+    right."""
     rows = np.arange(len(windows))[:, None]
     at = np.maximum(place, 0)
     inside = (place >= 0) & windows.mask[rows, at]

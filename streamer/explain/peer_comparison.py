@@ -1,8 +1,8 @@
-"""What others of the same kind do: whether what is unusual is unusual for everybody, or for this one alone.
+"""Compares an entity with its peers: is the unusual value unusual for all of them, or for this entity alone?
 
-Others are the users, hosts, addresses or services of training, told apart by name. Promises to name nobody who is not
-in an example that the bundle keeps. Examples are a part of training, so there may be more others than are found, never
-fewer; where they show nothing, nothing is said.
+Peers are the other users, hosts, addresses or services of training, identified by name. Promises to name only entities
+of examples that the bundle keeps. Examples are a part of training, so the numbers of peers are lower bounds; where the
+examples show nothing, there is no comparison.
 """
 
 from __future__ import annotations
@@ -28,28 +28,29 @@ if TYPE_CHECKING:
 
 COUNT, VALUE, MORE, LESS, EVENT, CHANGE = "count", "value", "more", "less", "event", "change"
 NAMED = 5
-"""Others that are named; of more, how many there are."""
+"""Peers that are named; of further ones there is only the number."""
 SEARCHED = 4096
-"""Examples of one type and value, as the schema has it, in which exactly that value is looked for."""
+"""Examples of one type and one normalised value that are searched for the exact value."""
 EXAMINED = 256
-"""Examples that are read for who they are of."""
+"""Examples that are decoded to find their entities."""
 _BY_RANK = ("user", "host", "address", "service")
-"""Kinds that live long enough to have others, the first that an event names where its entity is of none of them."""
+"""Kinds of entity that live long enough to have peers. Where the alert is about another kind, the first of these that
+the event names is compared."""
 
 Names = dict[str, str]
-"""Of one event its entities, `kind:name` by kind."""
+"""The entities of one event: kind -> `kind:name`."""
 
 
 @dataclass(frozen=True)
 class PeerComparison:
-    """What others of one kind of entity did in training.
+    """What the peers of an entity did in training.
 
-    what: COUNT (reached as much), VALUE (had exactly this value in an event of this type; MORE, LESS: at least, at most
-    this number), EVENT (had an event like it) or CHANGE (went from one well known partner of a sort to another within
-    an hour); of: the attribute, count or sort that this is about, "" of an event; kind: of entity; count: how many did,
-    but for the one that the alert is about; among: how many others training had; names: of some of those
-    that did, most frequent first, without the kind; itself: whether the one that the alert is about did, too; at_least:
-    not all examples were looked at, so that there may well be more.
+    what: COUNT (reached this count), VALUE (had exactly this value in an event of this type; MORE, LESS: at least, at
+    most this number), EVENT (had a similar event) or CHANGE (went from one well known partner of a sort to another
+    within an hour). of: the attribute, count or sort of partner, "" for EVENT. kind: of entity. count: how many peers
+    did so, without the entity of the alert. among: how many peers training had. names: of some peers that did so, most
+    frequent first, without the kind. itself: whether the entity of the alert did so, too. at_least: not all examples
+    were searched, so `count` is a lower bound.
     """
 
     what: str
@@ -64,10 +65,10 @@ class PeerComparison:
 
 @dataclass(frozen=True)
 class PeerQuery:
-    """An event whose others are looked for. entity: that the alert is about; names: all that the event names; codes:
-    int32 [fields], its features; path, value: of the attribute that mattered most ("": of none), new: which no event of
-    training had; near: examples of normal events that are as near to it as normal events are to each other; all_near:
-    whether those are all."""
+    """An event to compare with peers. entity: of the alert; names: all entities of the event; codes: int32 [fields],
+    its features; path, value: of the attribute that contributed most (path "": none); new: no event of training had
+    that value; near: normal events (examples) that are as near to it as normal events are to each other; all_near:
+    `near` holds all of them."""
 
     entity: str
     names: Names
@@ -79,42 +80,42 @@ class PeerQuery:
     all_near: bool
 
 
-def find(bundle: Bundle, asked: PeerQuery) -> PeerComparison | None:
-    """Who had the odd value, or where no value is odd, such events; None where no example tells."""
-    kind = kind_of(asked.entity, asked.names, asked.path)
+def find(bundle: Bundle, query: PeerQuery) -> PeerComparison | None:
+    """The peers that had the unusual value or, without one, similar events; None where the examples show nothing."""
+    kind = kind_of(query.entity, query.names, query.path)
     if not kind:
         return None
-    mine = asked.names[kind]
-    if asked.path:  # What is odd about an event is not in those that are like it.
-        if asked.new:
-            return PeerComparison(VALUE, asked.path, kind, 0, n) if (n := _number_of_others(bundle, mine)) else None
-        what, examples, whole = with_value(bundle, asked.codes, asked.path, asked.value)
-        return _among(bundle, what, asked.path, mine, examples, whole)
-    kin = [example for example in asked.near if str(example.get("type_uid")) == _type_of(bundle, asked.codes)]
-    return _among(bundle, EVENT, "", mine, kin, asked.all_near)
+    mine = query.names[kind]
+    if query.path:  # Similar events do not have the unusual value: search by value instead.
+        if query.new:
+            return PeerComparison(VALUE, query.path, kind, 0, n) if (n := _peer_count(bundle, mine)) else None
+        what, examples, complete = with_value(bundle, query.codes, query.path, query.value)
+        return _among(bundle, what, query.path, mine, examples, complete)
+    similar = [example for example in query.near if str(example.get("type_uid")) == _type_of(bundle, query.codes)]
+    return _among(bundle, EVENT, "", mine, similar, query.all_near)
 
 
-def _number_of_others(bundle: Bundle, mine: str) -> int:
+def _peer_count(bundle: Bundle, mine: str) -> int:
     rates = bundle.scorer.rates
-    return len(rates.habits.others(mine, KINDS.index(mine.partition(":")[0]))) if rates is not None else 0
+    return len(rates.profiles.peers(mine, KINDS.index(mine.partition(":")[0]))) if rates is not None else 0
 
 
 def _type_of(bundle: Bundle, codes: NDArray[np.int32]) -> str:
-    """The type of an event, "" where training had none of it."""
+    """The `type_uid` of an event as text, "" where it did not occur in training."""
     return bundle.encoder.schema.fields[0].values[codes[0] - FIRST] if codes[0] >= FIRST else ""
 
 
 def names_in(events: EventBatch) -> list[Names]:
-    """Of each event its entities, the first of a kind."""
-    found = find_entities(events)
+    """The entities of each event, the first of each kind."""
+    entities = find_entities(events)
     names: list[Names] = [{} for _ in range(len(events))]
-    for row, kind, entity in zip(found.row.tolist(), found.kind.tolist(), found.entity, strict=True):
+    for row, kind, entity in zip(entities.row.tolist(), entities.kind.tolist(), entities.entity, strict=True):
         names[row].setdefault(KINDS[kind], entity)
     return names
 
 
 def names_of(examples: Sequence[Mapping[str, Any]]) -> list[Names]:
-    """The same of examples, flat as a bundle keeps them (path -> value)."""
+    """The entities of examples as a bundle keeps them (path -> value), the first of each kind."""
     if not examples:
         return []
     columns: dict[str, Column] = {}
@@ -133,8 +134,8 @@ def _number(value: Any) -> int:
 
 
 def kind_of(entity: str, names: Names, path: str = "") -> str:
-    """Whose others are told of an event: of the alert's entity, where it is of a kind that has any, else of the first
-    that the event names; "" for none. path: the odd attribute, which must not be the name itself."""
+    """The kind of entity whose peers are compared: that of the alert's entity where it has peers, else the first of
+    `_BY_RANK` that the event names; "" for none. path: the unusual attribute, which must not be the name itself."""
     kinds = dict.fromkeys((entity.partition(":")[0], *_BY_RANK))
     return next((kind for kind in kinds if kind in _BY_RANK and kind in names and path not in _paths(kind)), "")
 
@@ -146,9 +147,11 @@ def _paths(kind: str) -> set[str]:
 def with_value(
     bundle: Bundle, codes: NDArray[np.int32], path: str, value: Any
 ) -> tuple[str, list[dict[str, Any]], bool]:
-    """VALUE and the examples of an event's type that have a value exactly as it has it; of a number MORE or LESS and
-    those with at least or at most as much, as it lies above or below the middle of training. At most EXAMINED; and
-    whether those are all. codes: int32 [fields], of the event."""
+    """The examples of the event's type that have its value, as (what, examples, complete).
+
+    what: VALUE, and the value is exactly the same; for a number MORE (at least as much) where it is above the median of
+    training, else LESS (at most as much). examples: at most EXAMINED; complete: these are all. codes: int32 [fields],
+    of the event."""
     fields = bundle.encoder.schema.fields
     place = next((i for i, field in enumerate(fields) if field.name == path), 0)
     if not place or codes[0] < FIRST or codes[place] < FIRST:
@@ -158,20 +161,20 @@ def with_value(
         rows = np.flatnonzero(of_type & (column == code))
         text = orjson.dumps({path: value})[1:-1]
         holding = [row for row in _spread(rows, SEARCHED).tolist() if text in bundle.exemplars[row]]
-        found = [example for example in read(bundle, np.array(holding, np.intp), EXAMINED) if example[path] == value]
-        return VALUE, found, len(rows) <= SEARCHED and len(holding) <= EXAMINED
+        matches = [example for example in read(bundle, np.array(holding, np.intp), EXAMINED) if example[path] == value]
+        return VALUE, matches, len(rows) <= SEARCHED and len(holding) <= EXAMINED
     x, middle = number(value), fields[place].grid[len(fields[place].grid) // 2]
     if x is None:
         return VALUE, [], True
     more = x > middle
     rows = np.flatnonzero(of_type & ((column >= code) if more else (column >= FIRST) & (column <= code)))
     numbers = [(example, number(example.get(path))) for example in read(bundle, rows, EXAMINED)]
-    found = [example for example, y in numbers if y is not None and (y >= x if more else y <= x)]
-    return MORE if more else LESS, found, len(rows) <= EXAMINED
+    matches = [example for example, y in numbers if y is not None and (y >= x if more else y <= x)]
+    return MORE if more else LESS, matches, len(rows) <= EXAMINED
 
 
 def read(bundle: Bundle, rows: NDArray[np.intp], most: int) -> list[dict[str, Any]]:
-    """At most so many of these examples, evenly."""
+    """The examples in `rows`, decoded; of more than `most`, evenly spaced ones."""
     return [orjson.loads(bundle.exemplars[row]) for row in _spread(rows, most).tolist()]
 
 
@@ -180,16 +183,16 @@ def _spread(rows: NDArray[np.intp], most: int) -> NDArray[np.intp]:
 
 
 def _among(
-    bundle: Bundle, what: str, of: str, mine: str, examples: Sequence[Mapping[str, Any]], whole: bool
+    bundle: Bundle, what: str, of: str, mine: str, examples: Sequence[Mapping[str, Any]], complete: bool
 ) -> PeerComparison | None:
-    """Who is of these examples, of the kind of `mine` (`kind:name`); None where nobody is, or nobody else as far as was
-    looked. whole: whether these are all."""
+    """The peers among the entities of these examples, of the kind of `mine` (`kind:name`). complete: these are all
+    examples there are. None where there is no such entity, or none but `mine` in an incomplete search."""
     kind = mine.partition(":")[0]
-    found = Counter(name for names in names_of(examples) if MASK not in (name := names.get(kind, MASK)))
-    itself = found.pop(mine, 0) > 0
-    if not found and not (itself and whole):
+    holders = Counter(name for names in names_of(examples) if MASK not in (name := names.get(kind, MASK)))
+    itself = holders.pop(mine, 0) > 0
+    if not holders and not (itself and complete):
         return None
-    first = sorted(found, key=lambda name: (-found[name], name))[:NAMED]
+    first = sorted(holders, key=lambda name: (-holders[name], name))[:NAMED]
     names = tuple(name.partition(":")[2] for name in first)
-    among = max(_number_of_others(bundle, mine), len(found))
-    return PeerComparison(what, of, kind, len(found), among, names, itself, not whole)
+    among = max(_peer_count(bundle, mine), len(holders))
+    return PeerComparison(what, of, kind, len(holders), among, names, itself, not complete)
