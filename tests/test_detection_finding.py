@@ -37,7 +37,7 @@ from state.episodes import CREATE, UPDATE, Decision, Episode
 from state.memory.windows import MemoryWindows
 from streamer.alerting.close_alert import close_alert
 from streamer.alerting.observables import EVIDENCE, Leaf, Shape
-from streamer.alerting.text import TELLING
+from streamer.alerting.text import SUMMARY_PATHS
 from streamer.detection.bundle import Bundle
 from streamer.detection.detector import Detector
 from streamer.devtools.simulator.generator import schedule, simulate, write
@@ -389,7 +389,7 @@ EXPLANATIONS = st.builds(
         st.tuples(
             st.integers(-(2**63), 2**63 - 1),
             st.text(max_size=8),
-            st.dictionaries(st.sampled_from(TELLING) | st.text(max_size=4), SCALARS, max_size=3),
+            st.dictionaries(st.sampled_from(SUMMARY_PATHS) | st.text(max_size=4), SCALARS, max_size=3),
             st.floats(),
         ),
         max_size=3,

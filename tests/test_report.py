@@ -72,7 +72,7 @@ def test_the_figures_are_those_of_what_it_was_given(files: list[Path]) -> None:
         "events in them": "16",
         "with a verdict": "0",
         "events scored": "10,000",
-        "events at or under the line": str(sum(p < 1e-3 for p in material.p_values)),
+        "events at or under the threshold": str(sum(p < 1e-3 for p in material.p_values)),
     }
     assert made.scores is not None
     assert made.days is not None

@@ -200,21 +200,21 @@ def test_numbers_have_units_and_names_stay_as_they_are() -> None:
     assert wording.value("unmapped.rate", "0.333333", {}) == "0.333"
     assert wording.value("privileges", '["SeDebug","SeLoad"]', {}) == "SeDebug, SeLoad"
     told = {"type_uid": 300201, "status_id": 2, "dst_endpoint.hostname": "WS-7"}
-    assert wording.told(told) == "failed logon to WS-7"
-    assert wording.told({"type_uid": 400101, "dst_endpoint.ip": "192.0.2.1", "dst_endpoint.port": 443}) == (
+    assert wording.summary(told) == "failed logon to WS-7"
+    assert wording.summary({"type_uid": 400101, "dst_endpoint.ip": "192.0.2.1", "dst_endpoint.port": 443}) == (
         "connection to 192.0.2.1 port 443"
     )
     closed = {"type_uid": 400102, "dst_endpoint.hostname": "db01", "dst_endpoint.port": 5432}
-    assert wording.told(closed) == "closed connection to db01 port 5432"
-    assert wording.told(closed | {"type_uid": 400104, "status_id": 2}) == "failed connection to db01 port 5432"
+    assert wording.summary(closed) == "closed connection to db01 port 5432"
+    assert wording.summary(closed | {"type_uid": 400104, "status_id": 2}) == "failed connection to db01 port 5432"
     lookup = {"type_uid": 400301, "dst_endpoint.ip": "192.0.2.1", "dst_endpoint.port": 53}
-    assert wording.told(lookup) == "name lookup"
-    assert wording.told(lookup | {"query.hostname": "example.org"}) == "name lookup of example.org"
+    assert wording.summary(lookup) == "name lookup"
+    assert wording.summary(lookup | {"query.hostname": "example.org"}) == "name lookup of example.org"
     launch = {"type_uid": 100701, "process.cmd_line": "/bin/render --pdf", "process.file.name": "render"}
-    assert wording.told({**launch, "device.hostname": "app01"}) == "process launch /bin/render --pdf"
-    assert wording.told({"type_uid": 100899, "metadata.event_code": "E5"}) == "log event E5"
-    assert wording.told({"type_uid": 100199, "file.path": "/x"}) == "file activity /x"
-    assert wording.told({}) == "event"
+    assert wording.summary({**launch, "device.hostname": "app01"}) == "process launch /bin/render --pdf"
+    assert wording.summary({"type_uid": 100899, "metadata.event_code": "E5"}) == "log event E5"
+    assert wording.summary({"type_uid": 100199, "file.path": "/x"}) == "file activity /x"
+    assert wording.summary({}) == "event"
 
 
 def test_two_usual_values_are_named_and_rare_ones_are_not() -> None:
@@ -256,7 +256,7 @@ def test_a_place_too_soon_after_another_is_named_with_what_is_odd_about_it() -> 
 
 def test_what_is_known_of_others_is_one_sentence() -> None:
     def known(n: int, *names: str, itself: bool = False, at_least: bool = False, kind: str = "user") -> str:
-        return wording.known_with("port 22", kind, n, 65, names, itself=itself, at_least=at_least)
+        return wording.peers_sentence("port 22", kind, n, 65, names, itself=itself, at_least=at_least)
 
     assert known(1, "anna") == "1 of 65 other users is known from training with port 22 (anna); this one is not."
     three = "3 of 65 other users are known from training with port 22 (anna, ben and eve); so is this one."

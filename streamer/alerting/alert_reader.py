@@ -1,7 +1,7 @@
-"""The alert topic as its subscribers see it: a range of it, or live; and what belongs to one finding put together.
+"""Reads the alert topic as subscribers see it, a range or live, and groups findings into episodes.
 
-Promises: only what is committed is read, no group is joined and nothing is committed, so nobody notices a reader; what
-is no Detection Finding of ours is passed over. Does not write: `streamer.alerting.verdicts` does.
+Promises: it reads committed messages only, joins no group and commits no offsets; messages that are not Ripcurrent's
+findings are skipped. It does not write: `streamer.alerting.suppression_feed` does.
 """
 
 from __future__ import annotations
@@ -36,66 +36,68 @@ class AlertMessage(NamedTuple):
 
 @dataclass(frozen=True)
 class AlertEpisode:
-    """All that is known of one finding, in the order in which it came: the alert and its updates, and verdicts."""
+    """All messages of one finding, in their order: the alert, its updates and its close, and verdicts."""
 
     uid: str
     findings: tuple[Finding, ...]
 
     @property
-    def told(self) -> Finding:
-        """What explains it best: the Create or Update about the most unusual event, the latest of equals; where there
-        is none, the first there is."""
+    def most_unusual(self) -> Finding:
+        """The Create or Update about the most unusual event, of equal ones the latest; without one, the first
+        message."""
         explains = [finding for finding in self.findings[::-1] if finding.get("evidences")]
         return min(explains, key=lambda finding: own(finding).get("p_value", 1.0), default=self.findings[0])
 
     def named(self, uid: str) -> Finding:
-        """The alert that this uid, or the beginning of one, names, if it explains; else what explains the story."""
-        own_uid = (finding for finding in self.findings if str(finding["metadata"].get("uid")).startswith(uid.lower()))
-        return next((finding for finding in own_uid if finding.get("evidences")), self.told)
+        """The alert with this uid (or a uid that begins so) if it has evidence, else `most_unusual`."""
+        matches = (finding for finding in self.findings if str(finding["metadata"].get("uid")).startswith(uid.lower()))
+        return next((finding for finding in matches if finding.get("evidences")), self.most_unusual)
 
     @property
     def last(self) -> Finding:
-        """The latest that the detector said: what holds now."""
-        own = [finding for finding in self.findings if "verdict_id" not in finding]
-        return (own or self.findings)[-1]
+        """The latest message of the detector, not of an analyst: the present state."""
+        detected = [finding for finding in self.findings if "verdict_id" not in finding]
+        return (detected or self.findings)[-1]
 
     @property
     def verdict(self) -> str:
-        """What an analyst said last; empty where nobody has."""
+        """The latest verdict of an analyst; "" without one."""
         return next((str(finding.get("verdict")) for finding in self.findings[::-1] if "verdict_id" in finding), "")
 
 
 def parse(value: bytes | None) -> Finding | None:
-    """A finding of ours, or None for anything else."""
+    """The finding in a message; None for anything that is not a Detection Finding."""
     try:
-        found = orjson.loads(value or b"")
+        finding = orjson.loads(value or b"")
     except orjson.JSONDecodeError:
         return None
-    ours = isinstance(found, dict) and found.get("class_uid") == 2004 and isinstance(found.get("finding_info"), dict)
-    return found if ours and isinstance(found.get("metadata"), dict) else None
+    ours = (
+        isinstance(finding, dict) and finding.get("class_uid") == 2004 and isinstance(finding.get("finding_info"), dict)
+    )
+    return finding if ours and isinstance(finding.get("metadata"), dict) else None
 
 
 def between(
     settings: Settings, since: Sequence[str], until: Sequence[str], wanted: Callable[[bytes], bool] = lambda _: True
 ) -> Iterator[Finding]:
-    """The findings of a range of the alert topic, in order of their timestamps. wanted: looks at a value before it is
+    """The findings of a range of the alert topic, in the order of their timestamps. wanted: tests a value before it is
     parsed. Raises ConfigurationError and StreamError."""
     return filter(None, (parse(value) for value in values(settings, since, until) if wanted(value)))
 
 
 def values(settings: Settings, since: Sequence[str], until: Sequence[str]) -> Iterator[bytes]:
-    """All that lies in a range of the alert topic, ours or not."""
+    """The values of all messages in a range of the alert topic."""
     topic = settings.model_copy(update={"events": (settings.alerts,)})
     frozen = freeze(topic, since, until, int(time.time() * 1000))
-    with RangeReader(topic, frozen, _letter) as reader:
+    with RangeReader(topic, frozen, _alert_message) as reader:
         for batch in reader.batches(BATCH):
-            for letter in batch:
-                if letter.value is not None:
-                    yield letter.value
+            for message in batch:
+                if message.value is not None:
+                    yield message.value
 
 
 def live(settings: Settings, since: Sequence[str]) -> Iterator[Finding | None]:
-    """The findings from a place on and as they come, for ever; None now and then while nothing comes."""
+    """The findings from a position on, without end; None from time to time while there are none."""
     topic = settings.model_copy(update={"events": (settings.alerts,)})
     starts = {source: start for source, (start, _) in freeze(topic, since, [], int(time.time() * 1000)).items()}
     consumer = build(Consumer, consumer_properties(topic) | {"group.id": f"{settings.kafka.group_id}-tail"})
@@ -103,8 +105,8 @@ def live(settings: Settings, since: Sequence[str]) -> Iterator[Finding | None]:
         consumer.assign(topic_partitions(starts))
         while True:
             messages = consumer.consume(100, 0.2)
-            found = (parse(message.value()) for message in messages if message.error() is None)
-            yield from filter(None, found)
+            findings = (parse(message.value()) for message in messages if message.error() is None)
+            yield from filter(None, findings)
             if not messages:
                 yield None
     finally:
@@ -121,27 +123,27 @@ def in_file(path: Path) -> Iterator[Finding]:
 
 
 def group_episodes(findings: Iterable[Finding]) -> dict[str, AlertEpisode]:
-    """By `finding_info.uid`, in the order in which they began; what came twice counts once."""
-    found: dict[str, dict[str, Finding]] = {}
+    """The episodes by `finding_info.uid`, in the order of their first messages; duplicates count once."""
+    by_uid: dict[str, dict[str, Finding]] = {}
     for finding in findings:
-        uid, own = finding["finding_info"].get("uid"), finding["metadata"].get("uid")
+        uid, alert_uid = finding["finding_info"].get("uid"), finding["metadata"].get("uid")
         if isinstance(uid, str):
-            found.setdefault(uid, {}).setdefault(str(own), finding)
-    return {uid: AlertEpisode(uid, tuple(parts.values())) for uid, parts in found.items()}
+            by_uid.setdefault(uid, {}).setdefault(str(alert_uid), finding)
+    return {uid: AlertEpisode(uid, tuple(parts.values())) for uid, parts in by_uid.items()}
 
 
 def find_episode(findings: Iterable[Finding], uid: str) -> AlertEpisode:
-    """The one story that this uid, or the beginning of one, names: of an alert (`metadata.uid`) or of the finding.
+    """The one episode that has this uid or a uid that begins so: of an alert (`metadata.uid`) or of the finding.
 
     Raises:
         ConfigurationError: none, or several.
     """
     wanted = uid.lower()
     named = [
-        found
-        for found in group_episodes(findings).values()
-        if found.uid.startswith(wanted)
-        or any(str(finding["metadata"].get("uid")).startswith(wanted) for finding in found.findings)
+        episode
+        for episode in group_episodes(findings).values()
+        if episode.uid.startswith(wanted)
+        or any(str(finding["metadata"].get("uid")).startswith(wanted) for finding in episode.findings)
     ]
     if not named:
         raise ConfigurationError(f"no alert {uid!r} there; `ripcurrent tail --last 1d --no-follow` lists them")
@@ -151,10 +153,15 @@ def find_episode(findings: Iterable[Finding], uid: str) -> AlertEpisode:
 
 
 def own(finding: Finding) -> dict[str, Any]:
-    """What OCSF has no place for: `unmapped`, empty where it is not ours."""
+    """The `unmapped` object, which holds what OCSF has no attribute for; empty where it is missing."""
     unmapped = finding.get("unmapped")
     return unmapped if isinstance(unmapped, dict) else {}
 
 
-def _letter(raw: Any) -> AlertMessage:
+def integer(value: Any) -> int:
+    """An integer attribute of a finding; 0 where it is missing or of another type."""
+    return value if isinstance(value, int) else 0
+
+
+def _alert_message(raw: Any) -> AlertMessage:
     return AlertMessage(raw.topic(), raw.partition(), raw.timestamp()[1], raw.value())

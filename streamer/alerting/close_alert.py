@@ -1,7 +1,7 @@
-"""The alert that closes an episode: nothing more came for a while, and this is what there was in all.
+"""The alert that closes an episode after a time without further events.
 
-It is made of the episode alone, because no event of the batch is its own; so it holds no evidence, and its first and
-last events are found by their coordinates.
+It is made from the episode alone. It holds no evidence, because no event of the batch belongs to it; it names its first
+and last event by their coordinates.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any
 from state.episode_rules import TIMEOUT_MS
 from state.episodes import CLOSE, Episode
 from streamer.alerting import text as wording
-from streamer.alerting.detection_finding import P_FLOOR, told
+from streamer.alerting.detection_finding import P_FLOOR, episode_fields
 from streamer.alerting.finding_frame import Alert, Frame, confidence, finding_uid
 
 
 def close_alert(episode: Episode, *, threshold: float, bundle_version: str, tenant: str, now_ms: int) -> Alert:
-    """The Close of an episode; its id is that of its last event. line: as for `build_alerts`."""
+    """The Close of an episode; its id follows from its last event. threshold: as in `build_alerts`."""
     finding = finding_uid(episode.first, episode.entity, episode.cause)
     frame = Frame(CLOSE, episode.last, (episode.entity, episode.cause), finding, bundle_version, tenant, now_ms)
     value = frame.value(
@@ -50,7 +50,7 @@ def close_alert(episode: Episode, *, threshold: float, bundle_version: str, tena
             "cause": episode.cause,
             "line": threshold,
             "severity_score": round(episode.severity, 1),
-            "episode": told(episode),
+            "episode": episode_fields(episode),
         },
     }
     return frame.alert(value, episode.shown)
@@ -62,7 +62,7 @@ def _coordinates(label: str) -> dict[str, Any]:
 
 
 def _title(episode: Episode) -> str:
-    where = wording.subject(episode.shown, {}) + wording.and_others(" and", episode.entities - 1)
+    where = wording.subject(episode.shown, {}) + wording.further_entities(" and", episode.entities - 1)
     title = f"Over: unusual {wording.cause(episode.cause)}{where}; "
     if episode.count == 1:
         return f"{title}1 event"

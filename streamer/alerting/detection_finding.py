@@ -1,8 +1,8 @@
-"""Alerts: one OCSF 1.8 Detection Finding (class 2004) for each event that is to be told, ready for the alert topic.
+"""Alerts as OCSF 1.8 Detection Findings (class 2004), ready for the alert topic.
 
 Promises that every alert validates against the published schema whatever the event holds, that the same event, entity,
-cause and bundle always give the same ids, and that all text has been through the redactor. Does not decide what is an
-alert, nor what is one story: a `Decision` says so where there is one. `docs/alerts.md` describes every field.
+cause and bundle always give the same ids, and that all text has passed the redactor. It does not decide which events
+are alerts, nor which belong to one episode: a `Decision` does. `docs/alerts.md` describes every field.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from streamer.explain.rates import RateFinding
 from streamer.redaction import Redactor, mask_text
 
 MAX_RAW = 16 * 1024
-"""Characters of the event's JSON kept as `raw_data`."""
+"""Characters of the event's JSON in `raw_data`."""
 MAX_NEIGHBOURS = 3
 MAX_WINDOW = 64
 WORTH_EXPECTING = 0.2
-"""Of a sequence: what was expected less is not named."""
+"""The least probability of an expected event that a sequence alert names."""
 WORTH_NAMING = 0.2
-"""Of a sequence: from here on the title names the earlier record without which it would be less surprising."""
+"""The least share of the surprise at which the title of a sequence names an earlier record."""
 WORTH_WEIGHT = 0.01
-"""Of a sequence's surprise: a record without which it would lose less is named without a figure."""
+"""The least share of the surprise that is stated beside a record of a sequence."""
 P_FLOOR = 1e-12
-"""Below this a p-value is no measurement any more: it is told as this."""
+"""Alerts state no smaller p-value: below this it is not a measurement."""
 _INSTEAD = {"sequence:silence": "After that, usual is", "sequence:missing": "Shortly before the last, usual is"}
 _PARTNERS = {
     "address": ("src_endpoint.ip",),
@@ -46,7 +46,7 @@ _PARTNERS = {
     "service": ("service.name", "actor.app_name", "app_name"),
     "destination": ("dst_endpoint.ip", "dst_endpoint.hostname"),
 }
-"""Where an event names the partner that a cause `first:WHAT` is about."""
+"""The attributes that name the partner of a cause `first:WHAT`."""
 _IDENTITY = ("time", "uid", "correlation_uid", "offset", "sequence")
 
 
@@ -65,20 +65,20 @@ def build_alerts(
     """One alert for each of `rows`, in their order.
 
     explanations and (where given) decisions: one a row, of activity CREATE or UPDATE; without decisions every event is
-    a Create of its own. line: the p-value at or under which this tenant's events are alerts, one for all or one a row;
+    a Create of its own. threshold: the p-value at or under which an event is an alert, one for all or float64 [rows].
     now_ms: epoch ms of making the alerts. Raises ValueError where the lengths differ.
     """
     redactor = redactor or Redactor()
-    story = decisions if decisions is not None else [None] * len(rows)
-    lines = np.broadcast_to(threshold, len(rows)).tolist()
+    episode_so_far = decisions if decisions is not None else [None] * len(rows)
+    thresholds = np.broadcast_to(threshold, len(rows)).tolist()
     return [
         _Finding(scored, int(row), explanation, decision, crossed, bundle_version, tenant, now_ms, redactor).alert()
-        for row, explanation, decision, crossed in zip(rows, explanations, story, lines, strict=True)
+        for row, explanation, decision, crossed in zip(rows, explanations, episode_so_far, thresholds, strict=True)
     ]
 
 
 class _Finding:
-    """One finding in the making: what was scored and explained, redacted, and the parts of the alert made from it."""
+    """One finding: the scored and explained event, redacted, and the parts of the alert made from it."""
 
     def __init__(
         self,
@@ -124,10 +124,10 @@ class _Finding:
         self.distance, self.usual_distance = float(explanation.distance), float(explanation.usual_distance)
         self.rates = explanation.rates
         self.peers = explanation.peers and _masked(explanation.peers, redactor)
-        likely = ((self._like(like, redactor), float(p)) for like, p in explanation.instead if like)
+        likely = ((self._example_summary(like, redactor), float(p)) for like, p in explanation.instead if like)
         self.instead = [(what, p) for what, p in likely if WORTH_EXPECTING <= p <= 1]
         self.window = [
-            (int(time), str(label), self._told(str(label), like, redactor), _share(float(share)))
+            (int(time), str(label), self._summary(str(label), like, redactor), _share(float(share)))
             for time, label, like, share in explanation.window[-MAX_WINDOW:]
         ]
         self.activity = decision.activity if decision else CREATE
@@ -139,20 +139,23 @@ class _Finding:
         self.last_seen = max(self.episode.last_seen, self.time)
         self.severity = max(severity, self.episode.severity)
 
-    def _told(self, label: str, like: Mapping[str, Any], redactor: Redactor) -> str:
-        """What is known of an event of the window; of this one, what it says itself."""
+    def _summary(self, label: str, like: Mapping[str, Any], redactor: Redactor) -> str:
+        """The summary of an event of the window: of the alerted event itself, else of the normal event like it."""
         if label == self.coordinates:
-            return wording.told({path: _at(self.record, path) for path in wording.TELLING})
-        return self._like(like, redactor) if like else "an event like none in training"
+            return self.own_summary()
+        return self._example_summary(like, redactor) if like else "an event like none in training"
+
+    def own_summary(self) -> str:
+        return wording.summary({path: _text_at(self.record, path) for path in wording.SUMMARY_PATHS})
 
     @staticmethod
-    def _like(like: Mapping[str, Any], redactor: Redactor) -> str:
-        return wording.told({path: redactor.text(path, str(value)) for path, value in like.items()})
+    def _example_summary(like: Mapping[str, Any], redactor: Redactor) -> str:
+        return wording.summary({path: redactor.text(path, str(value)) for path, value in like.items()})
 
     def alert(self) -> Alert:
         title = self.title()
         raw, whole = self.raw()
-        found = self.evidence()
+        evidence_ = self.evidence()
         episode = self.episode
         finding = finding_uid(episode.first, episode.entity, episode.cause)
         frame = Frame(self.activity, self.coordinates, self.ids, finding, self.bundle, self.tenant, self.now)
@@ -168,25 +171,25 @@ class _Finding:
         value |= {
             "message": f"{title} ({wording.moment(self.time)})",
             "finding_info": self.finding_info(frame, title),
-            "evidences": [found],
-            "observables": observables(found, "evidences[0]"),
+            "evidences": [evidence_],
+            "observables": observables(evidence_, "evidences[0]"),
             "anomaly_analyses": [self.analysis()],
             "raw_data": raw,
             "unmapped": self.unmapped(),
         }
-        device = fit(DEVICE, found.get("device"))
+        device = fit(DEVICE, evidence_.get("device"))
         if device is not None:
             value["device"] = device
         return frame.alert(value, episode.shown, self.row)
 
     def leading(self) -> FieldFinding | None:
-        """The field that the cause names, else the one that mattered most."""
+        """The field of the cause, else the one that contributed most."""
         path = self.cause.partition(":")[2]
         return next((f for f in self.fields if f.path == path), self.fields[0] if self.fields else None)
 
     def title(self) -> str:
         """What was unusual, in one line, and at how many other entities it happened."""
-        return self.what() + wording.and_others("; the same", self.episode.entities - 1)
+        return self.what() + wording.further_entities("; the same", self.episode.entities - 1)
 
     def what(self) -> str:
         kind, _, cause = self.cause.partition(":")
@@ -198,11 +201,11 @@ class _Finding:
             what = "first event" if len(self.window) == 1 else wording.sequence(cause)
             return f"Unusual {what}{who}{self.sequence_in_short()}"
         if self.rates:
-            who = wording.subject(self.entity, {})  # What it did many times, it did not all do from here.
-            return f"Unusually {wording.rate(cause)[0]}{who}: {self.how_much()}"
+            who = wording.subject(self.entity, {})  # The events of a rate may come from several hosts.
+            return f"Unusually {wording.rate(cause)[0]}{who}: {self.rates_in_short()}"
         if kind == "first":
-            value = next((v for path in _PARTNERS.get(cause, ()) if (v := _at(record, path))), "")
-            return wording.first(self.doing("", {value}), cause, wording.shorten(value, 60))
+            value = next((v for path in _PARTNERS.get(cause, ()) if (v := _text_at(record, path))), "")
+            return wording.cooccurrence_title(self.action("", {value}), cause, wording.shorten(value, 60))
         field = self.leading()
         if field is None:
             where = wording.event_kind(record)
@@ -212,7 +215,7 @@ class _Finding:
         if field.path in ("class_uid", "type_uid"):
             where = wording.subject(self.entity, record, field.path, {field.given, field.observed})
         else:
-            where = f" in {self.doing(field.path, {field.given, field.observed})}"
+            where = f" in {self.action(field.path, {field.given, field.observed})}"
         shown = f": {shown}" if shown in ("yes", "no") else f" {shown}"
         level = wording.compared(field.path, field.observed, field.expected)
         if field.given:
@@ -227,23 +230,27 @@ class _Finding:
             what = f"{f'Unusually {level}' if level else 'Unusual'} {name}{shown}"
         return f"{what}{where}{f'; {usual}' if usual else ''}"
 
-    def doing(self, but: str, said: Collection[str]) -> str:
-        """What was done, and by whom: "launch of cmd.exe by user bob"; but and said: as for `wording.doing`."""
-        what, who = wording.doing(self.record, but, said), wording.subject(self.entity, self.record, but, said)
-        if " of " in what:  # What was launched is "of" it already.
+    def action(self, skip_path: str, skip_names: Collection[str]) -> str:
+        """What was done, and by whom: "launch of cmd.exe by user bob". Arguments as in `wording.action`."""
+        what, who = (
+            wording.action(self.record, skip_path, skip_names),
+            wording.subject(self.entity, self.record, skip_path, skip_names),
+        )
+        if " of " in what:  # "launch of X": avoid a second "of".
             who = f"{' on' if who.startswith(' of host') else ' by'}{who.removeprefix(' of')}"
         return f"{what}{who}"
 
-    def how_much(self) -> str:
-        """Of a rate: "about 23 within two hours, never more than 3 before; also 35 events (never more than 19)"."""
+    def rates_in_short(self) -> str:
+        """The counts of a rate: "about 23 within two hours, never more than 3 before; also 35 events (never more than
+        19)"."""
         first, *further = self.rates
-        told = [f"{_beside(rate, first)} ({_at_most(rate).removesuffix(' before')})" for rate in further]
-        also = f"; also {' and '.join(told)}" if told else ""
+        shown = [f"{_beside(rate, first)} ({_at_most(rate).removesuffix(' before')})" for rate in further]
+        also = f"; also {' and '.join(shown)}" if shown else ""
         return f"about {_beside(first, None)}, {_at_most(first)}{also}"
 
     def sequence_in_short(self) -> str:
-        if not self.window:  # The entity has gone on so far that its window no longer reaches back to this event.
-            return f": {wording.shorten(wording.told({path: _at(self.record, path) for path in wording.TELLING}))}"
+        if not self.window:  # The entity did so much since that its window no longer holds this event.
+            return f": {wording.shorten(self.own_summary())}"
         newest = wording.shorten(self.window[-1][2])
         instead = [(what, p) for what, p in self.instead if what != newest]
         usual = f"; usually {wording.shorten(instead[0][0])} ({wording.percent(instead[0][1])})" if instead else ""
@@ -252,14 +259,14 @@ class _Finding:
             return f": nothing after {newest}, the last of {len(self.window)} events in {length}{usual}"
         if len(self.window) == 1:
             return f": {newest}{usual}"
-        # The newest was least expected; the latest of equals that it would be less surprising without.
+        # Name the earlier record with the largest weight; of equal ones the latest.
         earlier = max(self.window[-2::-1], key=lambda entry: entry[3])
         before = earlier if earlier[3] >= WORTH_NAMING else self.window[-2]
         return f": {newest} after {wording.shorten(before[2])}{usual}"
 
     def missing_in_short(self) -> str:
-        """What was done without what usually comes shortly before it."""
-        newest = self.window[-1][2] if self.window else self._told(self.coordinates, {}, Redactor())
+        """The title of a missing step: what was done, and what usually comes shortly before it."""
+        newest = self.window[-1][2] if self.window else self._summary(self.coordinates, {}, Redactor())
         who = wording.subject(self.entity, self.record)
         who = f" by{who.removeprefix(' of')}" if who.startswith(" of ") else who
         title = f"Missing step before {wording.shorten(newest)}{who}"
@@ -270,9 +277,11 @@ class _Finding:
 
     def description(self) -> str:
         record = self.record
-        lines = [f"{wording.moment(self.time)}: {wording.event_kind(record)}{wording.subject(self.entity, record)}."]
-        # By itself each event of a sequence may be ordinary: its own attributes would mislead.
-        lines += [f"- {_much(rate, self.entity.partition(':')[0])}." for rate in self.rates]
+        sentences = [
+            f"{wording.moment(self.time)}: {wording.event_kind(record)}{wording.subject(self.entity, record)}."
+        ]
+        # Each event of a sequence may be normal by itself: do not list its attributes.
+        sentences += [f"- {_rate_sentence(rate, self.entity.partition(':')[0])}." for rate in self.rates]
         for f in () if self.window or self.rates else self.fields:
             shown = wording.value(f.path, f.observed, record)
             usual = wording.usually(f.path, f.observed, f.expected, record)
@@ -280,40 +289,42 @@ class _Finding:
             path = "" if name == f.path else f" ({f.path})"
             whose = f" for {wording.shorten(f.given, 60)}" if f.given else ""
             rare = "never seen in training" if f.new else f"expected {wording.one_in(f.surprise)}{whose}"
-            lines.append(f"- {name}{path}: {'; '.join(filter(None, (shown, usual, rare)))}.")
+            sentences.append(f"- {name}{path}: {'; '.join(filter(None, (shown, usual, rare)))}.")
         for time, label, summary, share in self.window[-10:]:
             part = f"without it {wording.percent(share)} less surprising; " if share >= WORTH_WEIGHT else ""
-            lines.append(f"- {wording.moment(time)}: {wording.shorten(summary)} ({part}{label}).")
+            sentences.append(f"- {wording.moment(time)}: {wording.shorten(summary)} ({part}{label}).")
         if self.instead:
             place = _INSTEAD.get(self.cause, "In place of the last, usual is")
             likely = " or ".join(f"{wording.shorten(what)} ({wording.percent(p)})" for what, p in self.instead[:3])
-            lines.append(f"{place} {likely}.")
-        if known := self.known_of_others():
-            lines.append(known)
+            sentences.append(f"{place} {likely}.")
+        if known := self.peers_in_training():
+            sentences.append(known)
         if self.neighbours:
             differs = self.differences(self.neighbours[0])
-            lines.append(
+            sentences.append(
                 f"The nearest normal event {f'differs in {differs}' if differs else 'looks the same by itself'}."
             )
         if self.usual_distance > 0 and math.isfinite(self.distance) and self.distance > self.usual_distance:
             times = f"{self.distance / self.usual_distance:.2g}"
-            lines.append(f"It is {times} times as far from the nearest normal event as normal events are.")
+            sentences.append(f"It is {times} times as far from the nearest normal event as normal events are.")
         if self.episode.count > 1:
-            lines.append(self.story())
+            sentences.append(self.episode_so_far())
         if not self.complete:
-            lines.append("Part of what its entities did before is not known, so it may look more unusual than it is.")
+            sentences.append(
+                "Part of what its entities did before is not known, so it may look more unusual than it is."
+            )
         rare, limit = wording.one_in(_nats(self.p_value)), wording.one_in(_nats(self.threshold))
-        lines.append(f"Of normal events, {rare} would look as unusual as this; alerts begin at {limit}.")
-        lines.append(f"Event {self.coordinates}, judged by {self.bundle}.")
-        return "\n".join(lines)
+        sentences.append(f"Of normal events, {rare} would look as unusual as this; alerts begin at {limit}.")
+        sentences.append(f"Event {self.coordinates}, judged by {self.bundle}.")
+        return "\n".join(sentences)
 
-    def known_of_others(self) -> str:
-        """What others of the same kind did in training, in a sentence; of counts that stands beside them."""
+    def peers_in_training(self) -> str:
+        """What peers did in training, as a sentence; "" for counts, which state it themselves."""
         peers = self.peers
         if peers is None or peers.what == COUNT or not (peers.count or peers.itself or peers.what == CHANGE):
             return ""
         if peers.what == CHANGE:
-            did = wording.of_others(peers.kind, peers.count, peers.among)
+            did = wording.number_of_peers(peers.kind, peers.count, peers.among)
             return f"In training {did} went from one usual {peers.of} to another within an hour."
         what = "events like it"
         if peers.what != EVENT:
@@ -322,28 +333,28 @@ class _Finding:
             limit = {MORE: " or more", LESS: " or less"}.get(peers.what, "")
             what = f"{wording.attribute(peers.of)} {shown}{limit} in such events"
         known = peers.kind, peers.count, peers.among, peers.names
-        return wording.known_with(what, *known, itself=peers.itself, at_least=peers.at_least)
+        return wording.peers_sentence(what, *known, itself=peers.itself, at_least=peers.at_least)
 
-    def story(self) -> str:
-        """The episode so far."""
+    def episode_so_far(self) -> str:
+        """The episode so far, as a sentence."""
         episode = self.episode
         length = wording.duration(episode.last_seen - episode.first_seen)
         causes = ", ".join(wording.cause(cause) for cause in episode.causes)
-        told = f"So far {episode.count:,} such events in {length}, the first at {episode.first} ({causes})."
+        summary = f"So far {episode.count:,} such events in {length}, the first at {episode.first} ({causes})."
         names = ", ".join(episode.others[:10])
         more = episode.entities - 1 - len(episode.others[:10])
-        return f"{told} Also at {names}{f' and {more:,} more' if more > 0 else ''}." if names else told
+        return f"{summary} Also at {names}{f' and {more:,} more' if more > 0 else ''}." if names else summary
 
     def differences(self, normal: Mapping[str, str]) -> str:
-        """In which attributes the event differs from a normal one, at most four."""
-        found = []
+        """The attributes in which the event differs from a normal one, at most four."""
+        differing = []
         for path, usual in normal.items():
-            here = _at(self.record, path)
+            here = _text_at(self.record, path)
             if path.rsplit(".", 1)[-1] in _IDENTITY or here is None or here == usual:
                 continue
             name, was = wording.attribute(path), wording.value(path, usual, self.record)
-            found.append(f"{name} ({wording.value(path, here, self.record)} here, {was} there)")
-        return ", ".join(found[:4])
+            differing.append(f"{name} ({wording.value(path, here, self.record)} here, {was} there)")
+        return ", ".join(differing[:4])
 
     def finding_info(self, frame: Frame, title: str) -> dict[str, Any]:
         metadata = self.record.get("metadata")
@@ -382,14 +393,14 @@ class _Finding:
         }
 
     def evidence(self) -> dict[str, Any]:
-        found = evidence(self.record)
+        fitted = evidence(self.record)
         data: dict[str, Any] = {f.path: f.observed for f in self.fields}
         if not data:
             data = {k: v for k, v in list(self.record.items())[:20] if isinstance(v, str | int | float)}
-        return {**found, "data": data}
+        return {**fitted, "data": data}
 
     def analysis(self) -> dict[str, Any]:
-        """Observed against expected, a field each; the distance to normal last."""
+        """Observed against expected: counts, fields, and last the distance to normal events."""
         anomalies: list[dict[str, Any]] = [
             {
                 "observation_parameter": f.path,
@@ -410,10 +421,12 @@ class _Finding:
             if f.expected
         ]
         for place, rate in enumerate(self.rates):
-            much = {"observation_parameter": f"{rate.count}.{rate.span}", "observation_type": _counted(rate)}
+            parameter = {"observation_parameter": f"{rate.count}.{rate.span}", "observation_type": _counted(rate)}
             seen, usual = (wording.amount(rate.count, x) for x in (rate.observed, rate.usual))
-            anomalies.insert(place, {**much, "observations": [{"value": seen}], "observed_pattern": _at_most(rate)})
-            baselines.insert(place, {**much, "observations": [{"value": usual}]})
+            anomalies.insert(
+                place, {**parameter, "observations": [{"value": seen}], "observed_pattern": _at_most(rate)}
+            )
+            baselines.insert(place, {**parameter, "observations": [{"value": usual}]})
         distance = {
             "observation_parameter": "distance",
             "observation_type": "distance to the nearest normal event",
@@ -429,12 +442,12 @@ class _Finding:
         }
 
     def raw(self) -> tuple[str, bool]:
-        """The redacted event as JSON, and whether it is all there."""
+        """The redacted event as JSON, and whether it is complete."""
         text = orjson.dumps(self.record, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
         return (text, not self.cut) if len(text) <= MAX_RAW else (f"{text[:MAX_RAW]}…", False)
 
     def unmapped(self) -> dict[str, Any]:
-        found: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "source": self.source,
             "bundle": self.bundle,
             "entity": self.entity,
@@ -442,24 +455,24 @@ class _Finding:
             "p_value": self.p_value,
             "line": self.threshold,
             "severity_score": round(self.severity, 1),
-            "episode": told(self.episode),
+            "episode": episode_fields(self.episode),
         }
         if not self.complete:
-            found["history_complete"] = False
+            fields["history_complete"] = False
         if (peers := self.peers) is not None:
-            found["peers"] = {**asdict(peers), "names": list(peers.names)}
+            fields["peers"] = {**asdict(peers), "names": list(peers.names)}
         if self.neighbours:
-            found["nearest_normal"] = self.neighbours
+            fields["nearest_normal"] = self.neighbours
         if self.window:
-            found["timeline"] = [
+            fields["timeline"] = [
                 {"time": time, "event": label, "summary": summary, "share": round(share, 4)}
                 for time, label, summary, share in self.window
             ]
-        return found
+        return fields
 
 
-def told(episode: Episode) -> dict[str, Any]:
-    """An episode as alerts tell it, under `unmapped`."""
+def episode_fields(episode: Episode) -> dict[str, Any]:
+    """An episode as it stands in `unmapped.episode`."""
     found: dict[str, Any] = {
         "entity": episode.shown,
         "first": episode.first,
@@ -475,13 +488,15 @@ def _counted(rate: RateFinding) -> str:
     return wording.rate(f"{rate.count}.{rate.span}")[1]
 
 
-def _much(rate: RateFinding, kind: str) -> str:
-    reached = f"; reached in training by {wording.of_others(kind, rate.reached, rate.among)}" if rate.among else ""
+def _rate_sentence(rate: RateFinding, kind: str) -> str:
+    reached = (
+        f"; reached in training by {wording.number_of_peers(kind, rate.reached, rate.among)}" if rate.among else ""
+    )
     return f"about {wording.amount(rate.count, rate.observed)} {_counted(rate)}; {_at_most(rate)}{reached}"
 
 
 def _beside(rate: RateFinding, first: RateFinding | None) -> str:
-    """A count beside the first, or that itself: "35 events"."""
+    """A count with its unit: "35 events". first: the count that it stands beside; None: it is the first."""
     amount, (_, short) = (
         wording.amount(rate.count, rate.observed),
         wording.rate(f"{rate.count}.{rate.span}", short=first is None),
@@ -499,7 +514,7 @@ def _at_most(rate: RateFinding) -> str:
 
 
 def _masked(peers: PeerComparison, redactor: Redactor) -> PeerComparison:
-    """What may be shown: no names where one of the attributes that names of this kind come from is listed."""
+    """The comparison without secrets: no names where an attribute that names this kind of entity is redacted."""
     hidden = any(redactor.lists(path) for rule in RULES if rule.kind == peers.kind for path in rule.paths)
     return replace(peers, names=() if hidden else tuple(mask_text(name) for name in peers.names))
 
@@ -512,7 +527,7 @@ def _nats(p_value: float) -> float:
     return -math.log(p_value) if p_value > 0 else math.inf
 
 
-def _at(record: Mapping[str, Any], path: str) -> str | None:
+def _text_at(record: Mapping[str, Any], path: str) -> str | None:
     """The scalar at a path as text; None where there is none, or a list."""
     node: Any = record
     for part in path.split("."):

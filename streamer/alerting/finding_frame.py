@@ -1,7 +1,7 @@
 """The frame of a Detection Finding: its ids, its levels, and the attributes that a Create, an Update and a Close share.
 
-Promises that ids are functions of what was decided about which event, and that the levels mean what `docs/alerts.md`
-says. Knows nothing of what an alert tells.
+Promises that ids are functions of the event and the decision about it, and that levels mean what `docs/alerts.md` says.
+It does not know the texts of alerts.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ except PackageNotFoundError:  # run from a copy of the sources that nobody insta
 
 @dataclass(frozen=True)
 class Alert:
-    """One message for the alert topic. uid: `metadata.uid`; key: the entity (or the finding's uid where there is none),
-    so that all about one entity stays in order; value: the finding as JSON; row: the event of the batch that it is
-    about, of a silence the one at which it was clear; -1 for a Close, which is about none."""
+    """One message for the alert topic. uid: `metadata.uid`; key: the entity (the finding's uid where there is none), so
+    that all alerts of one entity stay in order; value: the finding as JSON; row: its event's row in the batch, for an
+    inactivity the row at which it was detected; -1 for a Close, which has none."""
 
     uid: str
     key: bytes
@@ -45,8 +45,8 @@ class Alert:
 
 @dataclass(frozen=True)
 class Frame:
-    """What says which alert of which finding it is. coordinates, ids: of the event, its entity and cause; finding:
-    `finding_info.uid`; now_ms: when it is made."""
+    """What identifies an alert. coordinates: of its event; ids: entity and cause; finding: `finding_info.uid`; now_ms:
+    epoch ms at which it is made."""
 
     activity: int
     coordinates: str
@@ -61,7 +61,7 @@ class Frame:
         return alert_uid(self.coordinates, *self.ids, self.activity, self.bundle)
 
     def value(self, *, severity: float, confidence: int, first_seen: int, last_seen: int, count: int) -> dict[str, Any]:
-        """The attributes that all three activities have."""
+        """The attributes that Create, Update and Close share."""
         severity_id, severity_name = level(severity)
         confidence_id, confidence_name = _level(confidence, _CONFIDENCE)
         risk = round(severity * (1 + confidence / 100) / 2)
@@ -105,7 +105,7 @@ class Frame:
 
     @property
     def analytic(self) -> dict[str, Any]:
-        """What `finding_info` says of how it was found."""
+        """The part of `finding_info` that names the analytic."""
         kind = self.ids[1].partition(":")[0] or "record"
         return {
             "types": [f"{kind} anomaly"],
@@ -120,7 +120,7 @@ class Frame:
         }
 
     def alert(self, value: dict[str, Any], entity: str, row: int = -1) -> Alert:
-        """The message that holds this value; entity: as people may see it."""
+        """The message of this value; entity: redacted."""
         headers = [
             ("ripcurrent.source", self.coordinates.encode()),
             ("ripcurrent.bundle", self.bundle.encode()),
@@ -134,7 +134,7 @@ class Frame:
 
 
 def alert_uid(coordinates: str, entity: str, cause: str, activity: int, bundle_version: str) -> str:
-    """`metadata.uid`: the same decision about the same event has the same id, however often it is made."""
+    """`metadata.uid`: the same decision about the same event always has the same id."""
     return _uid(coordinates, entity, cause, activity, bundle_version)
 
 
@@ -148,7 +148,7 @@ def _uid(*parts: str | int) -> str:
 
 
 def confidence(p_value: float, threshold: float) -> int:
-    """0 to 99: of the normal events that cross the line by chance, how many in 100 would lie nearer to it."""
+    """0 to 99: of 100 normal events that cross the threshold by chance, how many would lie nearer to it."""
     share = p_value / threshold if threshold > 0 else 1.0
     return min(99, max(0, round(100 * (1 - share)))) if math.isfinite(share) else 0
 

@@ -1,8 +1,8 @@
-"""What of an event goes into its alert: the evidence, in OCSF 1.8's own shapes, and the observables to pivot on.
+"""The evidence of an alert in OCSF 1.8's own objects, and its observables.
 
-Promises that what comes out validates against the published schema whatever went in: an attribute of the wrong type is
-read where it plainly can be ("443" for a port), and left out where it cannot. Does not copy all of an event: the shapes
-below are what an analyst acts on, the alert's `raw_data` holds the rest.
+Promises output that validates against the published schema for any input: an attribute of the wrong type is converted
+where that is unambiguous ("443" for a port), else omitted. It does not copy the whole event: the shapes below hold what
+an analyst acts on, and the alert's `raw_data` holds the rest.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Shape:
-    """An object: its attributes, those that it must have, and those of which it must have one. A required enum that is
-    absent becomes Unknown (0)."""
+    """An object: its attributes, the required ones, and those of which at least one is required. A required enum that
+    is absent becomes Unknown (0)."""
 
     attributes: Mapping[str, Leaf | Shape | list[Shape]]
     required: tuple[str, ...] = ()
@@ -253,11 +253,11 @@ EVIDENCE = Shape(
         "resources": [Shape({"name": Leaf(str, 38), "uid": Leaf(str, 10), "type": TEXT}, one_of=NAME_OR_UID)],
     }
 )
-"""Of `resources` alone an evidence would not be valid: whoever uses it adds `data`."""
+"""An evidence that holds only `resources` is not valid: the caller adds `data`."""
 
 
 def _scalar(leaf: Leaf, value: Any) -> Any:
-    """The value as the schema wants it, or None."""
+    """The value in the type of the schema; None where it cannot be converted."""
     if leaf.kind is bool:
         return value if isinstance(value, bool) else None
     if leaf.kind is str:
@@ -280,7 +280,7 @@ def _scalar(leaf: Leaf, value: Any) -> Any:
 
 
 def _formed(type_id: int, text: str) -> str | None:
-    """The text where it has the form that the schema asks of its type, else None."""
+    """The text where it has the format that the schema requires for its type, else None."""
     if type_id == IP:
         try:
             address = ip_address(text.strip().partition("%")[0])
@@ -295,10 +295,10 @@ def _formed(type_id: int, text: str) -> str | None:
 
 
 def fit(shape: Shape, value: Any) -> dict[str, Any] | None:
-    """The part of an object that is valid in this shape, or None where nothing valid is left."""
+    """The part of an object that is valid in this shape; None where nothing is."""
     if not isinstance(value, Mapping):
         return None
-    found: dict[str, Any] = {}
+    valid: dict[str, Any] = {}
     for name, wanted in shape.attributes.items():
         given = value.get(name)
         if given is None:
@@ -312,40 +312,40 @@ def fit(shape: Shape, value: Any) -> dict[str, Any] | None:
             members = given[:MAX_ITEMS] if isinstance(given, list) else ()
             fitted = [member for item in members if (member := fit(wanted[0], item))] or None
         if fitted is not None:
-            found[name] = fitted
-    if shape is FILE and "name" not in found and "path" in found:
-        found["name"] = str(found["path"]).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or found["path"]
-    if "ip" in shape.attributes and "ip" not in found and "name" not in found:
+            valid[name] = fitted
+    if shape is FILE and "name" not in valid and "path" in valid:
+        valid["name"] = str(valid["path"]).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or valid["path"]
+    if "ip" in shape.attributes and "ip" not in valid and "name" not in valid:
         name = _scalar(TEXT, value.get("ip"))  # "AWS Internal": clouds write names where an address belongs
         if name is not None:
-            found["name"] = name
-    if not found:
+            valid["name"] = name
+    if not valid:
         return None
     for name in shape.required:
-        if name not in found:
+        if name not in valid:
             leaf = shape.attributes[name]
             if not isinstance(leaf, Leaf) or UNKNOWN not in leaf.allowed:
                 return None
-            found[name] = UNKNOWN
-    if shape.one_of and not any(name in found for name in shape.one_of):
+            valid[name] = UNKNOWN
+    if shape.one_of and not any(name in valid for name in shape.one_of):
         return None
-    return found
+    return valid
 
 
 def evidence(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The evidence that an event gives, possibly empty."""
-    found = fit(EVIDENCE, record) or {}
+    """The evidence of an event; it may be empty."""
+    valid = fit(EVIDENCE, record) or {}
     module = record.get("module")
-    if "file" not in found and isinstance(module, Mapping) and (file := fit(FILE, module.get("file"))):
-        found["file"] = file
-    return found
+    if "file" not in valid and isinstance(module, Mapping) and (file := fit(FILE, module.get("file"))):
+        valid["file"] = file
+    return valid
 
 
-def observables(found: Mapping[str, Any], prefix: str) -> list[dict[str, Any]]:
-    """What can be searched for elsewhere: each named by its path in the alert (`prefix` and the path in the evidence),
-    each value once, at most MAX_OBSERVABLES."""
+def observables(evidence: Mapping[str, Any], prefix: str) -> list[dict[str, Any]]:
+    """The observables of an evidence, each value once, at most MAX_OBSERVABLES. Their names are paths in the alert:
+    `prefix` and the path in the evidence."""
     listed: dict[tuple[int, str], dict[str, Any]] = {}
-    for path, type_id, value in _named(EVIDENCE, found, prefix):
+    for path, type_id, value in _named(EVIDENCE, evidence, prefix):
         text = str(value)
         if text == "-" or MASK in text or len(listed) >= MAX_OBSERVABLES:
             continue
@@ -355,8 +355,8 @@ def observables(found: Mapping[str, Any], prefix: str) -> list[dict[str, Any]]:
     return list(listed.values())
 
 
-def _named(shape: Shape, found: Mapping[str, Any], path: str) -> Iterator[tuple[str, int, Any]]:
-    for name, value in found.items():
+def _named(shape: Shape, evidence: Mapping[str, Any], path: str) -> Iterator[tuple[str, int, Any]]:
+    for name, value in evidence.items():
         wanted = shape.attributes.get(name)
         if isinstance(wanted, Leaf):
             if wanted.observable:

@@ -35,7 +35,7 @@ from streamer.redaction import Redactor
 if TYPE_CHECKING:
     from streamer.settings import Settings
 
-_SAYS_WHAT = wording.TELLING[1:]
+_SAYS_WHAT = wording.SUMMARY_PATHS[1:]
 """What two sequences have in common that are the same thing at two entities: outcome and the first telling value."""
 
 

@@ -1,7 +1,7 @@
-"""Turns a finding into words that a tired analyst reads once: the title, the description, the names of attributes.
+"""The words of an alert: names of attributes, values with units, titles and parts of sentences.
 
-Everything that it is given has been redacted, and everything it says is taken from the event or its explanation. It
-knows no statistics: "1 in 8,000" is -log p, read backwards.
+Its input has been redacted, and it states only what the event or its explanation holds. It does no statistics: it only
+writes -log p as "1 in 8,000".
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 MISSING = frozenset({"", "∅", "MISSING", "<missing>", "(missing)", "missing", "None"})
-"""How an absent value is written in findings."""
+"""Texts that stand for an absent value."""
 MAX_SHOWN = 80
 """Characters of a value shown within a sentence."""
 MAX_NAMED = 3
-"""Others that are named in a sentence."""
+"""Peers that a sentence names."""
 
 CLASSES = {
     1001: "file activity",
@@ -88,7 +88,7 @@ _ENUMS = {
         11: "cached interactive",
     },
 }
-_WHOLE = {
+_ATTRIBUTE_NAMES = {
     "activity_id": "activity",
     "actor.process.cmd_line": "command line of the acting process",
     "actor.process.file.path": "program path",
@@ -134,7 +134,7 @@ _WHOLE = {
     "type_uid": "kind of event",
     "user.name": "target user",
 }
-_PARTS = {
+_PART_NAMES = {
     **dict.fromkeys(("unmapped", "traffic", "connection_info", "metadata", "actor", "query"), ""),
     **dict.fromkeys(("finding_info", "location"), ""),
     "api": "API",
@@ -156,7 +156,7 @@ _PARTS = {
     "uid": "id",
     "url_string": "address",
 }
-_SHORT = {
+_ABBREVIATIONS = {
     "cmd": "command",
     "diff": "different",
     "dst": "destination",
@@ -194,18 +194,18 @@ _SEQUENCES = {
 def attribute(path: str) -> str:
     """The name of an attribute: `dst_endpoint.port` is "destination port"."""
     plain = path.replace("[]", "")
-    if plain in _WHOLE:
-        return _WHOLE[plain]
-    words = [_PARTS[part] if part in _PARTS else _spelled(part) for part in plain.split(".")[-3:]]
+    if plain in _ATTRIBUTE_NAMES:
+        return _ATTRIBUTE_NAMES[plain]
+    words = [_PART_NAMES[part] if part in _PART_NAMES else _spelled(part) for part in plain.split(".")[-3:]]
     if words[-1].endswith(" id"):
         words[-1] = words[-1].removesuffix(" id")
-    told = [word for i, word in enumerate(words) if word and not (i + 1 < len(words) and words[i + 1].startswith(word))]
-    return " ".join(told) or plain or "event"
+    kept = [word for i, word in enumerate(words) if word and not (i + 1 < len(words) and words[i + 1].startswith(word))]
+    return " ".join(kept) or plain or "event"
 
 
 def _spelled(part: str) -> str:
     """`dst_host_srv_count` is "destination host service count"."""
-    return " ".join(_SHORT.get(word, word) for word in part.split("_"))
+    return " ".join(_ABBREVIATIONS.get(word, word) for word in part.split("_"))
 
 
 def event_kind(record: Mapping[str, Any]) -> str:
@@ -216,10 +216,9 @@ def event_kind(record: Mapping[str, Any]) -> str:
     return known or (shorten(name.lower(), 40) if isinstance(name, str) and name else "event")
 
 
-def doing(record: Mapping[str, Any], but: str = "", said: Collection[str] = ()) -> str:
-    """What happened in an event, in a word or two: "launch of cmd.exe", "API call CreateUser", "failed logon"; where
-    nothing telling is known, what kind of event it was. but: an attribute path that is told already; said: names that
-    are."""
+def action(record: Mapping[str, Any], skip_path: str = "", skip_names: Collection[str] = ()) -> str:
+    """What happened in an event, in a word or two: "launch of cmd.exe", "API call CreateUser", "failed logon"; else the
+    kind of event. skip_path, skip_names: an attribute path and names that the sentence states elsewhere."""
     uid, activity_id = record.get("class_uid"), record.get("activity_id")
     activity = _activity(uid, activity_id) if isinstance(activity_id, int) else ""
     name = ""
@@ -228,13 +227,13 @@ def doing(record: Mapping[str, Any], but: str = "", said: Collection[str] = ()) 
     elif uid == 6003:
         activity, name = "API call", _first(record, "", "api.operation")
     elif uid == 3002 and activity:
-        return f"failed {activity}" if record.get("status_id") == 2 and but != "status_id" else activity
-    if not activity or not name or name in said:
+        return f"failed {activity}" if record.get("status_id") == 2 and skip_path != "status_id" else activity
+    if not activity or not name or name in skip_names:
         return event_kind(record)
     return f"{activity}{' of' if uid == 1007 else ''} {name}"
 
 
-TELLING = (
+SUMMARY_PATHS = (
     "type_uid",
     "status_id",
     "metadata.event_code",
@@ -254,12 +253,12 @@ TELLING = (
     "service.name",
     "device.hostname",
 )
-"""Attributes that tell in a word or two what an event was: its type, its outcome, then the most telling first."""
-_WHERE = ("dst_endpoint.svc_name", "service.name", "device.hostname")
-"""Said where nothing more telling is."""
+"""Attributes that summarise an event: its type, its outcome, then names, the most specific first."""
+_PLACE_PATHS = ("dst_endpoint.svc_name", "service.name", "device.hostname")
+"""Places: part of a summary only where there is no more specific name."""
 
 
-_ACTS = {
+_OBJECTS = {
     1001: ("file", ""),
     1005: ("module", ""),
     1007: ("process", ""),
@@ -272,33 +271,33 @@ _ACTS = {
     201001: ("registry key", ""),
     201002: ("registry value", ""),
 }
-"""Of an event class: what is acted on, and the word that joins whom or what it reached."""
-_CONNECTED = {"close": "closed", "reset": "reset", "fail": "failed", "refuse": "refused", "listen": "awaited"}
-"""What became of a connection; that it was opened is not worth saying."""
+"""By event class: what is acted on, and the preposition before whom or what it reached."""
+_CONNECTION_RESULTS = {"close": "closed", "reset": "reset", "fail": "failed", "refuse": "refused", "listen": "awaited"}
+"""By activity: the state of a connection; an opened one is not qualified."""
 _NO_CONNECTION = ("failed", "refused")
-_SAID_BY_NOUN = (1008, 4003, 6003)
-"""Classes of which the activity adds nothing to the noun and the name."""
+_WITHOUT_ACTIVITY = (1008, 4003, 6003)
+"""Classes whose summary needs no activity beside the noun and the name."""
 
 
-def told(flat: Mapping[str, Any]) -> str:
-    """An event, flat (path -> value), in a few words: "failed logon to PC-7", "process launch /bin/ls -l"."""
+def summary(flat: Mapping[str, Any]) -> str:
+    """A flat event (path -> value) in a few words: "failed logon to PC-7", "process launch /bin/ls -l"."""
     kind = str(flat.get("type_uid", ""))
     class_uid = int(kind) // 100 if kind.isdecimal() and len(kind) < 12 else 0
     activity = _activity(class_uid, int(kind) % 100) if class_uid else ""
-    noun, joined = _ACTS.get(class_uid, (CLASSES.get(class_uid, ""), ""))
+    noun, joined = _OBJECTS.get(class_uid, (CLASSES.get(class_uid, ""), ""))
     failed = flat.get("status_id") in (2, "2")
-    how = _CONNECTED.get(activity, "") if class_uid == 4001 else ""
-    if class_uid in (*_SAID_BY_NOUN, 4001):
+    how = _CONNECTION_RESULTS.get(activity, "") if class_uid == 4001 else ""
+    if class_uid in (*_WITHOUT_ACTIVITY, 4001):
         activity = ""
-    elif noun and not activity and class_uid in _ACTS:
+    elif noun and not activity and class_uid in _OBJECTS:
         activity = "activity"
     words = [*(["failed"] if failed and how not in _NO_CONNECTION else []), how, noun, activity]
     names: list[str] = []
-    for path in TELLING[2:]:
+    for path in SUMMARY_PATHS[2:]:
         name = str(flat.get(path) or "")
         again = path == "dst_endpoint.ip" and bool(names)  # the same place by its address
         again = again or (class_uid == 4003 and path.startswith("dst_endpoint."))  # who was asked, not for what
-        where = again or (path in _WHERE and (names or class_uid in (1001, 1005, 1007)))
+        where = again or (path in _PLACE_PATHS and (names or class_uid in (1001, 1005, 1007)))
         if name not in ("", "-") and not where and not any(name.lower() in other.lower() for other in names):
             names.append(f"port {name}" if path == "dst_endpoint.port" else name)
     if not any(words):
@@ -310,16 +309,16 @@ def told(flat: Mapping[str, Any]) -> str:
 
 
 def shorten(text: str, limit: int = MAX_SHOWN) -> str:
-    """One line of at most `limit` characters; the end of a path says more than its middle, so both ends stay."""
-    line = " ".join(text.split())
-    if len(line) <= limit:
-        return line
+    """The text in at most `limit` characters on one line; the middle is cut: the end of a path says more."""
+    single = " ".join(text.split())
+    if len(single) <= limit:
+        return single
     tail = limit // 3
-    return f"{line[: limit - tail - 1]}…{line[-tail:]}"
+    return f"{single[: limit - tail - 1]}…{single[-tail:]}"
 
 
 def value(path: str, text: str, record: Mapping[str, Any]) -> str:
-    """A value as people say it: `status_id` 2 is "failure", 43133000 bytes are "43.1 MB", "3 to 12" keeps its unit."""
+    """A value for readers: `status_id` 2 is "failure", 43133000 bytes are "43.1 MB", a range "3 to 12" gets units."""
     if text in MISSING:
         return "none"
     if text in _YES_NO:
@@ -349,14 +348,14 @@ _YES_NO = {"true": "yes", "false": "no", "ephemeral": "any high port"}
 
 
 def _names_something(name: str) -> bool:
-    """Whether a number in this attribute names something, so that it is never rounded."""
+    """Whether a number in this attribute is an identifier, which must not be rounded."""
     return name.endswith(
         ("id", "port", "code", "version", "num", "uid", "mask", "line", "flags", "name", "permissions")
     )
 
 
 def _quantity(name: str, x: float) -> str:
-    """A number with its unit, to three digits where it is large or broken."""
+    """A number with its unit; three digits for large sizes and fractions."""
     if any(word in name for word in ("bytes", "size")) and abs(x) >= 1000:
         for unit in ("kB", "MB", "GB", "TB"):
             x /= 1000
@@ -368,13 +367,13 @@ def _quantity(name: str, x: float) -> str:
 
 
 def compared(path: str, text: str, expected: tuple[tuple[str, float], ...]) -> str:
-    """ "high" or "low" where a number lies beyond everything that was expected, else ""."""
+    """ "high" or "low" where a number lies beyond all expected values, else ""."""
     if not expected or not _NUMBER.fullmatch(text) or _names_something(path.rsplit(".", 1)[-1]):
         return ""
     if not all(_RANGE.fullmatch(other) for other, _ in expected):
         return ""
     x = float(text)
-    limits = [[float(found[0]) for found in _NUMBER.finditer(other)] for other, _ in expected]
+    limits = [[float(match[0]) for match in _NUMBER.finditer(other)] for other, _ in expected]
     if all(x > max(limit) for limit in limits):
         return "" if any(other.startswith("over") for other, _ in expected) else "high"
     return "low" if all(x < min(limit) for limit in limits) else ""
@@ -386,7 +385,7 @@ def _activity(class_uid: Any, activity: int) -> str:
 
 
 def percent(probability: float) -> str:
-    """Share in per cent, never rounded to all or nothing."""
+    """A share in per cent; neither 0 % nor 100 % by rounding."""
     if not 0 <= probability <= 1:
         return "? %"
     if probability > 0.995:
@@ -395,7 +394,7 @@ def percent(probability: float) -> str:
 
 
 def one_in(nats: float) -> str:
-    """-log p as "1 in 8,100", to two digits; "1 in a billion" is as far as any model can be believed."""
+    """-log p as "1 in 8,100", to two digits, at most "1 in a billion": no model is right beyond that."""
     if not nats > 0:
         return "every time"
     if nats > math.log(1e9):
@@ -408,17 +407,19 @@ def one_in(nats: float) -> str:
 
 
 def usually(path: str, observed: str, expected: tuple[tuple[str, float], ...], record: Mapping[str, Any]) -> str:
-    """ "usually 443 (92 %)", "usually 443 (48 %) or 80 (31 %)", or nothing where no value is usual."""
+    """ "usually 443 (92 %)", "usually 443 (48 %) or 80 (31 %)", or "" where no value is usual."""
     here = value(path, observed, record)
-    others = [(value(path, text, record), p) for text, p in expected]
-    others = [(text if text != "…" else "another", p) for text, p in others if text != here and p >= 0.1][:2]
-    if sum(p for _, p in others) < 0.3:
+    alternatives = [(value(path, text, record), p) for text, p in expected]
+    alternatives = [(text if text != "…" else "another", p) for text, p in alternatives if text != here and p >= 0.1][
+        :2
+    ]
+    if sum(p for _, p in alternatives) < 0.3:
         return ""
-    shown = others[:1] if others[0][1] >= 0.6 else others
+    shown = alternatives[:1] if alternatives[0][1] >= 0.6 else alternatives
     return "usually " + " or ".join(f"{text} ({percent(p)})" for text, p in shown)
 
 
-def _at(record: Mapping[str, Any], path: str) -> str:
+def _short_text(record: Mapping[str, Any], path: str) -> str:
     node: Any = record
     for part in path.split("."):
         if not isinstance(node, Mapping):
@@ -427,28 +428,28 @@ def _at(record: Mapping[str, Any], path: str) -> str:
     return shorten(node, 60) if isinstance(node, str) and node != "-" else ""
 
 
-_ONE_RUN = ("correlation", "session")
-"""Kinds of entity that are one user's."""
+_OF_ONE_USER = ("correlation", "session")
+"""Kinds of entity that belong to one user."""
 _PROCESS = ("actor.process.name", "actor.process.file.name", "process.name", "process.file.name")
 
 
-def subject(entity: str, record: Mapping[str, Any], but: str = "", said: Collection[str] = ()) -> str:
-    """Who or what it was: " of process winword.exe of user bob on host PC-7", with the word that joins it on,
-    or "" where the event tells nothing. but: an attribute path that is told already; said: names that are."""
+def subject(entity: str, record: Mapping[str, Any], skip_path: str = "", skip_names: Collection[str] = ()) -> str:
+    """Who or what it was, with a preposition: " of process winword.exe of user bob on host PC-7"; "" where the event
+    names nobody. skip_path, skip_names: an attribute path and names that the sentence states elsewhere."""
     kind, _, name = entity.partition(":")
     parts = {
-        "process": _first(record, but if but.startswith("actor.") else "", *_PROCESS),
-        "user": _first(record, but, "actor.user.name", "actor.process.user.name", "user.name"),
-        "host": _first(record, but, "device.hostname", "device.name", "src_endpoint.hostname", "device.ip"),
+        "process": _first(record, skip_path if skip_path.startswith("actor.") else "", *_PROCESS),
+        "user": _first(record, skip_path, "actor.user.name", "actor.process.user.name", "user.name"),
+        "host": _first(record, skip_path, "device.hostname", "device.name", "src_endpoint.hostname", "device.ip"),
     }
-    parts = {word: "" if found in said else found for word, found in parts.items()}
+    parts = {word: "" if text in skip_names else text for word, text in parts.items()}
     kind = {"device": "host", "hostname": "host"}.get(kind, kind)
     if name and kind not in parts:
         where = f" on host {parts['host']}" if parts["host"] else ""
-        if kind in _ONE_RUN and parts["user"]:
+        if kind in _OF_ONE_USER and parts["user"]:
             where = f" of user {parts['user']}{where}"
         return f" of {_KINDS.get(kind, kind.replace('_', ' '))} {shorten(name, 60)}{where}"
-    if name and not parts[kind] and not _names(but, kind) and name not in said:
+    if name and not parts[kind] and not _names(skip_path, kind) and name not in skip_names:
         parts[kind] = shorten(name, 60)
     joined = ""
     for word, link in (("process", ""), ("user", "of "), ("host", "on ")):
@@ -456,14 +457,14 @@ def subject(entity: str, record: Mapping[str, Any], but: str = "", said: Collect
             joined += f"{' ' + link if joined else ''}{word} {parts[word]}"
     if joined:
         return f" of {joined}"
-    source, target = _first(record, but, "src_endpoint.ip"), _first(record, but, "dst_endpoint.ip")
+    source, target = _first(record, skip_path, "src_endpoint.ip"), _first(record, skip_path, "dst_endpoint.ip")
     if source or target:
         return f"{source and f' from {source}'}{target and f' to {target}'}"
     return ""
 
 
 def _names(path: str, kind: str) -> bool:
-    """Whether this attribute is itself the name of the process, user or host."""
+    """Whether this attribute is the name of the process, user or host itself."""
     return path in {
         "process": _PROCESS,
         "user": ("actor.user.name", "user.name"),
@@ -471,12 +472,12 @@ def _names(path: str, kind: str) -> bool:
     }.get(kind, ())
 
 
-def _first(record: Mapping[str, Any], but: str, *paths: str) -> str:
-    return "" if but in paths else next((text for path in paths if (text := _at(record, path))), "")
+def _first(record: Mapping[str, Any], skip_path: str, *paths: str) -> str:
+    return "" if skip_path in paths else next((text for path in paths if (text := _short_text(record, path))), "")
 
 
 def sequence(what: str) -> str:
-    """What was odd about a sequence: the WHAT of the cause `sequence:WHAT`."""
+    """What was unusual about a sequence: the text for WHAT of the cause `sequence:WHAT`."""
     return _SEQUENCES.get(what, "course of events")
 
 
@@ -486,16 +487,16 @@ _COUNTS = {
     "partners": ("many contacts", "different users, hosts, addresses and services", "different ones"),
     "bytes": ("much data", "sent", "sent"),
 }
-"""Of a count: what there was much of, what is counted, and how that is said beside the first."""
+"""By count: the noun of a title, what is counted, and the same as a further count beside the first."""
 _SPANS = {"hour": "within two hours", "day": "within a day"}
 
 
 def rate(name: str, *, short: bool = False) -> tuple[str, str]:
-    """What was much, of a count such as `failures.hour`: ("many failures", "failures within two hours"); short: as it
-    is said after the first."""
+    """The noun and the unit of a count such as `failures.hour`: ("many failures", "failures within two hours"). short:
+    the unit as a further count beside the first."""
     of, _, span = name.partition(".")
-    much, counted, beside = _COUNTS.get(of, ("much activity", "acts", "acts"))
-    return much, f"{beside if short else counted} {_SPANS.get(span, '')}".strip()
+    noun, counted, beside = _COUNTS.get(of, ("much activity", "acts", "acts"))
+    return noun, f"{beside if short else counted} {_SPANS.get(span, '')}".strip()
 
 
 def amount(of: str, x: float) -> str:
@@ -513,28 +514,31 @@ def cause(text: str) -> str:
     return sequence(what) if kind == "sequence" else attribute(what)
 
 
-_AT = {"address": "from", "host": "on", "service": "at", "destination": "to"}
-"""How a partner of each sort is joined to what was done."""
+_PREPOSITIONS = {"address": "from", "host": "on", "service": "at", "destination": "to"}
+"""The preposition before a partner of each sort."""
 
 
-def first(what: str, sort: str, value: str) -> str:
-    """Of a sort of partner that is usual, but not so soon after others. what: what was done, and by whom."""
+def cooccurrence_title(what: str, sort: str, value: str) -> str:
+    """The title for a usual partner that came unusually soon after another one of its sort. what: what was done, by
+    whom."""
     where = f"{sort} {value}" if value else f"a usual {sort}"
-    told = f"{what} {_AT.get(sort, 'at')} {where} within an hour of another {sort}"
-    return f"{told[0].upper()}{told[1:]}: each is usual, but never so close together"
+    title = f"{what} {_PREPOSITIONS.get(sort, 'at')} {where} within an hour of another {sort}"
+    return f"{title[0].upper()}{title[1:]}: each is usual, but never so close together"
 
 
-def of_others(kind: str, n: int, among: int) -> str:
-    """How many others did: "3 of 211 other users", "none of 9,811 other addresses"."""
+def number_of_peers(kind: str, n: int, among: int) -> str:
+    """How many peers did so: "3 of 211 other users", "none of 9,811 other addresses"."""
     name = _KINDS.get(kind, kind.replace("_", " "))
     plural = "" if among == 1 else "es" if name.endswith("s") else "s"
     return f"{f'{n:,}' if n else 'none'} of {among:,} other {name}{plural}"
 
 
-def known_with(what: str, kind: str, n: int, among: int, names: Sequence[str], *, itself: bool, at_least: bool) -> str:
-    """Of whom something is known: "3 of 65 other users are known from training with port 22 (anna, ben and 1 more); so
-    is this one"."""
-    who = f"{'at least ' if at_least else ''}{of_others(kind, n, among)}"
+def peers_sentence(
+    what: str, kind: str, n: int, among: int, names: Sequence[str], *, itself: bool, at_least: bool
+) -> str:
+    """Which peers did so in training: "3 of 65 other users are known from training with port 22 (anna, ben and 1 more);
+    so is this one". names: of some of the n peers; itself: the entity did so, too; at_least: n is a lower bound."""
+    who = f"{'at least ' if at_least else ''}{number_of_peers(kind, n, among)}"
     known = f"{who[0].upper()}{who[1:]} {'are' if n > 1 else 'is'} known from training with {what}"
     if not n:
         return f"{known}; this one is." if itself else f"{known}."
@@ -545,13 +549,13 @@ def known_with(what: str, kind: str, n: int, among: int, names: Sequence[str], *
     return f"{known}{f' ({shown})' if shown else ''}; {'so is this one' if itself else 'this one is not'}."
 
 
-def and_others(joined: str, n: int) -> str:
-    """ "; the same at 12 others", or "" for none."""
+def further_entities(joined: str, n: int) -> str:
+    """`joined` with the number of further entities: "; the same at 12 others"; "" for none."""
     return f"{joined} at {n:,} other{'s' if n > 1 else ''}" if n else ""
 
 
 def duration(ms: int) -> str:
-    """A length of time in its largest unit: "40 s", "9 min", "3.5 h"."""
+    """A length of time in the largest unit that fits: "40 s", "9 min", "3.5 h"."""
     seconds = max(ms, 0) / 1000
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= size * 1.5:

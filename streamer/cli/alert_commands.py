@@ -50,13 +50,13 @@ def explain(
     from rich.console import Console
 
     from streamer.alerting.alert_reader import find_episode, in_file
-    from streamer.cli.alert_view import whole
+    from streamer.cli.alert_view import full_text
 
-    found = find_episode(in_file(file), uid) if file is not None else _story(settings, uid, since or [])
+    episode = find_episode(in_file(file), uid) if file is not None else _episode_on_topic(settings, uid, since or [])
     if as_json:
-        typer.echo(orjson.dumps(found.told, option=orjson.OPT_INDENT_2).decode())
+        typer.echo(orjson.dumps(episode.most_unusual, option=orjson.OPT_INDENT_2).decode())
         return
-    Console(highlight=False, soft_wrap=True).print(whole(found))
+    Console(highlight=False, soft_wrap=True).print(full_text(episode))
 
 
 @takes_settings("alerts", "kafka")
@@ -82,7 +82,7 @@ def tail(
     from rich.console import Console
 
     from streamer.alerting.alert_reader import between, live
-    from streamer.cli.alert_view import line
+    from streamer.cli.alert_view import one_line
 
     wanted = _filter(severity, entity, match, every)
     starts, ends = ends_of(since, until, last)
@@ -95,7 +95,7 @@ def tail(
             if as_json:
                 typer.echo(orjson.dumps(finding).decode())
             else:
-                console.print(line(finding, verbose))
+                console.print(one_line(finding, verbose))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 
@@ -133,12 +133,12 @@ def feedback(
 
     if verdict is Verdict.ignore and lasts is None:
         raise ConfigurationError("ignore for how long? for example --for 7d")
-    found = _story(settings, uid, []).named(uid)
+    finding = _episode_on_topic(settings, uid, []).named(uid)
     now_ms = int(time.time() * 1000)
     until = None if lasts is None else now_ms + parse_duration(lasts)
     who = by or getpass.getuser()
-    update, suppression = verdict_on(found, verdict.value, by=who, why=why, now_ms=now_ms, until_ms=until)
-    typer.echo(f"{verdict.value}: {found['finding_info']['title']}")
+    update, suppression = verdict_on(finding, verdict.value, by=who, why=why, now_ms=now_ms, until_ms=until)
+    typer.echo(f"{verdict.value}: {finding['finding_info']['title']}")
     if suppression is not None:
         last_day = preview(between(settings, ["1d"], []), suppression.scope)
         typer.echo(f"silences {suppression.scope} until {moment(suppression.until)}")
@@ -170,16 +170,19 @@ def suppressions(
 
     now_ms = int(time.time() * 1000)
     table = Table("uid", "entity", "class", "cause", "since", "until", "verdict", "by", "why", box=None)
-    for found in read_suppressions(settings):
-        if not every and found.until <= now_ms:
+    for suppression in read_suppressions(settings):
+        if not every and suppression.until <= now_ms:
             continue
         if as_json:
-            typer.echo(orjson.dumps(found).decode())
+            typer.echo(orjson.dumps(suppression).decode())
             continue
-        scope = found.scope
-        when = moment(found.since), moment(found.until) if found.until > now_ms else f"ended {moment(found.until)}"
-        row = (found.uid[:8], scope.entity, str(scope.class_uid), scope.cause, *when)
-        table.add_row(*map(Text, (*row, found.verdict, found.by, found.why)))
+        scope = suppression.scope
+        when = (
+            moment(suppression.since),
+            moment(suppression.until) if suppression.until > now_ms else f"ended {moment(suppression.until)}",
+        )
+        row = (suppression.uid[:8], scope.entity, str(scope.class_uid), scope.cause, *when)
+        table.add_row(*map(Text, (*row, suppression.verdict, suppression.by, suppression.why)))
     if not as_json:
         Console().print(table)
 
@@ -197,8 +200,8 @@ def report(
     out: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Its heading.")] = "Ripcurrent report",
 ) -> None:
-    """A page about files, or about the last day of the alert topic: figures, budget, scores, drift, and the top stories
-    with why and when. One HTML file that needs no network.
+    """A page about files, or about the last day of the alert topic: figures, budget, scores, drift, and the top
+    episodes with why and when. One HTML file that needs no network.
 
     Where `scores` names a topic, its p-values are in it too, and where `feedback` does, the verdicts; where the service
     runs on this machine, how far fields have moved from training.
@@ -226,15 +229,15 @@ def report(
             topics.append(settings.scores)
         material.sources += [f"topic {topic}" for topic in topics]
         if settings.metrics_port:
-            material.drift = next((found.told for found in service(settings) if found.what == "drift"), "")
+            material.drift = next((check.told for check in service(settings) if check.what == "drift"), "")
     made_ms = int(time.time() * 1000)
     promised = settings.alerts_per_day if material.findings else None
     out.write_text(page(made_of(material, title=title, made_ms=made_ms, promised=promised)))
     typer.echo(f"{len(material.findings):,} findings, {len(material.p_values):,} scores, the page is {out}")
 
 
-def _story(settings: Settings, uid: str, since: Sequence[str]) -> AlertEpisode:
-    """The story on the alert topic that a uid names, with the verdicts on it."""
+def _episode_on_topic(settings: Settings, uid: str, since: Sequence[str]) -> AlertEpisode:
+    """The episode on the alert topic that a uid names, with its verdicts."""
     from streamer.alerting.alert_reader import between, find_episode
 
     def findings(of: str) -> Iterator[Finding]:
@@ -242,8 +245,10 @@ def _story(settings: Settings, uid: str, since: Sequence[str]) -> AlertEpisode:
         topics = [settings, *([settings.model_copy(update={"alerts": settings.feedback})] if settings.feedback else [])]
         return chain.from_iterable(between(topic, since, [], lambda value: needle in value) for topic in topics)
 
-    found = find_episode(findings(uid), uid)
-    return find_episode(findings(found.uid), found.uid)  # The uid of one alert is not in the others of its story.
+    episode = find_episode(findings(uid), uid)
+    return find_episode(
+        findings(episode.uid), episode.uid
+    )  # An alert does not hold the uids of the other alerts of its episode.
 
 
 def _filter(severity: str, entity: str, match: str, every: bool) -> Callable[[Finding], bool]:

@@ -1,6 +1,7 @@
-"""A report as one HTML page that needs nothing else: no network, no script, and it says so to the browser.
+"""A report as one HTML page without scripts and without anything to load.
 
-Everything from alerts is escaped, and the page's own policy forbids scripts and loading, whatever a title may hold.
+Promises that all text from alerts is escaped, and that the page's content security policy forbids scripts and loading,
+whatever a title holds.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from html import escape
 from typing import Any
 
 from streamer.alerting import text as wording
-from streamer.alerting.alert_reader import AlertEpisode, Finding, own
+from streamer.alerting.alert_reader import AlertEpisode, Finding, integer, own
 from streamer.report.report import DECADES, Days, Report, Scores
 
 _LEVELS = ("informational", "low", "medium", "high", "critical")
@@ -59,13 +60,13 @@ def page(report: Report) -> str:
     if report.scores is not None:
         parts.append(_section("Scores", _scores(report.scores), card=False))
     if report.drift:
-        told = "".join(f"<tr><td>{escape(part)}</td></tr>" for part in report.drift.split("; "))
-        parts.append(_section("Drift of the last day and week", f"<table>{told}</table>"))
+        rows = "".join(f"<tr><td>{escape(part)}</td></tr>" for part in report.drift.split("; "))
+        parts.append(_section("Drift of the last day and week", f"<table>{rows}</table>"))
     if report.causes:
         parts.append(_section("What was unusual", _causes(report.causes)))
     if report.top:
-        told = "".join(_story(story, opened=i == 0) for i, story in enumerate(report.top))
-        parts.append(_section("Top stories", told, card=False))
+        rows = "".join(_episode(story, opened=i == 0) for i, story in enumerate(report.top))
+        parts.append(_section("Top episodes", rows, card=False))
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -97,8 +98,8 @@ def _evaluation(report: Report) -> str:
         for n in budgets:
             spent = result.get("budget", {}).get(str(n))
             recall = "" if not spent or spent["recall"] is None else f", {spent['recall']:.3f}"
-            told = f"{spent['false_alarms']} of {spent['alerts']}{recall}" if spent else ""
-            cells += f"<td>{told}</td>"
+            figure = f"{spent['false_alarms']} of {spent['alerts']}{recall}" if spent else ""
+            cells += f"<td>{figure}</td>"
         rows.append(f"<tr><td>{escape(str(name).replace('_', ' '))}</td>{cells}</tr>")
     return f"<table class=tight><tr><th>detector</th>{head}</tr>{''.join(rows)}</table>"
 
@@ -108,8 +109,8 @@ def _figure(value: Any, best: bool) -> str:
 
 
 def _alerts(report: Report) -> str:
-    """Stacked bars, severe below."""
-    width, height, foot = 960, 150, 22
+    """Stacked bars, the most severe alerts at the bottom."""
+    width, height, axis = 960, 150, 22
     most = max(sum(bar) for _, bar in report.bars)
     step = width / len(report.bars)
     shapes = []
@@ -124,10 +125,10 @@ def _alerts(report: Report) -> str:
     edges = ((0, "start"), (len(report.bars) - 1, "end"))
     for i, anchor in edges[: min(len(report.bars), 2)]:
         x = 0 if anchor == "start" else width
-        place = f'x="{x}" y="{height + foot - 6}" text-anchor="{anchor}"'
+        place = f'x="{x}" y="{height + axis - 6}" text-anchor="{anchor}"'
         shapes.append(f"<text {place}>{_clock(report.bars[i][0])}</text>")
     shapes.append(f'<text x="{width}" y="10" text-anchor="end">at most {most}</text>')
-    box = f'viewBox="0 0 {width} {height + foot}" role="img" aria-label="alerts over time"'
+    box = f'viewBox="0 0 {width} {height + axis}" role="img" aria-label="alerts over time"'
     return f"<svg {box}>{''.join(shapes)}</svg>"
 
 
@@ -139,12 +140,12 @@ def _budget(days: Days) -> str:
         for day, count in days.spent
     ]
     promised = "" if days.promised is None else f"Promised: at most about {days.promised:g} a day from normal traffic. "
-    line = "" if days.line is None else f"The line was {_line(days.line)}."
-    return f"<table>{''.join(rows)}</table><p class=soft>{promised}{line}</p>"
+    threshold = "" if days.threshold is None else f"The threshold was {_threshold_range(days.threshold)}."
+    return f"<table>{''.join(rows)}</table><p class=soft>{promised}{threshold}</p>"
 
 
-def _line(line: tuple[float, float]) -> str:
-    low, high = (f"{wording.one_in(-math.log(p))}" for p in line)
+def _threshold_range(thresholds: tuple[float, float]) -> str:
+    low, high = (f"{wording.one_in(-math.log(p))}" for p in thresholds)
     return low if low == high else f"between {low} and {high}"
 
 
@@ -202,30 +203,30 @@ def _causes(causes: Sequence[tuple[str, int]]) -> str:
     return f"<table>{rows}</table>"
 
 
-def _story(story: AlertEpisode, *, opened: bool) -> str:
-    last, told = story.last, story.told
-    info, level = told["finding_info"], min(max(_int(last.get("severity_id")), 1), 5)
-    seen = wording.moment(_int(last.get("start_time"))).removesuffix(" UTC")
-    count = _int(last.get("count"))
-    facts = f"risk {_int(last.get('risk_score'))} of 100, confidence {escape(str(last.get('confidence')).lower())}, "
-    facts += escape(str(story.verdict or last.get("status")).lower())
+def _episode(episode: AlertEpisode, *, opened: bool) -> str:
+    last, explained = episode.last, episode.most_unusual
+    info, level = explained["finding_info"], min(max(integer(last.get("severity_id")), 1), 5)
+    seen = wording.moment(integer(last.get("start_time"))).removesuffix(" UTC")
+    count = integer(last.get("count"))
+    facts = f"risk {integer(last.get('risk_score'))} of 100, confidence {escape(str(last.get('confidence')).lower())}, "
+    facts += escape(str(episode.verdict or last.get("status")).lower())
     return (
         f'<details class="card"{" open" if opened else ""}><summary>'
         f'<span class="tag" style="background:var(--s{level})">{_LEVELS[level - 1]}</span>'
         f'<span class="grow">{escape(str(info.get("title")))}</span>'
         f'<span class="num">{f"×{count:,} " if count > 1 else ""}{seen}</span></summary>'
         f'<p class="soft">{facts}</p><pre>{escape(str(info.get("desc")))}</pre>'
-        f"{_timeline(told)}{_history(story.findings)}"
-        f'<p class="soft">finding {escape(story.uid)}</p></details>'
+        f"{_timeline(explained)}{_history(episode.findings)}"
+        f'<p class="soft">finding {escape(episode.uid)}</p></details>'
     )
 
 
-def _timeline(told: Finding) -> str:
+def _timeline(finding: Finding) -> str:
     rows = [
-        f'<tr><td>{wording.moment(_int(entry.get("time")))}</td><td style="text-align:left">'
+        f'<tr><td>{wording.moment(integer(entry.get("time")))}</td><td style="text-align:left">'
         f'{escape(str(entry.get("summary")))}</td><td style="text-align:left;width:25%"><span class="bar" '
         f'style="width:{100 * _number(entry.get("share")):.0f}%"></span></td></tr>'
-        for entry in own(told).get("timeline") or []
+        for entry in own(finding).get("timeline") or []
         if isinstance(entry, dict)
     ]
     head = "<tr><th>timeline</th><th></th><th>less surprising without it</th></tr>"
@@ -234,9 +235,9 @@ def _timeline(told: Finding) -> str:
 
 def _history(findings: Iterable[Finding]) -> str:
     rows = [
-        f"<tr><td>{wording.moment(_int(finding.get('end_time')))}</td>"
+        f"<tr><td>{wording.moment(integer(finding.get('end_time')))}</td>"
         f"<td style='text-align:left'>{escape(str(finding.get('verdict') or finding.get('activity_name')))}</td>"
-        f"<td>{_int(finding.get('count')):,}</td><td>{escape(str(finding.get('severity')))}</td></tr>"
+        f"<td>{integer(finding.get('count')):,}</td><td>{escape(str(finding.get('severity')))}</td></tr>"
         for finding in findings
     ]
     return f"<table><tr><th>until</th><th></th><th>events</th><th>severity</th></tr>{''.join(rows)}</table>"
@@ -247,7 +248,7 @@ def _clock(ms: int) -> str:
 
 
 def _short(decade: int) -> str:
-    """A power of ten: 1,000 is 1 k."""
+    """A power of ten as text: 3 is "1 k"."""
     return f"{10 ** (decade % 3)}{('', ' k', ' M', ' G', ' T')[decade // 3]}"
 
 
@@ -257,7 +258,3 @@ def _about(x: float) -> str:
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
-
-
-def _int(value: Any) -> int:
-    return value if isinstance(value, int) else 0

@@ -1,7 +1,7 @@
-"""What a report says: figures and stories from findings, scores and an evaluation, ready to be laid out.
+"""The contents of a report: figures and episodes from findings, scores and an evaluation.
 
-Promises that everything shown comes from what it was given, and that memory is bounded by the number of stories and of
-p-values. Lays nothing out: `streamer.report.page` does.
+Promises that all of it comes from the given material, and that memory is bounded by the number of episodes and of
+p-values. It does not lay the page out: `streamer.report.page` does.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ import orjson
 from numpy.typing import NDArray
 
 from state.episodes import CREATE
-from streamer.alerting.alert_reader import AlertEpisode, Finding, group_episodes, own, parse
+from streamer.alerting.alert_reader import AlertEpisode, Finding, group_episodes, integer, own, parse
 from streamer.errors import ConfigurationError
 
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
 TOP = 20
 DECADES = 12
 PARTS = 24
-"""Pieces into which the scores are cut, in their order, to see whether they drift."""
+"""Parts into which the scores are split, in their order, to show drift."""
 LEVELS = (0.1, 0.01, 0.001)
 MAX_BARS = 72
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What n p-values say. decades: how many lie in (10^-(i+1), 10^-i], the last also below; levels: of each level the
-    share at or under it; parts: the share at or under 0.01 of each of PARTS pieces in their order."""
+    """Statistics of n p-values. decades: how many lie in (10^-(i+1), 10^-i]; the last also counts smaller ones. levels:
+    (level, share at or under it). parts: the share at or under 0.01 in each of PARTS parts, in their order. alerts:
+    events at or under the threshold, where the scores say so."""
 
     n: int
     decades: tuple[int, ...]
@@ -43,18 +44,19 @@ class Scores:
 
 @dataclass(frozen=True)
 class Days:
-    """Creates by day (UTC midnight, ms) against what the budget promises a day; line: the lowest and highest that the
-    alerts crossed."""
+    """Creates by day (UTC midnight, ms), the alerts a day that the budget promises, and the lowest and highest
+    threshold that the alerts name."""
 
     spent: tuple[tuple[int, int], ...]
     promised: float | None
-    line: tuple[float, float] | None
+    threshold: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
 class Report:
-    """All of it. bars: (start ms, alerts by severity level 1 to 5) of equal spans; causes: the most frequent;
-    drift: what the service that runs says of it, in parts joined by "; "; what is None or empty is left out."""
+    """A report. bars: (start ms, alerts by severity level 1 to 5) of equal spans; causes: the most frequent ones; top:
+    the episodes of highest risk; drift: the verdict of the running service, its parts joined by "; ". The page omits
+    what is None or empty."""
 
     title: str
     made_ms: int
@@ -71,7 +73,7 @@ class Report:
 
 @dataclass
 class Material:
-    """What a report is made of, gathered from files, topics and the service."""
+    """The material of a report, from files, topics and the service."""
 
     findings: list[Finding] = field(default_factory=list)
     p_values: list[float] = field(default_factory=list)
@@ -81,14 +83,14 @@ class Material:
     drift: str = ""
 
     def add_file(self, path: Path) -> None:
-        """Take an evaluation (JSON), scores or findings (JSON lines). Raises ConfigurationError for anything else."""
+        """Add an evaluation (JSON), scores or findings (JSON lines). Raises ConfigurationError for anything else."""
         try:
             whole = path.read_bytes()
         except OSError as error:
             raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
         self.sources.append(path.name)
-        if _is_evaluation(found := _json(whole)):
-            self.evaluation |= found
+        if _is_evaluation(evaluation := _json(whole)):
+            self.evaluation |= evaluation
             return
         before = len(self.findings) + len(self.p_values)
         for line in whole.splitlines():
@@ -99,62 +101,62 @@ class Material:
             )
 
     def add_line(self, line: bytes) -> None:
-        """Take a finding or a score."""
+        """Add a finding or a score."""
         if (finding := parse(line)) is not None:
             self.findings.append(finding)
             return
-        found = _json(line)
-        if isinstance(found, dict) and isinstance(found.get("p_value"), int | float):
-            self.p_values.append(float(found["p_value"]))
-            if "alert" in found:
-                self.scored_alerts = (self.scored_alerts or 0) + bool(found["alert"])
+        score = _json(line)
+        if isinstance(score, dict) and isinstance(score.get("p_value"), int | float):
+            self.p_values.append(float(score["p_value"]))
+            if "alert" in score:
+                self.scored_alerts = (self.scored_alerts or 0) + bool(score["alert"])
 
 
 def report(material: Material, *, title: str, made_ms: int, promised: float | None = None) -> Report:
-    """The report of this material. promised: alerts a day of the budget, where it is known."""
-    told = list(group_episodes(material.findings).values())
+    """The report of this material. promised: the alert budget per day, None where it is not known."""
+    episodes = list(group_episodes(material.findings).values())
     creates = [finding for finding in material.findings if finding.get("activity_id") == CREATE]
     return Report(
         title,
         made_ms,
         tuple(material.sources),
-        _counts(told, creates, material),
+        _counts(episodes, creates, material),
         _days(material.findings, creates, promised) if creates else None,
         _scores(np.array(material.p_values), material.scored_alerts) if material.p_values else None,
         material.evaluation,
         _bars(creates),
         tuple(Counter(str(own(finding).get("cause")) for finding in creates).most_common(8)),
-        tuple(sorted(told, key=_rank)[:TOP]),
+        tuple(sorted(episodes, key=_rank)[:TOP]),
         material.drift,
     )
 
 
-def _rank(story: AlertEpisode) -> tuple[int, int, str]:
-    last = story.last
-    return -_int(last.get("risk_score")), -_int(last.get("count")), story.uid
+def _rank(episode: AlertEpisode) -> tuple[int, int, str]:
+    last = episode.last
+    return -integer(last.get("risk_score")), -integer(last.get("count")), episode.uid
 
 
 def _counts(
-    told: Sequence[AlertEpisode], creates: Sequence[Finding], material: Material
+    episodes: Sequence[AlertEpisode], creates: Sequence[Finding], material: Material
 ) -> tuple[tuple[str, str], ...]:
-    found = []
+    figures = []
     if material.findings:
-        events = sum(max(_int(finding.get("count")) for finding in story.findings) for story in told)
-        severe = sum(_int(story.last.get("severity_id")) >= 4 for story in told)
-        judged = sum(bool(story.verdict) for story in told)
-        found += [("alerts", f"{len(creates):,}"), ("of severity High and above", f"{severe:,}")]
-        found += [("events in them", f"{events:,}"), ("with a verdict", f"{judged:,}")]
+        events = sum(max(integer(finding.get("count")) for finding in episode.findings) for episode in episodes)
+        severe = sum(integer(episode.last.get("severity_id")) >= 4 for episode in episodes)
+        judged = sum(bool(episode.verdict) for episode in episodes)
+        figures += [("alerts", f"{len(creates):,}"), ("of severity High and above", f"{severe:,}")]
+        figures += [("events in them", f"{events:,}"), ("with a verdict", f"{judged:,}")]
     if material.p_values:
-        found.append(("events scored", f"{len(material.p_values):,}"))
+        figures.append(("events scored", f"{len(material.p_values):,}"))
     if material.scored_alerts is not None:
-        found.append(("events at or under the line", f"{material.scored_alerts:,}"))
-    return tuple(found)
+        figures.append(("events at or under the threshold", f"{material.scored_alerts:,}"))
+    return tuple(figures)
 
 
 def _days(findings: Iterable[Finding], creates: Sequence[Finding], promised: float | None) -> Days:
     spent = Counter(_first_seen(finding) // DAY_MS * DAY_MS for finding in creates)
-    lines = [line for finding in findings if isinstance(line := own(finding).get("line"), float)]
-    return Days(tuple(sorted(spent.items())), promised, (min(lines), max(lines)) if lines else None)
+    thresholds = [threshold for finding in findings if isinstance(threshold := own(finding).get("line"), float)]
+    return Days(tuple(sorted(spent.items())), promised, (min(thresholds), max(thresholds)) if thresholds else None)
 
 
 def _scores(p_values: NDArray[np.float64], alerts: int | None) -> Scores:
@@ -171,7 +173,7 @@ def _scores(p_values: NDArray[np.float64], alerts: int | None) -> Scores:
 
 
 def _bars(creates: Sequence[Finding]) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """Alerts over time, by severity: hours, or longer spans where there are too many of them."""
+    """Alerts over time, by severity, in spans of an hour, or longer ones where there would be more than MAX_BARS."""
     times = [_first_seen(finding) for finding in creates]
     if not times:
         return ()
@@ -181,19 +183,19 @@ def _bars(creates: Sequence[Finding]) -> tuple[tuple[int, tuple[int, ...]], ...]
     first = min(times) // span
     bars = [[0] * 5 for _ in range(max(times) // span - first + 1)]
     for at, finding in zip(times, creates, strict=True):
-        bars[at // span - first][min(max(_int(finding.get("severity_id")), 1), 5) - 1] += 1
+        bars[at // span - first][min(max(integer(finding.get("severity_id")), 1), 5) - 1] += 1
     return tuple(((first + i) * span, tuple(bar)) for i, bar in enumerate(bars))
 
 
 def _first_seen(finding: Finding) -> int:
-    return _int(finding["finding_info"].get("first_seen_time"))
+    return integer(finding["finding_info"].get("first_seen_time"))
 
 
-def _is_evaluation(found: Any) -> bool:
+def _is_evaluation(value: Any) -> bool:
     return (
-        isinstance(found, dict)
-        and bool(found)
-        and all(isinstance(part, dict) and "auroc" in part for part in found.values())
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(part, dict) and "auroc" in part for part in value.values())
     )
 
 
@@ -202,7 +204,3 @@ def _json(text: bytes) -> Any:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
         return None
-
-
-def _int(value: Any) -> int:
-    return value if isinstance(value, int) else 0
