@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
@@ -24,7 +25,13 @@ from streamer.errors import ConfigurationError
 PREFIX = "RIPCURRENT_"
 DEFAULT_FILE = Path("ripcurrent.toml")
 _NOT_SETTINGS = re.compile(r"RIPCURRENT_(TEST_.*|EVAL_DATA)")
-_SECRET_PROPERTY = re.compile(r"password|secret|token|jaas|\.pem$|oauthbearer\.config", re.IGNORECASE)
+_PUBLIC_PROPERTY = re.compile(r"(?!sasl|ssl)(?!.*(?:pass|pwd|secret|token|jaas|pem|cred|key|auth)).*", re.IGNORECASE)
+"""Names of librdkafka properties whose values are shown. A name that is misspelled may still hold a secret."""
+HIDDEN = "***"
+MIN_SECRET = 3
+"""Characters of a secret that is looked for in other texts: a shorter one stands in many words by chance."""
+MIN_PART = 6
+"""The same of a part of a value that lists several."""
 
 FORMER_NAMES = {"line": "threshold"}
 """Names that settings had in earlier releases, and the names that they have now. Both are taken."""
@@ -36,7 +43,7 @@ class KafkaSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     bootstrap_servers: str = Field(
-        default="localhost:9092", description="host:port of one or more brokers, comma-separated"
+        default="localhost:9092", repr=False, description="host:port of one or more brokers, comma-separated"
     )
     group_id: str = Field(
         default="ripcurrent", min_length=1, description="consumer group, whose committed offsets are the progress"
@@ -61,8 +68,17 @@ class KafkaSettings(BaseModel):
     sasl_username: str = Field(default="", description="user name for PLAIN and SCRAM")
     sasl_password: SecretStr = Field(default=SecretStr(""), description="password for PLAIN and SCRAM")
     properties: dict[str, str] = Field(
-        default={}, description="any other librdkafka property of consumer and producer, such as fetch.min.bytes"
+        default={},
+        repr=False,
+        description="any other librdkafka property of consumer and producer, such as fetch.min.bytes",
     )
+
+    @field_validator("bootstrap_servers")
+    @classmethod
+    def _no_user(cls, servers: str) -> str:
+        if "@" in servers:
+            raise ValueError("host:port is needed, without a user; kafka.sasl_username says who this is")
+        return servers
 
     @field_validator("properties", mode="before")
     @classmethod
@@ -93,7 +109,9 @@ class RedisSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    url: str = Field(default="redis://localhost:6379/0", description="redis://, rediss:// (TLS) or unix:// URL")
+    url: str = Field(
+        default="redis://localhost:6379/0", repr=False, description="redis://, rediss:// (TLS) or unix:// URL"
+    )
     username: str = Field(default="", description="ACL user")
     password: SecretStr = Field(default=SecretStr(""), description="password of the ACL user, or of the server")
     tls_ca: str = Field(default="", description="PEM file of the authorities to trust; empty: the system's")
@@ -111,9 +129,19 @@ class RedisSettings(BaseModel):
 
     @field_validator("url")
     @classmethod
-    def _known_scheme(cls, url: str) -> str:
+    def _can_be_read(cls, url: str) -> str:
         if not url.startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("a URL that starts with redis://, rediss:// or unix:// is needed")
+        try:
+            parts = urlsplit(url)
+            readable = "@" not in parts.path + parts.query + parts.fragment and (parts.port is None or parts.port > 0)
+        except ValueError:
+            readable = False
+        if not readable:
+            raise ValueError(
+                "not a URL that can be read; a password in it must be percent-encoded (@ as %40, / as %2F, # as %23), "
+                "or be given in RIPCURRENT_REDIS_PASSWORD"
+            )
         return url
 
     def client_arguments(self) -> dict[str, Any]:
@@ -200,6 +228,11 @@ class Settings(BaseSettings):
         description="milliseconds that a scored batch waits at most for its commit to begin",
     )
 
+    metrics_address: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description="address that metrics_port is opened on; 0.0.0.0 (or ::): every interface",
+    )
     metrics_port: int = Field(
         default=9108, ge=0, le=65535, description="port of /metrics, /healthz and /readyz; 0: none"
     )
@@ -279,13 +312,46 @@ def shown(settings: Settings) -> dict[str, Any]:
     """Effective settings by dotted name as JSON values, secrets as '***' (also inside URLs and properties)."""
     dump = dict(_flatten(settings.model_dump(mode="json", exclude={"kafka": {"properties"}})))
     dump["kafka.properties"] = {
-        key: "***" if _SECRET_PROPERTY.search(key) else value for key, value in settings.kafka.properties.items()
+        key: value if _PUBLIC_PROPERTY.fullmatch(key) else HIDDEN for key, value in settings.kafka.properties.items()
     }
-    dump["redis.url"] = re.sub(r"(?<=://)([^/@]*):[^/@]*@", r"\1:***@", settings.redis.url)
+    dump["redis.url"] = without_password(settings.redis.url)
     for name, field in leaves():
         if is_secret(field):
-            dump[name] = "***" if dump[name] else ""
+            dump[name] = HIDDEN if dump[name] else ""
     return {name: dump[name] for name, _ in leaves()}
+
+
+def without_password(url: str) -> str:
+    """A URL as it may be shown. Everything before the last @ but a plain user name is hidden, and so are options."""
+    before, at, place = url.rpartition("@")
+    scheme, slashes, user = before.rpartition("://")
+    name, colon, _ = user.partition(":")
+    who = f"{name}:{HIDDEN}" if colon and re.fullmatch(r"[\w.-]*", name) else HIDDEN
+    place, question, options = place.partition("?")
+    if question and not re.fullmatch(r"db=\d+", options):
+        options = HIDDEN
+    return (f"{scheme}{slashes}{who}@" if at else "") + place + question + options
+
+
+def secrets(settings: Settings) -> set[str]:
+    """Every text that must appear in no output, in each spelling in which a client may repeat it in an error."""
+    kafka, redis = settings.kafka, settings.redis
+    found = {each.get_secret_value() for each in (kafka.ssl_key_password, kafka.sasl_password, redis.password)}
+    for key, value in kafka.properties.items():
+        if not _PUBLIC_PROPERTY.fullmatch(key):
+            found |= {value, *(part for part in re.split(r"[\s=,;]+", value) if len(part) >= MIN_PART)}
+    parts = urlsplit(redis.url)
+    found |= {parts.password or parts.username or "", *(value for _, value in parse_qsl(parts.query))}
+    found |= {unquote(text) for text in found}
+    return {text for text in found if len(text) >= MIN_SECRET}
+
+
+def hide(text: str, settings: Settings) -> str:
+    """A text, such as a client's error, without the secrets of these settings."""
+    text = text.replace(settings.redis.url, without_password(settings.redis.url))
+    for secret in sorted(secrets(settings), key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return text
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -349,7 +415,8 @@ def _nearest(name: str, known: set[str]) -> str:
 
 def _describe(problem: Any) -> str:
     name = ".".join(str(part) for part in problem["loc"])
-    secret = any(known == name and is_secret(field) for known, field in leaves()) or name.startswith("kafka.properties")
+    # A value of which the model's own repr is silent may hold a secret, in particular when it cannot be read.
+    secret = any(name.startswith(known) and (is_secret(field) or not field.repr) for known, field in leaves())
     value = "" if secret else f" = {problem['input']!r}"
     return f"setting {name}{value}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 

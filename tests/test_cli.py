@@ -73,6 +73,23 @@ def test_config_prints_toml_that_gives_the_same_settings_and_hides_secrets(tmp_p
     assert json.loads(again.stdout) | {"kafka.sasl_password": ""} == json.loads(first.stdout)
 
 
+def test_a_password_in_a_url_that_cannot_be_read_or_in_a_wrong_flag_is_not_repeated(tmp_path: Path) -> None:
+    for command in ("config", "run", "doctor"):
+        for variables in (
+            {"RIPCURRENT_REDIS_URL": "redis://ripc:p@hunter:w/rd#hunter@localhost:6379/0"},
+            {"RIPCURRENT_REDIS_URL": "redis://ripc:hunter2"},
+            {"RIPCURRENT_KAFKA_PROPERTIES": '{"sasl.password": "hunter2'},
+        ):
+            done = ripcurrent(command, cwd=tmp_path, **variables)
+            assert done.returncode == 1
+            assert "hunter" not in done.stdout + done.stderr
+            assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    for flags in (["--kafka-property", "sasl.password:hunter2"], ["--redis-password=hunter2"]):
+        done = ripcurrent("config", *flags, cwd=tmp_path)
+        assert done.returncode == 2
+        assert "hunter" not in done.stdout + done.stderr
+
+
 LOGS = """
 import sys, structlog
 from streamer.service.logs import configure_logging

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,9 @@ from loop_harness import create
 
 from encoder.ocsf.decoder import decode
 from encoder.ocsf.events import Message
-from streamer.service.metrics import Metrics
-from streamer.settings import leaves, variable
+from streamer.errors import ConfigurationError
+from streamer.service.metrics import Metrics, serve
+from streamer.settings import Settings, leaves, variable
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -75,6 +79,24 @@ def test_the_image_installs_what_the_repository_holds_and_runs_as_nobody_in_part
     assert any("HNSWLIB_NO_NATIVE=1" in line for line in lines)
     assert 'ARG TORCH_CPU_INDEX=""' in lines
     assert "://" not in "".join(lines)  # Whose index it is, is for whoever builds to say.
+
+
+def test_metrics_are_for_this_host_alone_unless_it_is_an_image() -> None:
+    assert any("RIPCURRENT_METRICS_ADDRESS=0.0.0.0" in line for line in dockerfile() if line.startswith("ENV "))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for address, answers in ((Settings().metrics_address, False), ("0.0.0.0", True)):
+        server = serve(Metrics(), address, port, alive=lambda: "", ready=lambda: "")
+        try:
+            assert urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5).status == 200
+            # Another address of this host stands for its address in a network.
+            with nullcontext() if answers else pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.2", port), timeout=5).close()
+        finally:
+            server.shutdown()
+            server.server_close()
+    with pytest.raises(ConfigurationError, match=rf"metrics_port {port} .* metrics_address 192\.0\.2\.1"):
+        serve(Metrics(), "192.0.2.1", port, alive=lambda: "", ready=lambda: "")
 
 
 def test_compose_names_only_what_exists() -> None:

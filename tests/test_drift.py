@@ -145,12 +145,12 @@ def test_the_doctor_tells_what_is_wrong_and_how_the_service_does(
     more = {"bundle": str(store.path), "redis.url": redis_url, "metrics_port": port}
     found = {finding.what: finding for finding in examine(topics.settings(**more))}
     assert [finding.mark for finding in found.values()] == ["ok", "ok", "ok", "ok", "warn"]
-    assert found["service"].told.startswith(f"none answers on port {port}")
+    assert found["service"].told.startswith(f"none answers at 127.0.0.1:{port}")
 
     metrics = Metrics()
     seen = watched(schema, events(3000, 1, users=2000))
     metrics.registry.register(DriftCollector(lambda: seen))
-    server = serve(metrics, port, alive=lambda: "", ready=lambda: "")
+    server = serve(metrics, "127.0.0.1", port, alive=lambda: "", ready=lambda: "")
     try:
         text = urllib.request.urlopen(f"http://localhost:{port}/metrics", timeout=5).read().decode()
         assert 'ripcurrent_drift_verdict{verdict="do not trust"} 1.0' in text

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+from urllib.parse import quote
 
+import hypothesis
 import pytest
+from confluent_kafka import Producer
+from hypothesis import given
+from hypothesis import strategies as st
 
 from streamer import settings as module
 from streamer.errors import ConfigurationError
-from streamer.settings import Settings, leaves, load, shown, variable
+from streamer.kafka.client import build, client_properties
+from streamer.service.logs import _masked
+from streamer.service.startup import check_redis
+from streamer.settings import Settings, hide, leaves, load, shown, variable
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +76,8 @@ def test_every_setting_can_be_given_as_a_variable(monkeypatch: pytest.MonkeyPatc
         ("batch_size = 0", r"setting batch_size = 0: input should be greater than or equal to 1"),
         ("delivery = 'twice'", r"setting delivery = 'twice': input should be 'exactly_once' or 'at_least_once'"),
         ("line = 2", r"setting threshold = 2"),
-        ("[redis]\nurl = 'localhost'", r"setting redis.url = 'localhost': .*redis://"),
+        ("[redis]\nurl = 'localhost'", r"setting redis.url: .*redis://"),
+        ("[kafka]\nbootstrap_servers = 'me:word@host:9092'", r"setting kafka.bootstrap_servers: .*sasl_username"),
         ("batch_size = ", r"ripcurrent.toml is not TOML"),
         ("kafka = 'x'", r"kafka"),
     ],
@@ -107,6 +117,64 @@ def test_secrets_are_neither_shown_nor_printed() -> None:
     assert effective["redis.url"] == "rediss://me:***@host/0"
     assert effective["kafka.properties"]["fetch.min.bytes"] == "9"
     assert set(effective) == {name for name, _ in leaves()}
+
+
+SECRET = st.lists(st.text("ZQXJ", min_size=5, max_size=6), min_size=1, max_size=3).flatmap(
+    lambda words: st.lists(
+        st.sampled_from([*"@:/#?%&=[]!$ \\'\"+;,", "://", "%40"]), min_size=len(words) - 1, max_size=len(words) - 1
+    ).map(lambda joints: "".join(a + b for a, b in zip(words, [*joints, ""], strict=True)))
+)
+"""Words that stand nowhere else, with what is special in URLs, TOML, JSON and shells between them."""
+
+
+@hypothesis.settings(deadline=None)
+@given(SECRET, st.sampled_from(["", "me", "me@corp"]), st.sampled_from(["", "?db=1", "?password={}", "?db={}"]))
+def test_no_part_of_a_secret_appears_in_what_is_said_of_settings(secret: str, user: str, options: str) -> None:
+    """Not in the effective settings, a refusal, an error of a client or a log line, whether or not the URL that holds
+    the secret can be read."""
+    words = re.findall("[ZQXJ]{5,}", secret)
+    options = options.format(secret)
+    said: list[str] = []
+    for url in (f"redis://{user}:{secret}@127.0.0.1:1/0", f"rediss://{user}:{quote(secret, safe='')}@127.0.0.1:1/0"):
+        for flags in (
+            {"redis.url": url + options},
+            {
+                "redis.url": url,
+                "redis.password": secret,
+                "kafka.sasl_password": secret,
+                "kafka.ssl_key_password": secret,
+            },
+            {"kafka.properties": {"sasl.pasword": secret, "ssl.key.pem": secret, "sasl.oauthbearer.config": secret}},
+            {"kafka.bootstrap_servers": f"me:{secret}@127.0.0.1:1"},
+        ):
+            try:
+                settings = load(flags)
+            except ConfigurationError as error:
+                said.append(str(error))
+                continue
+            said += [str(shown(settings)), repr(settings), hide(f"no {settings.redis.url} {secret}", settings)]
+            said += [
+                str(_masked(settings, None, "", {"reason": [f"a client says {settings.redis.url}", {"b": secret}]}))
+            ]
+            for check in (check_redis, lambda settings: build(Producer, client_properties(settings))):
+                try:
+                    check(settings)
+                except ConfigurationError as error:
+                    said.append(str(error))
+    text = "\n".join(said)
+    assert not [word for word in words if word in text], text
+
+
+def test_a_password_that_is_not_percent_encoded_is_refused_with_the_way_out() -> None:
+    for url in (
+        "redis://ripc:p@ss:w/rd#1@localhost:6379/0",
+        "redis://ripc:p/ss@localhost",
+        "redis://a:b[c@localhost/0",
+    ):
+        with pytest.raises(ConfigurationError, match=r"percent-encoded .*RIPCURRENT_REDIS_PASSWORD") as caught:
+            load({"redis.url": url})
+        assert "localhost" not in str(caught.value)
+    assert load({"redis.url": "redis://ripc:p@ss@localhost/0"}).redis.url.count("@") == 2
 
 
 def test_tls_and_sasl_reach_librdkafka_and_redis() -> None:

@@ -61,8 +61,11 @@ def save(
 ) -> Bundle:
     """Write a bundle; what stands at `path` is replaced only once the new one is whole."""
     path, watch = path.absolute(), watch or EntityDrifts()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise BundleError(f"{path} cannot be written: {error}") from error
     try:
         (temporary / SCHEMA).write_bytes(encoder.schema.to_json())
         save_tensors(encoder.state(), temporary / ENCODER_FILE)

@@ -187,7 +187,7 @@ def suppressions(
         Console().print(table)
 
 
-@takes_settings("alerts", "scores", "feedback", "alerts_per_day", "metrics_port", "kafka")
+@takes_settings("alerts", "scores", "feedback", "alerts_per_day", "metrics_address", "metrics_port", "kafka")
 def report(
     settings: Settings,
     files: Annotated[

@@ -79,7 +79,9 @@ def _redis(settings: Settings) -> str:
 
 def service(settings: Settings) -> Iterator[Check]:
     """What the service that runs on this machine says of itself. Never raises."""
-    url = f"http://localhost:{settings.metrics_port}/metrics"
+    address = {"0.0.0.0": "localhost", "::": "localhost"}.get(settings.metrics_address, settings.metrics_address)  # noqa: S104
+    host = f"[{address}]" if ":" in address else address
+    url = f"http://{host}:{settings.metrics_port}/metrics"
     if not settings.metrics_port:
         yield Check("warn", "service", "metrics_port is 0: whether it runs and how it does cannot be asked")
         return
@@ -87,7 +89,7 @@ def service(settings: Settings) -> Iterator[Check]:
         with urllib.request.urlopen(url, timeout=SERVICE_S) as answer:
             text = answer.read().decode()
     except (urllib.error.URLError, OSError) as error:
-        yield Check("warn", "service", f"none answers on port {settings.metrics_port} ({error}); drift is not known")
+        yield Check("warn", "service", f"none answers at {host}:{settings.metrics_port} ({error}); drift is not known")
         return
     samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections import Counter
@@ -86,6 +87,7 @@ def fit(
     if topic:
         source = _range(settings.model_copy(update={"events": (topic,)}), starts, ends)
     _must_exist(files or [])
+    _must_be_writable(out, picture, scratch=True)
     with progress_bars() as progress:
         fitted = fitting.fit(source, out, seed=seed, device=device, redact=settings.redact, progress=progress)
     if picture is not None:
@@ -136,6 +138,7 @@ def score(
     from streamer.offline.file_output import write_alerts, write_scores
 
     _must_exist([file])
+    _must_be_writable(out, findings)
     opened = load(bundle, device)
     with progress_bars() as progress:
         scored = score_files([file], opened, lambda done: progress("score", done, 0, f"{done:,} events"))
@@ -176,6 +179,7 @@ def evaluate(
     from streamer.offline.file_output import detect
 
     _must_exist([*train, *test, labels])
+    _must_be_writable(json, scratch=True)
     with tempfile.TemporaryDirectory() as folder, progress_bars() as progress:
         results = run(
             train,
@@ -245,3 +249,19 @@ def _must_exist(files: list[Path]) -> None:
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise ConfigurationError(f"no such file: {', '.join(missing)}")
+
+
+def _must_be_writable(*outputs: Path | None, scratch: bool = False) -> None:
+    """Raise ConfigurationError now for what could not be written once the work is done. scratch: temporary files are
+    needed, too."""
+    for out in outputs:
+        if out is None:
+            continue
+        place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+        if not os.access(place, os.W_OK):
+            raise ConfigurationError(f"{out} cannot be written: {place} is read-only or belongs to somebody else")
+    if scratch:
+        try:
+            tempfile.gettempdir()
+        except FileNotFoundError as error:
+            raise ConfigurationError(f"no folder for temporary files ({error}); set TMPDIR to one") from None

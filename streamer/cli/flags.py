@@ -13,7 +13,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from streamer.errors import ConfigurationError
-from streamer.settings import FORMER_NAMES, is_secret, leaves, load
+from streamer.settings import FORMER_NAMES, hide, is_secret, leaves, load
 
 _PANELS = {"kafka": "Kafka connection", "redis": "Redis connection"}
 _METAVARS = {str(int): "N", str(float): "N", str(float | None): "N", str(Path): "PATH"}
@@ -49,7 +49,12 @@ def takes_settings(*only: str) -> Callable[[Callable[..., None]], Callable[..., 
         @functools.wraps(command)
         def with_flags(config: Path | None = None, **given: Any) -> None:
             flags = {name: _properties(given.pop(name.replace(".", "_"))) for name in shown}
-            command(settings=load(flags, config), **given)
+            settings = load(flags, config)
+            try:
+                command(settings=settings, **given)
+            except Exception as error:
+                error.args = tuple(hide(part, settings) if isinstance(part, str) else part for part in error.args)
+                raise
 
         keyword = inspect.Parameter.KEYWORD_ONLY
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
@@ -92,7 +97,7 @@ def _properties(given: Any) -> Any:
         return given
     wrong = [word for word in given if "=" not in word]
     if wrong:
-        raise typer.BadParameter(f"KEY=VALUE is needed, not {wrong[0]!r}")
+        raise typer.BadParameter(f"KEY=VALUE is needed, and one of {len(given)} has no =")
     return dict(word.split("=", 1) for word in given) or None
 
 

@@ -21,7 +21,7 @@ from streamer.cli.flags import takes_settings
 from streamer.errors import RipcurrentError
 from streamer.service.logs import configure_logging
 from streamer.service.startup import serve
-from streamer.settings import Settings, leaves, shown, variable
+from streamer.settings import Settings, hide, leaves, shown, variable
 
 app = typer.Typer(
     name="ripcurrent",
@@ -114,7 +114,7 @@ def doctor(settings: Settings) -> None:
 
     worst = ""
     for finding in examine(settings):
-        typer.echo(f"{finding.mark:<5}{finding.what:<10}{finding.told}")
+        typer.echo(hide(f"{finding.mark:<5}{finding.what:<10}{finding.told}", settings))
         worst = "bad" if finding.mark == "bad" else worst
     raise typer.Exit(1 if worst else 0)
 
@@ -156,11 +156,18 @@ def main() -> None:
     # The network is small: a second thread gains it nothing, and where other programs want the cores too, threads that
     # wait for each other made training five times slower. One also gives the same bundle on any number of cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Nothing here runs in parallel by joblib, whose search for semaphores warns where no folder can be written to.
+    os.environ.setdefault("JOBLIB_MULTIPROCESSING", "0")
     from encoder.ocsf.events import EncoderError
     from state.errors import StateError
 
     try:
         app()
-    except (RipcurrentError, EncoderError, StateError) as error:
+    except (
+        RipcurrentError,
+        EncoderError,
+        StateError,
+        OSError,
+    ) as error:  # OSError: a full disk, a folder without rights
         print(f"ripcurrent: {error}", file=sys.stderr)
         sys.exit(1)

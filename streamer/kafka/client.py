@@ -114,13 +114,23 @@ def must_exist(settings: Settings, wanted: Iterable[str]) -> None:
 
 def claim_instance(settings: Settings) -> str:
     """A name for this process that is the same after a restart and no other's: the setting, or host name and the first
-    slot on this host that no living process has locked."""
+    slot on this host that no living process has locked.
+
+    Raises:
+        ConfigurationError: no folder for temporary files can be written to, where the locks are.
+    """
     if settings.kafka.instance_id:
         return settings.kafka.instance_id
     group = blake2b(settings.kafka.group_id.encode(), digest_size=6).hexdigest()
     for slot in range(1024):
-        path = os.path.join(tempfile.gettempdir(), f"ripcurrent-{os.getuid()}-{group}-{slot}.lock")
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            path = os.path.join(tempfile.gettempdir(), f"ripcurrent-{os.getuid()}-{group}-{slot}.lock")
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConfigurationError(
+                f"the lock that keeps the name of this process unique cannot be made ({error}); set kafka.instance_id "
+                "to a name that no other process of the group has, or TMPDIR to a folder that can be written to"
+            ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import MutableMapping
+from functools import partial
 from typing import Any
 
 import structlog
 
-from streamer.settings import Settings
+from streamer.settings import Settings, hide
 
 
 def configure_logging(settings: Settings) -> None:
@@ -25,7 +26,7 @@ def configure_logging(settings: Settings) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
-            _masked,
+            partial(_masked, settings),
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.log_level.upper())),
@@ -33,11 +34,20 @@ def configure_logging(settings: Settings) -> None:
     )
 
 
-def _masked(_logger: Any, _method: str, entry: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """What others say of an error may hold a secret, an address with its password."""
+def _masked(
+    settings: Settings, _logger: Any, _method: str, entry: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    """What others say of an error may hold a secret: one of the settings, or an address with its password."""
     from streamer.redaction import mask_text
 
-    for name, value in entry.items():
-        if isinstance(value, str):
-            entry[name] = mask_text(value)
+    def masked(value: Any) -> Any:
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        if isinstance(value, list | tuple):
+            return [masked(item) for item in value]
+        if isinstance(value, dict):
+            return {key: masked(item) for key, item in value.items()}
+        return mask_text(hide(str(value), settings))
+
+    entry.update({name: masked(value) for name, value in entry.items()})
     return entry

@@ -183,8 +183,8 @@ class Service:
 
     @contextmanager
     def _opened_edges(self) -> Iterator[None]:
-        port = self._settings.metrics_port
-        server = serve(self.metrics, port, alive=self.not_alive, ready=self.not_ready) if port else None
+        address, port = self._settings.metrics_address, self._settings.metrics_port
+        server = serve(self.metrics, address, port, alive=self.not_alive, ready=self.not_ready) if port else None
         try:
             self._publisher.open()
             if self._ledger is not None:  # After the publisher, which ends the transaction that a killed one left open.

@@ -6,6 +6,7 @@ service passes two functions that do.
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -131,13 +132,15 @@ def _show_only(gauge: Gauge, values: Mapping[tuple[str, ...], float]) -> None:
         gauge.labels(*labels).set(value)
 
 
-def serve(metrics: Metrics, port: int, *, alive: Callable[[], str], ready: Callable[[], str]) -> ThreadingHTTPServer:
-    """Serve /metrics, /healthz and /readyz on a port, in a thread, until `shutdown()`.
+def serve(
+    metrics: Metrics, address: str, port: int, *, alive: Callable[[], str], ready: Callable[[], str]
+) -> ThreadingHTTPServer:
+    """Serve /metrics, /healthz and /readyz on a port of an address, in a thread, until `shutdown()`.
 
     alive and ready return why not, or an empty string.
 
     Raises:
-        ConfigurationError: the port is taken.
+        ConfigurationError: the port is taken, or the address is not one of this host.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -160,10 +163,15 @@ def serve(metrics: Metrics, port: int, *, alive: Callable[[], str], ready: Calla
         def log_message(self, *_: Any) -> None:
             """A scrape every few seconds is not worth a line."""
 
+    class Server(ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+
     try:
-        server = ThreadingHTTPServer(("", port), Handler)
+        server = Server((address, port), Handler)
     except OSError as error:
-        raise ConfigurationError(f"metrics_port {port} cannot be opened: {error.strerror}; 0 turns it off") from None
+        raise ConfigurationError(
+            f"metrics_port {port} cannot be opened on metrics_address {address}: {error.strerror}; port 0 turns it off"
+        ) from None
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server

@@ -10,7 +10,7 @@ from typing import cast
 from state.errors import StateError
 from streamer.errors import ConfigurationError
 from streamer.service.logs import configure_logging
-from streamer.settings import Settings, shown
+from streamer.settings import Settings, hide, shown
 
 GIVE_BACK_S = 60.0
 """How often memory that is free goes back to the system. It takes milliseconds."""
@@ -98,4 +98,4 @@ def check_redis(settings: Settings) -> None:
     try:
         ping(settings.redis.url, **arguments)
     except StateError as error:
-        raise ConfigurationError(f"no Redis at {url} (redis.url): {error}") from None
+        raise ConfigurationError(f"no Redis at {url} (redis.url): {hide(str(error), settings)}") from None
