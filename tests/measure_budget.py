@@ -24,6 +24,7 @@ from streamer.alerting.threshold import EPISODE_MS
 from streamer.bundles.bundle_files import load
 from streamer.detection.score_files import ScoredFile, score_files
 from streamer.devtools.simulator.generator import schedule, simulate, write
+from streamer.event_files import Unread
 from streamer.training.fit import DAY_MS, fit
 
 WEEKS = 11
@@ -87,7 +88,9 @@ def _scored(events: Path, kept: Path, bundle: Path) -> ScoredFile:
         np.savez(kept, uids=fresh.uids, time=fresh.time, p_value=fresh.p_value, severity=fresh.severity, **columns)
     found = np.load(kept)
     text = {name: found[name].astype(object) for name in ("entity", "cause")}
-    return ScoredFile(found["uids"].tolist(), found["time"], found["p_value"], found["severity"], rejects=[], **text)
+    return ScoredFile(
+        found["uids"].tolist(), found["time"], found["p_value"], found["severity"], unread=Unread(), **text
+    )
 
 
 def _first_of_story(scored: ScoredFile, alert: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -69,9 +69,13 @@ def refresh(
     Joins what was never an alert and came on three days or more; at most 20 new kinds of event of one entity. Entities
     that moved away from what was first learned, a little each day, are named, and nothing of theirs joins.
     """
+    from streamer.event_files import readable_again
     from streamer.training.refresh import refresh as run
 
-    done = run(files, bundle, out, alerts_per_day=alerts_per_day, redact=settings.redact)
+    with readable_again(files) as paths:
+        done = run(paths, bundle, out, alerts_per_day=alerts_per_day, redact=settings.redact)
+    if done.unread:
+        typer.echo(str(done.unread), err=True)
     refused = ", ".join(f"{n:,} {why}" for why, n in done.released.refused.items()) or "none"
     typer.echo(f"{done.bundle.version} in {out}: {len(done.released.rows):,} vectors joined; refused: {refused}")
     for entity, day in done.released.drifting.items():

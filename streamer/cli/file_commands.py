@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +19,12 @@ from streamer.settings import Settings
 
 if TYPE_CHECKING:
     from encoder.ocsf.events import Message
+    from streamer.event_files import Unread
     from streamer.training.fit import Reread, StageProgress
 
 BUNDLE = Path("bundle")
-Files = Annotated[list[Path], typer.Argument(help="Events: NDJSON, gzipped NDJSON or Parquet.", show_default=False)]
+EVENTS = "Events: NDJSON, plain or behind gzip or zstd, or Parquet; - is standard input."
+Files = Annotated[list[Path], typer.Argument(help=EVENTS, show_default=False)]
 Seed = Annotated[int, typer.Option(help="Seed of everything random: the same seed gives the same bundle.")]
 Device = Annotated[str, typer.Option(help="Where the network runs: cpu, cuda, cuda:1.")]
 
@@ -54,9 +55,7 @@ def progress_bars() -> Iterator[StageProgress]:
 @takes_settings("redact", "kafka")
 def fit(
     settings: Settings,
-    files: Annotated[
-        list[Path] | None, typer.Argument(help="Events: NDJSON, gzipped NDJSON or Parquet.", show_default=False)
-    ] = None,
+    files: Annotated[list[Path] | None, typer.Argument(help=EVENTS, show_default=False)] = None,
     topic: Annotated[
         str | None, typer.Option(help="A topic to read events from, in place of files.", show_default="none")
     ] = None,
@@ -78,17 +77,15 @@ def fit(
     from rich.console import Console
     from rich.table import Table
 
+    from streamer.event_files import readable_again
     from streamer.training import fit as fitting
 
     starts, ends = ends_of(since, until, last)
     if bool(files) == bool(topic) or (files and (starts or ends)):
         raise ConfigurationError("events come from files, or from --topic with --from, --to or --last")
-    source: list[Path] | fitting.Reread = files or []
-    if topic:
-        source = _range(settings.model_copy(update={"events": (topic,)}), starts, ends)
-    _must_exist(files or [])
     _must_be_writable(out, picture, scratch=True)
-    with progress_bars() as progress:
+    with readable_again(files or []) as paths, progress_bars() as progress:
+        source = _range(settings.model_copy(update={"events": (topic,)}), starts, ends) if topic else paths
         fitted = fitting.fit(source, out, seed=seed, device=device, redact=settings.redact, progress=progress)
     if picture is not None:
         from streamer.cli.plots import plot_training
@@ -98,6 +95,7 @@ def fit(
     for what, value in fitting.summary(fitted):
         table.add_row(f"[bold]{what}[/bold]", str(value))
     Console().print(table)
+    _report(fitted.unread)
 
 
 def _range(settings: Settings, since: list[str], until: list[str]) -> Reread:
@@ -116,7 +114,7 @@ def _range(settings: Settings, since: list[str], until: list[str]) -> Reread:
 
 
 def score(
-    file: Annotated[Path, typer.Argument(help="Events: NDJSON, gzipped NDJSON or Parquet.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help=EVENTS, show_default=False)],
     bundle: Annotated[Path, typer.Option(help="The bundle to score with.")] = BUNDLE,
     out: Annotated[Path, typer.Option(help="Where the scores go: a JSON line an event.")] = Path("scores.ndjson"),
     findings: Annotated[
@@ -135,30 +133,27 @@ def score(
     from streamer.alerting.file_thresholds import thresholds_of
     from streamer.bundles.bundle_files import load
     from streamer.detection.score_files import score_files
+    from streamer.event_files import FileError, readable_again
     from streamer.offline.file_output import write_alerts, write_scores
 
-    _must_exist([file])
     _must_be_writable(out, findings)
-    opened = load(bundle, device)
-    with progress_bars() as progress:
-        scored = score_files([file], opened, lambda done: progress("score", done, 0, f"{done:,} events"))
-    lines = thresholds_of(scored, alerts_per_day, opened)
-    alerts = write_scores(scored, lines, out)
-    typer.echo(f"{len(scored):,} events, {alerts:,} alerts, scores in {out}")
-    if findings is not None:
+    with readable_again([file]) as paths:
+        opened = load(bundle, device)
         with progress_bars() as progress:
-            told = write_alerts(
-                [file], opened, scored, lines, findings, lambda done: progress("alerts", done, 0, f"{done:,} events")
-            )
-        typer.echo(f"told as {told:,} stories in {findings}")
-    if scored.rejects:
-        line, first = scored.rejects[0]
-        reasons = ", ".join(
-            f"{n:,} {kind}" for kind, n in Counter(r.exception for _, r in scored.rejects).most_common()
-        )
-        typer.echo(
-            f"{len(scored.rejects):,} could not be read ({reasons}); first, line {line}: {first.reason}", err=True
-        )
+            scored = score_files(paths, opened, lambda done: progress("score", done, 0, f"{done:,} events"))
+        if not len(scored):
+            reason = f"; {scored.unread}" if scored.unread else ""
+            raise FileError(f"{file}: no event could be read, one JSON object a line is needed{reason}")
+        lines = thresholds_of(scored, alerts_per_day, opened)
+        alerts = write_scores(scored, lines, out)
+        typer.echo(f"{len(scored):,} events, {alerts:,} alerts, scores in {out}")
+        if findings is not None:
+            with progress_bars() as progress:
+                told = write_alerts(
+                    paths, opened, scored, lines, findings, lambda done: progress("alerts", done, 0, f"{done:,} events")
+                )
+            typer.echo(f"told as {told:,} stories in {findings}")
+    _report(scored.unread)
 
 
 def evaluate(
@@ -174,21 +169,27 @@ def evaluate(
     """
     from rich.console import Console
 
+    from streamer.event_files import Unread, readable_again
     from streamer.offline.evaluation import evaluate as run
     from streamer.offline.evaluation import results_table
     from streamer.offline.file_output import detect
 
-    _must_exist([*train, *test, labels])
     _must_be_writable(json, scratch=True)
-    with tempfile.TemporaryDirectory() as folder, progress_bars() as progress:
+    with (
+        readable_again([*train, *test, labels]) as paths,
+        tempfile.TemporaryDirectory() as folder,
+        progress_bars() as progress,
+    ):
         results = run(
-            train,
-            test,
-            labels,
+            paths[: len(train)],
+            paths[len(train) : -1],
+            paths[-1],
             seed=seed,
             detect=lambda a, b: detect(a, b, Path(folder) / "bundle", seed=seed, progress=progress),
             say=lambda text: progress("peers", 0, 0, text[:60]),
+            unread=(unread := Unread()),
         )
+    _report(unread)
     Console().print(results_table(results, title=", ".join(path.name for path in test)))
     if json is not None:
         json.write_bytes(orjson.dumps(results, option=orjson.OPT_INDENT_2))
@@ -245,10 +246,9 @@ def demo(seed: Seed = 0) -> None:
     raise typer.Exit(run(seed=seed))
 
 
-def _must_exist(files: list[Path]) -> None:
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        raise ConfigurationError(f"no such file: {', '.join(missing)}")
+def _report(unread: Unread) -> None:
+    if unread:
+        typer.echo(str(unread), err=True)
 
 
 def _must_be_writable(*outputs: Path | None, scratch: bool = False) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from encoder.ocsf.events import Reject
 from state.errors import SourcePartition
 from state.memory.timers import MemoryTimers
 from state.memory.windows import MemoryWindows
@@ -17,14 +16,13 @@ from streamer.detection.batches import ScoredBatch
 from streamer.detection.bundle import Bundle
 from streamer.detection.combine import severity
 from streamer.detection.detector import Detector
-from streamer.event_files import batches, event_uid
+from streamer.event_files import Unread, batches, event_uid
 
 
 @dataclass(frozen=True)
 class ScoredFile:
     """n scored events of files, in their order: uids (`metadata.uid`, else the line); time: int64 [n], ms; p_value:
-    float64 [n]; severity: float32 [n]; entity and cause: object [n]; rejects: what could not be read, with the line of
-    each."""
+    float64 [n]; severity: float32 [n]; entity and cause: object [n]; unread: what could not be read."""
 
     uids: list[str]
     time: NDArray[np.int64]
@@ -32,7 +30,7 @@ class ScoredFile:
     severity: NDArray[np.float32]
     entity: NDArray[np.object_]
     cause: NDArray[np.object_]
-    rejects: list[tuple[int, Reject]]
+    unread: Unread
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -47,12 +45,13 @@ def score_files(paths: Sequence[Path], bundle: Bundle, progress: Callable[[int],
     silences: list[ScoredBatch] = []
     uids: list[str] = []
     parts: list[ScoredBatch] = []
-    rejects: list[tuple[int, Reject]] = []
-    for batch in batches(paths):
+    unread = Unread()
+    for batch in batches(paths, lost=unread.in_file):
         scored = detector.score(batch)
         offsets = scored.coordinates.offset.tolist()
         uids.extend(event_uid(record, line + 1) for record, line in zip(scored.records, offsets, strict=True))
-        rejects.extend((batch[reject.message].offset + 1, reject) for reject in scored.rejects)
+        for reject in scored.rejects:
+            unread.in_file(batch[0].topic, batch[reject.message].offset, reject)
         for store in (windows, timers):
             store.committed({(batch[0].topic, 0): batch[-1].offset + 1})
         if scored.silences is not None:
@@ -77,7 +76,7 @@ def score_files(paths: Sequence[Path], bundle: Bundle, progress: Callable[[int],
             place = places[coordinates]
             if silent.p_value[row] < p_value[place]:
                 p_value[place], entity[place], cause[place] = silent.p_value[row], silent.entity[row], silent.cause[row]
-    return ScoredFile(uids, time, p_value, severity(p_value), entity, cause, rejects)
+    return ScoredFile(uids, time, p_value, severity(p_value), entity, cause, unread)
 
 
 def _coordinates(scored: ScoredBatch) -> Iterator[tuple[tuple[str, int], int, int]]:

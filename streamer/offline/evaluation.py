@@ -7,22 +7,21 @@ count tied events together, and recall at a number of false alarms is the expect
 from __future__ import annotations
 
 import csv
-import gzip
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 from rich.table import Table as RichTable
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from encoder.ocsf.decoder import decode
 from streamer.errors import RipcurrentError
-from streamer.event_files import event_uid
+from streamer.event_files import Unread, batches, event_uid
 from streamer.offline import reference_detectors as peers
 
 FALSE_ALARMS = 20
@@ -53,24 +52,15 @@ class Detected:
 Detect = Callable[[Sequence[Path], Sequence[Path]], Detected]
 
 
-def read_events(paths: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(uid, event) of each line of NDJSON or .gz files, or each row of Parquet files; lines that are not objects are
-    passed over, as the detector does."""
-    for path in paths:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
-            yield from ((event_uid(row, line), row) for line, row in enumerate(rows, 1))
-            continue
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-            for line, text in enumerate(lines, 1):
-                try:
-                    record = orjson.loads(text)
-                except orjson.JSONDecodeError:
-                    continue
-                if isinstance(record, dict):
-                    yield event_uid(record, line), record
+def read_events(paths: Sequence[Path], unread: Unread | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(uid, event) of every event that the detector reads in these files; `unread` counts the rest."""
+    unread = unread if unread is not None else Unread()
+    for batch in batches(paths, lost=unread.in_file):
+        events, rejects = decode(batch)
+        for reject in rejects:
+            unread.in_file(batch[0].topic, batch[reject.message].offset, reject)
+        for record, line in zip(events.records, events.coordinates.offset.tolist(), strict=True):
+            yield event_uid(record, line + 1), record
 
 
 def read_labels(path: Path, uids: Sequence[str]) -> Labels:
@@ -154,17 +144,18 @@ def evaluate(
     seed: int = 0,
     detect: Detect | None = None,
     say: Callable[[str], None] = lambda _: None,
+    unread: Unread | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Run the detector and every peer on the same files; returns name -> figures, ready for JSON.
 
     The detector is named `ripcurrent` and has, beside `auroc`, `ap`, `recall_at_20fp`, `seconds` and (where there are
     sequences of both kinds) `by_sequence`, a `budget`: alerts a day -> `at_budget`, a test file counting as one day.
     `detect` is called with the paths of train and test before a label is read. Peers that cannot run are left out, and
-    `say` hears why. Raises `EvaluationError` where labels and test events do not belong together.
+    `say` hears why. `unread` counts what could not be read. Raises `EvaluationError` where labels and test events do not belong together.
     """
     results: dict[str, dict[str, Any]] = {}
     detected = detect(train_paths, test_paths) if detect is not None else None
-    named = list(read_events(test_paths))
+    named = list(read_events(test_paths, unread))
     uids, test = [uid for uid, _ in named], [record for _, record in named]
     labels = read_labels(labels_path, uids)
     if detected is not None:
@@ -172,7 +163,7 @@ def evaluate(
         result = _result(labels, -np.log(np.maximum(p_value, np.finfo(np.float64).tiny)), detected.seconds)
         result["budget"] = {str(n): at_budget(labels.label, p_value <= line) for n, line in detected.lines.items()}
         results["ripcurrent"] = result
-    train = [record for _, record in read_events(train_paths)]
+    train = [record for _, record in read_events(train_paths, unread)]
     if not train or not test:
         raise EvaluationError(f"no events in {', '.join(map(str, train_paths if not train else test_paths))}")
     say("turning events into a table for the peers")

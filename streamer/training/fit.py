@@ -50,7 +50,7 @@ from streamer.detection.rate_score import RateScorer
 from streamer.detection.record_score import RecordScorer
 from streamer.detection.sequence_score import SequenceScorer
 from streamer.errors import RipcurrentError
-from streamer.event_files import batches
+from streamer.event_files import Unread, batches
 from streamer.redaction import Redactor
 
 HELD_OUT = 0.15
@@ -84,7 +84,7 @@ class Fitted:
     bundle: Bundle
     events: int
     used: int
-    rejects: int
+    unread: Unread
     repairs: Counter[str]
     seconds: float
     report: TrainingRun
@@ -102,7 +102,7 @@ class _Loaded:
     records: list[bytes]
     places: list[str]
     events: int
-    rejects: int
+    unread: Unread
     repairs: Counter[str]
 
 
@@ -161,7 +161,7 @@ def fit(
         "used": n,
         "held_out": len(later),
         "distinct": len(features),
-        "rejects": loaded.rejects,
+        "rejects": len(loaded.unread),
         "from": int(loaded.time[0]),
         "to": int(loaded.time[-1]),
         "events_per_day": loaded.events / (span / DAY_MS),
@@ -186,31 +186,37 @@ def fit(
     )
     shutil.rmtree(kept, ignore_errors=True)
     seconds = time.monotonic() - started
-    return Fitted(bundle, loaded.events, n, loaded.rejects, loaded.repairs, seconds, report)
+    return Fitted(bundle, loaded.events, n, loaded.unread, loaded.repairs, seconds, report)
 
 
-def _decoded(paths: Sequence[Path] | Reread) -> Iterator[tuple[EventBatch, int]]:
-    for batch in paths() if callable(paths) else batches(paths):
+def _decoded(paths: Sequence[Path] | Reread, unread: Unread) -> Iterator[EventBatch]:
+    for batch in paths() if callable(paths) else batches(paths, lost=unread.in_file):
         events, rejects = decode(batch)
-        yield events, len(rejects)
+        for reject in rejects:
+            message = batch[reject.message]
+            if callable(paths):
+                unread.add(f"{message.topic}:{message.partition}:{message.offset}", reject)
+            else:
+                unread.in_file(message.topic, message.offset, reject)
+        yield events
 
 
 def _load(paths: Sequence[Path] | Reread, tell: StageProgress) -> _Loaded:
     """Both passes: the schema, then features, times and the raw events (for exemplars) of at most MAX_EVENTS."""
     learner = SchemaLearner()
-    total = rejected = 0
+    total = 0
+    unread = Unread()
     repairs: Counter[str] = Counter()
-    for events, rejects in _decoded(paths):
+    for events in _decoded(paths, unread):
         learner.add(events)
         total += len(events)
-        rejected += rejects
         repairs.update(events.repairs)
         tell("read", total, 0, f"{total:,} events")
     if total < MIN_EVENTS:
         where = "the range" if callable(paths) else ", ".join(str(path) for path in paths)
         raise FitError(
-            f"{where}: {total} events could be read and {rejected} could not; at least {MIN_EVENTS} are needed, and a "
-            "day or more of normal traffic is what makes a detector"
+            f"{where}: {total} events could be read; at least {MIN_EVENTS} are needed, and a day or more of normal "
+            f"traffic is what makes a detector{'; ' if unread else ''}{unread}"
         )
     schema = learner.finish()
     vectorize = Vectorizer(schema)
@@ -221,7 +227,7 @@ def _load(paths: Sequence[Path] | Reread, tell: StageProgress) -> _Loaded:
     records: list[bytes] = []
     places: list[str] = []
     seen = 0
-    for events, _ in _decoded(paths):
+    for events in _decoded(paths, Unread()):
         kept = np.arange(-seen % stride, len(events), stride)
         pairs.append(_kept(events, kept, len(records)))
         parts.append(vectorize(events).take(kept))
@@ -245,7 +251,7 @@ def _load(paths: Sequence[Path] | Reread, tell: StageProgress) -> _Loaded:
         [records[i] for i in order.tolist()],
         [places[i] for i in order.tolist()],
         total,
-        rejected,
+        unread,
         repairs,
     )
 
@@ -458,7 +464,7 @@ def summary(fitted: Fitted) -> list[tuple[str, Any]]:
     kinds = Counter(field.kind for field in schema.fields)
     fields = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
     rows: list[tuple[str, Any]] = [
-        ("events", f"{fitted.events:,} read, {fitted.used:,} used, {fitted.rejects:,} could not be read"),
+        ("events", f"{fitted.events:,} read, {fitted.used:,} used, {len(fitted.unread):,} could not be read"),
         (
             "distinct",
             f"{manifest['training']['distinct']:,} kinds of event to fit, "

@@ -27,7 +27,7 @@ from streamer.detection.bundle import Bundle
 from streamer.detection.record_score import NEIGHBOURS
 from streamer.detection.score_files import score_files
 from streamer.errors import RipcurrentError
-from streamer.event_files import batches
+from streamer.event_files import Unread, batches
 from streamer.redaction import Redactor
 from streamer.training.fit import exemplars, shown_codes
 
@@ -38,10 +38,11 @@ class RefreshError(RipcurrentError):
 
 @dataclass(frozen=True)
 class Refreshed:
-    """The new bundle, and what the quarantine decided."""
+    """The new bundle, what the quarantine decided, and what could not be read."""
 
     bundle: Bundle
     released: Released
+    unread: Unread
 
 
 def refresh(
@@ -59,7 +60,7 @@ def refresh(
     bundle = load(path, device)
     scored = score_files(paths, bundle, progress)
     if not len(scored):
-        raise RefreshError(f"{', '.join(map(str, paths))}: no events could be read")
+        raise RefreshError(f"{', '.join(map(str, paths))}: no event could be read; {scored.unread}")
     lines = thresholds_of(scored, alerts_per_day, bundle)
     released, records, places, joining, features = _quarantined(paths, bundle, scored.p_value <= lines)
     record = bundle.scorer.record
@@ -89,7 +90,7 @@ def refresh(
             }
         },
     )
-    return Refreshed(written, released)
+    return Refreshed(written, released, scored.unread)
 
 
 def _read(
