@@ -46,7 +46,7 @@ class Released:
     rows: NDArray[np.intp]
     refused: dict[str, int]
     drifting: dict[str, int]
-    watch: EntityDrifts
+    drifts: EntityDrifts
 
 
 @dataclass(frozen=True)
@@ -97,18 +97,18 @@ class EntityDrifts:
     def after(self, means: Mapping[str, Mapping[int, Sequence[float]]]) -> tuple[EntityDrifts, dict[str, int]]:
         """With more days (entity -> day -> sum of its evidence and number of events), and the entities that were over
         ALARM on any of them, each with the day (ms) on which that began."""
-        watch, found = EntityDrifts(), {}
-        watch._walks = {**self._walks}
+        drifts, found = EntityDrifts(), {}
+        drifts._walks = {**self._walks}
         for who, days in means.items():
             walk = self.of(who)
             since = walk.since
             for day, (total, count) in sorted(days.items()):
                 walk = walk.after(day, total, int(count))
                 since = walk.since if since < 0 else since
-            watch._walks[_key(who)] = walk
+            drifts._walks[_key(who)] = walk
             if since >= 0:
                 found[who] = since * DAY_MS
-        return watch, found
+        return drifts, found
 
 
 def _key(entity: str) -> int:
@@ -119,7 +119,7 @@ def _key(entity: str) -> int:
 class DriftGuard:
     """Fill it with `hold`, in order of event time, then `release`. watch: as the refresh before left it."""
 
-    watch: EntityDrifts = field(default_factory=EntityDrifts)
+    drifts: EntityDrifts = field(default_factory=EntityDrifts)
     _first: dict[bytes, int] = field(default_factory=dict)
     _days: dict[bytes, set[int]] = field(default_factory=lambda: defaultdict(set))
     _sides: dict[bytes, set[str]] = field(default_factory=lambda: defaultdict(set))
@@ -158,11 +158,11 @@ class DriftGuard:
 
     def drifting(self) -> dict[str, int]:
         """Entities that have been moving away, with the day (ms) of the alarm."""
-        return self.watch.after(self._means)[1]
+        return self.drifts.after(self._means)[1]
 
     def release(self) -> Released:
         """What may become normal."""
-        watch, drifting = self.watch.after(self._means)
+        drifts, drifting = self.drifts.after(self._means)
         brought: dict[str, int] = defaultdict(int)
         refused: dict[str, int] = defaultdict(int)
         rows = []
@@ -181,4 +181,4 @@ class DriftGuard:
                 if len(sides) < SIDES:
                     for who in sides:
                         brought[who] += 1
-        return Released(np.array(rows, np.intp), dict(refused), drifting, watch)
+        return Released(np.array(rows, np.intp), dict(refused), drifting, drifts)

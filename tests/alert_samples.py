@@ -19,7 +19,7 @@ from streamer.explain.attribution import Explanation, FieldFinding
 
 NOW = 1_790_000_000_000
 Json = dict[str, Any]
-EmittedAlert = list[tuple[ScoredBatch, int, Explanation]]
+ExplainedRows = list[tuple[ScoredBatch, int, Explanation]]
 
 SCHEMA = get_ocsf_schema(version=OCSF_VERSION)
 VALIDATOR = jsonschema.Draft202012Validator(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from state.calibration import FEW, Calibration
-from streamer.detection.combine import SEQUENCE_DOUBT, EventScorer, beyond_doubt
+from streamer.detection.combine import SEQUENCE_DISCOUNT, EventScorer, discounted
 from streamer.detection.record_score import Parts
 from streamer.detection.sequence_score import SequenceScorer
 
@@ -26,9 +26,9 @@ def test_density_and_surprise_are_little_more_than_the_stronger(density: float, 
 
 
 def test_a_sequence_says_nothing_until_it_is_rare() -> None:
-    counted = beyond_doubt(-np.log([1.0, 0.05, 0.01, 1e-4]))
+    counted = discounted(-np.log([1.0, 0.05, 0.01, 1e-4]))
     assert counted[:3].tolist() == [0, 0, 0]
-    assert counted[3] == pytest.approx(4 * np.log(10) - SEQUENCE_DOUBT)
+    assert counted[3] == pytest.approx(4 * np.log(10) - SEQUENCE_DISCOUNT)
 
 
 def p_values(held_out: NDArray[np.float64], evidence: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -64,4 +64,4 @@ def test_a_silence_is_no_rarer_than_the_models_say() -> None:
     scorer.fit(raw, kinds, np.ones(1_000, bool), np.arange(1_000, dtype=np.int32))
     evidence = scorer.evidence("ending", {"ending": np.array([0.3, 2.2, 12.0])}, kinds[:3])
     assert evidence.tolist() == pytest.approx([min(evidence[0], 0.6), 4.4, 24.0])
-    assert beyond_doubt(evidence).tolist() == pytest.approx([0, 0, 24 - SEQUENCE_DOUBT])
+    assert discounted(evidence).tolist() == pytest.approx([0, 0, 24 - SEQUENCE_DISCOUNT])

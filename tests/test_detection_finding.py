@@ -18,7 +18,7 @@ from alert_samples import (
     PROFILE,
     VALIDATOR,
     WORD,
-    EmittedAlert,
+    ExplainedRows,
     Json,
     alerts,
     check,
@@ -208,7 +208,7 @@ def test_lengths_that_differ_are_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def day(tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, EmittedAlert]:
+def day(tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, ExplainedRows]:
     """A detector fitted to two simulated days, its training cut short, and the oddest of a third day."""
     folder = tmp_path_factory.mktemp("alerts")
     days = list(simulate(seed=5, days=3, events_per_day=2_600, incidents=schedule(3, clean=2)))
@@ -220,11 +220,11 @@ def day(tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, EmittedAler
     return explained(bundle, days[2].events, each=4)
 
 
-def explained(bundle: Bundle, lines: Sequence[bytes], each: int) -> tuple[Detector, EmittedAlert]:
+def explained(bundle: Bundle, lines: Sequence[bytes], each: int) -> tuple[Detector, ExplainedRows]:
     """The most unusual of each batch, by record and by sequence, explained as the service does: right after scoring."""
     detector = Detector(bundle, MemoryWindows(dim=bundle.dim))
     stream = [Message("events", 0, i, NOW, line) for i, line in enumerate(lines)]
-    found: EmittedAlert = []
+    found: ExplainedRows = []
     for start in range(0, len(stream), 256):
         batch = detector.score(stream[start : start + 256])
         by_sequence = np.array([cause.startswith("sequence:") for cause in batch.cause])
@@ -238,7 +238,7 @@ def explained(bundle: Bundle, lines: Sequence[bytes], each: int) -> tuple[Detect
     return detector, found
 
 
-def test_a_fitted_detector_explains_in_words(day: tuple[Detector, EmittedAlert]) -> None:
+def test_a_fitted_detector_explains_in_words(day: tuple[Detector, ExplainedRows]) -> None:
     _, told = day
     assert {batch.cause[row].partition(":")[0] for batch, row, _ in told} >= {"record", "sequence"}
     for batch, row, why in told:
@@ -256,7 +256,7 @@ def test_a_fitted_detector_explains_in_words(day: tuple[Detector, EmittedAlert])
     assert sum(why.peers is not None for _, _, why in told) > len(told) / 4
 
 
-def test_explaining_an_alert_takes_milliseconds(day: tuple[Detector, EmittedAlert]) -> None:
+def test_explaining_an_alert_takes_milliseconds(day: tuple[Detector, ExplainedRows]) -> None:
     detector, ((batch, _, _), *_) = day
     Explainer(detector.bundle, detector.windows).explain(batch, np.arange(3))
     took = []
@@ -267,7 +267,7 @@ def test_explaining_an_alert_takes_milliseconds(day: tuple[Detector, EmittedAler
     assert min(took) < 0.02, f"{min(took) * 1e3:.0f} ms an alert"
 
 
-def test_explaining_a_sequence_that_comes_alone_takes_milliseconds(day: tuple[Detector, EmittedAlert]) -> None:
+def test_explaining_a_sequence_that_comes_alone_takes_milliseconds(day: tuple[Detector, ExplainedRows]) -> None:
     detector, told = day
     rows = [(batch, row) for batch, row, why in told if why.window]
     Explainer(detector.bundle, detector.windows).explain(rows[0][0], np.array([rows[0][1]]))

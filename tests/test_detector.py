@@ -144,7 +144,7 @@ def test_a_sequence_is_explained_by_its_window_as_it_was(fitted: tuple[Bundle, P
         assert scored.coordinates.label(row) in [where for _, where, _, _ in why.window]
 
 
-EmittedAlert = list[tuple[int, str, int, str, float]]
+InactiveEvents = list[tuple[int, str, int, str, float]]
 """(offset at which a silence was clear, entity, offset of its last event, type of that, p-value)"""
 
 
@@ -159,17 +159,17 @@ def restless(fitted: tuple[Bundle, Path]) -> Iterator[Bundle]:
         yield fitted[0]
 
 
-def silences(bundle: Bundle, batches: Sequence[Sequence[Message]], timers: MemoryTimers) -> EmittedAlert:
+def inactive(bundle: Bundle, batches: Sequence[Sequence[Message]], timers: MemoryTimers) -> InactiveEvents:
     detector = Detector(bundle, MemoryWindows(dim=bundle.dim), timers=timers)
-    told: EmittedAlert = []
+    seen: InactiveEvents = []
     for batch in batches:
         scored = detector.score(batch)
-        found = scored.silences
-        if found is not None and found.told is not None:
-            at, of = scored.coordinates.offset[found.told].tolist(), found.coordinates.offset.tolist()
-            types = [str(record["type_uid"]) for record in found.records]
-            told += zip(at, found.entity.tolist(), of, types, found.p_value.tolist(), strict=True)
-    return told
+        last = scored.inactive
+        if last is not None and last.noticed_at is not None:
+            at, of = scored.coordinates.offset[last.noticed_at].tolist(), last.coordinates.offset.tolist()
+            types = [str(record["type_uid"]) for record in last.records]
+            seen += zip(at, last.entity.tolist(), of, types, last.p_value.tolist(), strict=True)
+    return seen
 
 
 @pytest.mark.parametrize("size", [1, 7, 256])
@@ -177,8 +177,8 @@ def test_who_fell_silent_and_where_does_not_depend_on_how_the_stream_was_cut(
     restless: Bundle, days: tuple[Path, Path], size: int
 ) -> None:
     stream = [message._replace(partition=0) for message in messages(days[1], 400)]
-    whole = silences(restless, [stream], MemoryTimers())
-    cut = silences(restless, [stream[i : i + size] for i in range(0, len(stream), size)], MemoryTimers())
+    whole = inactive(restless, [stream], MemoryTimers())
+    cut = inactive(restless, [stream[i : i + size] for i in range(0, len(stream), size)], MemoryTimers())
     assert [row[:4] for row in cut] == [row[:4] for row in whole]
     np.testing.assert_allclose([row[4] for row in cut], [row[4] for row in whole], rtol=1e-4)
     times = [orjson.loads(message.value or b"")["time"] for message in stream]

@@ -57,7 +57,7 @@ def first_alerts(detector: Detector, days: list[Day], before: int) -> Iterator[t
             # Of no time of its own: Kafka's would be taken for the latest that an event can be of.
             batch = detector.score([Message("events", 0, offset + i, -1, line) for i, line in enumerate(lines)])
             offset += len(lines)
-            for scored in filter(None, (batch, batch.silences)):
+            for scored in filter(None, (batch, batch.inactive)):
                 for row in np.flatnonzero(scored.p_value <= line).tolist():
                     label = labels[int(scored.coordinates.offset[row]) - before]
                     if label.attack and label.sequence not in found:

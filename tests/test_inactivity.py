@@ -41,7 +41,7 @@ import streamer.alerting.pipeline as findings
 inner, left = findings.AlertPipeline.alerts, [int(sys.argv.pop(1))]
 def alerts(self, scored, rows):
     found = inner(self, scored, rows)
-    left[0] -= scored.silences is not None
+    left[0] -= scored.inactive is not None
     if left[0] == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return found
@@ -178,13 +178,13 @@ class EachSilence(EachRow):
     """An alert for each silence, and for nothing else."""
 
     def alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Alert]:
-        silences = scored.silences
-        if silences is None or silences.noticed_at is None:
+        inactive = scored.inactive
+        if inactive is None or inactive.noticed_at is None:
             return []
-        uids = [f"{entity}|{silences.coordinates.label(row)}" for row, entity in enumerate(silences.entity)]
+        uids = [f"{entity}|{inactive.coordinates.label(row)}" for row, entity in enumerate(inactive.entity)]
         return [
             Alert(uid, uid.encode(), orjson.dumps({"uid": uid}), [], row=row)
-            for uid, row in zip(uids, silences.noticed_at.tolist(), strict=True)
+            for uid, row in zip(uids, inactive.noticed_at.tolist(), strict=True)
         ]
 
 

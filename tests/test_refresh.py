@@ -92,7 +92,7 @@ def test_many_small_refreshes_name_whom_a_single_one_does(step: float, seed: int
     days = [(generator.exponential(1.0, 20) * (1 + step * number)).tolist() for number in range(35)]
 
     def refreshed(first: int, last: int, before: Released | None) -> Released:
-        quarantine = DriftGuard(before.watch) if before else DriftGuard()
+        quarantine = DriftGuard(before.drifts) if before else DriftGuard()
         for number in range(max(first, 0), last):
             day(quarantine, number, [0] * 20, ["user:eve"] * 20, novelty=days[number])
         return quarantine.release()
@@ -103,7 +103,7 @@ def test_many_small_refreshes_name_whom_a_single_one_does(step: float, seed: int
         small.append(refreshed(first - 2, min(first + size, 35), small[-1] if small else None))
     alarms = [each.drifting["user:eve"] for each in small if each.drifting]
     assert alarms[:1] == [*whole.drifting.values()]
-    for mine, theirs in zip(small[-1].watch.arrays(), whole.watch.arrays(), strict=True):
+    for mine, theirs in zip(small[-1].drifts.arrays(), whole.drifts.arrays(), strict=True):
         np.testing.assert_array_equal(mine, theirs)
     if size <= 5:
         assert not any(refreshed(first, first + size, None).drifting for first in range(0, 35 - size, size))
@@ -117,7 +117,7 @@ def test_who_goes_back_to_what_they_did_is_trusted_again() -> None:
         if number % 10 == 9:
             released = quarantine.release()
             named.append(bool(released.drifting))
-            quarantine = DriftGuard(released.watch)
+            quarantine = DriftGuard(released.drifts)
     assert named == [False, *[True] * 4, *[False] * 4]
 
 

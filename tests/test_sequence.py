@@ -95,7 +95,7 @@ def test_a_routine_that_stops_half_way_is_surprising_and_its_end_is_not(model: S
 
 
 def test_only_kinds_that_end_have_endings(model: SequenceModel) -> None:
-    assert set(model.silence) == {"correlation"}
+    assert set(model.timeouts) == {"correlation"}
     assert score(model, ROUTINE[:3], kind=HOST).ending.tolist() == [0.0]
 
 

@@ -61,9 +61,9 @@ def advance(store: TimerStore, rows: Sequence[Row], first: int = 0, source: Any 
     return store.advance(steps(rows, first, source, **more), {source: Span(first, first + len(rows) - 1)})
 
 
-def told(silences: Sequence[Inactivity]) -> list[tuple[str, int, int]]:
+def told(inactive: Sequence[Inactivity]) -> list[tuple[str, int, int]]:
     """(entity, offset of its last event, offset at which its silence was clear)"""
-    return [(silence.last.entity, silence.last.offset, silence.offset) for silence in silences]
+    return [(silence.last.entity, silence.last.offset, silence.offset) for silence in inactive]
 
 
 def test_silence_is_told_at_the_first_event_after_it_was_due_and_once(make: Make) -> None:

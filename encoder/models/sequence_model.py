@@ -64,15 +64,15 @@ class SequenceModel:
         *,
         scale: float,
         novelty: Mapping[str, float],
-        silence: Mapping[str, int],
+        timeouts: Mapping[str, int],
     ) -> None:
         self.net = net.eval().requires_grad_(False)
         self.codebook, self.counts, self.predecessors = codebook, counts, predecessors
-        self.scale, self.novelty, self.silence = scale, dict(novelty), dict(silence)
+        self.scale, self.novelty, self.timeouts = scale, dict(novelty), dict(timeouts)
         self._passes = FixedShapeRunner(self._probabilities, codebook.centres.device, size=CHUNK)
         self._few = FixedShapeRunner(self._probabilities, codebook.centres.device, size=FEW)
         self._novelty = np.array([self.novelty.get(kind, 1.0) for kind in KINDS])
-        self._timeout = np.array([self.silence.get(kind, 0) for kind in KINDS], np.int64)
+        self._timeout = np.array([self.timeouts.get(kind, 0) for kind in KINDS], np.int64)
 
     @property
     def device(self) -> torch.device:
@@ -202,7 +202,7 @@ class SequenceModel:
             "kinds": list(KINDS),
             "scale": self.scale,
             "novelty": self.novelty,
-            "silence": self.silence,
+            "silence": self.timeouts,
         }
         return tensors, config
 
@@ -224,7 +224,7 @@ class SequenceModel:
             predecessors = Antecedents(keys, before, nats, book.other + 1)
             scale = float(config["scale"])
             novelty = {str(kind): float(share) for kind, share in config["novelty"].items()}
-            silence = {str(kind): int(ms) for kind, ms in config["silence"].items()}
+            timeouts = {str(kind): int(ms) for kind, ms in config["silence"].items()}
         except (KeyError, TypeError, RuntimeError) as error:
             raise EncoderError(f"not the state of a sequence model ({error}); fit the bundle again") from error
-        return cls(net.to(device), book, counts, predecessors, scale=scale, novelty=novelty, silence=silence)
+        return cls(net.to(device), book, counts, predecessors, scale=scale, novelty=novelty, timeouts=timeouts)

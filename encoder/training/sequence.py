@@ -79,7 +79,7 @@ class _History:
         at = np.where(inside, at, places[:, None])
         return at, inside & (self.time[places][:, None] - self.time[at] <= AGE_MS)
 
-    def silence(self) -> dict[int, int]:
+    def timeouts(self) -> dict[int, int]:
         """For each kind whose routines end, the silence in ms after which one has ended: twice the gap that one in a
         thousand exceeds. A kind ends if enough of its entities fell silent for so long before the events do."""
         found = {}
@@ -136,9 +136,9 @@ def fit_sequences(
     held = history.time > held_from
     codebook = Codebook.fit(vectors[(times <= held_from) & ~withheld], seed=seed)
     end = codebook.other + 1
-    silence = history.silence()
+    timeouts = history.timeouts()
     codes = codebook(vectors)[history.row]
-    follows = _outcomes(history, codes, silence, end)
+    follows = _outcomes(history, codes, timeouts, end)
     next_learned = np.append(learned[1:], True)
     follows[~np.where(follows == end, learned, next_learned)] = -1
     net = SequenceNet(dim=vectors.shape[1], outcomes=end + 1, kinds=len(KINDS)).to(device)
@@ -163,7 +163,7 @@ def fit_sequences(
         Antecedents.fit(_preceded(history, codes, np.flatnonzero(learned)), end),
         scale=scale,
         novelty=novelty,
-        silence={KINDS[kind]: ms for kind, ms in silence.items()},
+        timeouts={KINDS[kind]: ms for kind, ms in timeouts.items()},
     )
     return model, SequenceReport(descent.losses, _nats(p_net), _nats(p_count), novelty)
 
@@ -172,9 +172,9 @@ def _nats(p: NDArray[np.float64]) -> float:
     return float(-np.log(p).mean()) if len(p) else 0.0
 
 
-def _outcomes(history: _History, codes: NDArray[np.int64], silence: Mapping[int, int], end: int) -> NDArray[np.int64]:
+def _outcomes(history: _History, codes: NDArray[np.int64], timeouts: Mapping[int, int], end: int) -> NDArray[np.int64]:
     """int64 [m]: what followed each pair: the next record's outcome, the end, or -1 where the events ended first."""
-    timeout = np.array([silence.get(kind, np.iinfo(np.int64).max) for kind in range(len(KINDS))])[history.kind]
+    timeout = np.array([timeouts.get(kind, np.iinfo(np.int64).max) for kind in range(len(KINDS))])[history.kind]
     later = np.append(history.time[1:], 0)
     later[history.is_last] = history.time.max()
     follows = np.where(history.is_last, -1, np.append(codes[1:], -1))

@@ -98,13 +98,13 @@ class AlertPipeline:
         made: dict[int, Alert] = {}
         own = [(i, row) for i, decision in enumerate(decisions) if (row := _row(scored, decision)) is not None]
         made |= self._made(scored, own, decisions)
-        if (silences := scored.silences) is not None:
+        if (inactive := scored.inactive) is not None:
             silent = [
-                (i, row) for i, d in enumerate(decisions) if (row := _silent_row(scored, silences, d)) is not None
+                (i, row) for i, d in enumerate(decisions) if (row := _silent_row(scored, inactive, d)) is not None
             ]
-            assert silences.noticed_at is not None
-            for i, alert in self._made(silences, silent, decisions).items():
-                made[i] = replace(alert, row=int(silences.noticed_at[alert.row]))
+            assert inactive.noticed_at is not None
+            for i, alert in self._made(inactive, silent, decisions).items():
+                made[i] = replace(alert, row=int(inactive.noticed_at[alert.row]))
         closed = [decision.episode for decision in decisions if decision.activity == CLOSE]
         return [
             *(made[i] for i in sorted(made)),
@@ -194,13 +194,13 @@ class AlertPipeline:
     def _all(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Anomaly]:
         """Those of the rows and of the silences that cross their line, in stream order."""
         found = [(int(row), 0, anomaly) for row, anomaly in zip(rows, self.anomalies(scored, rows), strict=True)]
-        silences = scored.silences
-        if silences is None or silences.noticed_at is None or silences.threshold is None:
+        inactive = scored.inactive
+        if inactive is None or inactive.noticed_at is None or inactive.threshold is None:
             return [anomaly for _, _, anomaly in found]
-        crossing = np.flatnonzero(silences.p_value <= silences.threshold)
-        clocks, at, numbers = _clocks(scored), scored.coordinates, _numbers(silences)
-        for silent, anomaly in zip(crossing.tolist(), self.anomalies(silences, crossing), strict=True):
-            row, number = int(silences.noticed_at[silent]), int(numbers[silent])
+        crossing = np.flatnonzero(inactive.p_value <= inactive.threshold)
+        clocks, at, numbers = _clocks(scored), scored.coordinates, _numbers(inactive)
+        for silent, anomaly in zip(crossing.tolist(), self.anomalies(inactive, crossing), strict=True):
+            row, number = int(inactive.noticed_at[silent]), int(numbers[silent])
             noticed_at = int(at.offset[row]), int(at.index[row]), number
             found.append((row, number, replace(anomaly, noticed_at=noticed_at, clock=int(clocks[row]))))
         return [anomaly for _, _, anomaly in sorted(found, key=lambda entry: entry[:2])]
@@ -285,23 +285,23 @@ def _row(scored: ScoredBatch, decision: Decision) -> int | None:
     return int(rows[0]) if len(rows) else None
 
 
-def _numbers(silences: ScoredBatch) -> NDArray[np.intp]:
+def _numbers(inactive: ScoredBatch) -> NDArray[np.intp]:
     """The number of each silence among those told at its row, from 1 on, intp [k]."""
-    assert silences.noticed_at is not None
-    first = np.searchsorted(silences.noticed_at, silences.noticed_at)
-    return 1 + np.arange(len(silences)) - first
+    assert inactive.noticed_at is not None
+    first = np.searchsorted(inactive.noticed_at, inactive.noticed_at)
+    return 1 + np.arange(len(inactive)) - first
 
 
-def _silent_row(scored: ScoredBatch, silences: ScoredBatch, decision: Decision) -> int | None:
+def _silent_row(scored: ScoredBatch, inactive: ScoredBatch, decision: Decision) -> int | None:
     """Which of the silences a decision was caused by."""
     at = scored.coordinates
-    if decision.activity == CLOSE or not decision.number or silences.noticed_at is None:
+    if decision.activity == CLOSE or not decision.number or inactive.noticed_at is None:
         return None
     if decision.source not in at.sources:
         return None
-    here = at.offset[silences.noticed_at] == decision.offset
-    here &= (at.index[silences.noticed_at] == decision.index) & (_numbers(silences) == decision.number)
-    here &= at.source[silences.noticed_at] == at.sources.index(decision.source)
+    here = at.offset[inactive.noticed_at] == decision.offset
+    here &= (at.index[inactive.noticed_at] == decision.index) & (_numbers(inactive) == decision.number)
+    here &= at.source[inactive.noticed_at] == at.sources.index(decision.source)
     rows = np.flatnonzero(here)
     return int(rows[0]) if len(rows) else None
 
@@ -311,10 +311,10 @@ def with_threshold(
 ) -> tuple[ScoredBatch, NDArray[np.intp]]:
     """The batch and its silences with the line that each event is held against; and the rows that cross it."""
     threshold = judge(scored)
-    silences = scored.silences
-    if silences is not None:
-        silences = replace(silences, threshold=judge(silences))
-    return replace(scored, threshold=threshold, silences=silences), np.flatnonzero(scored.p_value <= threshold)
+    inactive = scored.inactive
+    if inactive is not None:
+        inactive = replace(inactive, threshold=judge(inactive))
+    return replace(scored, threshold=threshold, inactive=inactive), np.flatnonzero(scored.p_value <= threshold)
 
 
 def open_episodes(settings: Settings) -> EpisodeStore:

@@ -57,10 +57,10 @@ def save(
     profile: NDArray[np.int64],
     training: dict[str, Any],
     codes: NDArray[np.uint16],
-    watch: EntityDrifts | None = None,
+    drifts: EntityDrifts | None = None,
 ) -> Bundle:
     """Write a bundle; what stands at `path` is replaced only once the new one is whole."""
-    path, watch = path.absolute(), watch or EntityDrifts()
+    path, drifts = path.absolute(), drifts or EntityDrifts()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -74,7 +74,7 @@ def save(
         if scorer.sequences is not None:
             tensors, config = scorer.sequences.model.state()
             save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary / _SEQUENCES)
-        keys, walks = watch.arrays()
+        keys, walks = drifts.arrays()
         arrays = _scorer_arrays(scorer) | {"profile": profile, "watch.keys": keys, "watch.walks": walks}
         arrays["exemplars.codes"] = np.ascontiguousarray(codes)
         save_arrays(arrays, temporary / _SCORES)
@@ -99,7 +99,7 @@ def save(
         raise BundleError(f"{path} cannot be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Bundle(encoder, scorer, exemplars, anonymised, profile, manifest, codes, watch)
+    return Bundle(encoder, scorer, exemplars, anonymised, profile, manifest, codes, drifts)
 
 
 def _swap(new: Path, path: Path) -> None:
@@ -181,9 +181,9 @@ def load(path: Path, device: str = "cpu") -> Bundle:
             cooccurrence = CooccurrenceScorer(learned, _calibrations(arrays, "overlap"))
         scorer = EventScorer(record, sequences, rates, _calibrations(arrays, "event")["event"], cooccurrence)
         profile, codes = arrays["profile"], arrays["exemplars.codes"]
-        watch = EntityDrifts(arrays.get("watch.keys"), arrays.get("watch.walks"))
+        drifts = EntityDrifts(arrays.get("watch.keys"), arrays.get("watch.walks"))
     except (SafetensorError, KeyError) as error:
         raise BundleError(f"bundle {path} does not hold what its manifest says ({error}); fit it again") from error
     exemplars = (path / _EXEMPLARS).read_bytes().splitlines()
     anonymised = (path / _BEHAVIOURS).read_bytes().splitlines()
-    return Bundle(encoder, scorer, exemplars, anonymised, profile, manifest, codes, watch)
+    return Bundle(encoder, scorer, exemplars, anonymised, profile, manifest, codes, drifts)

@@ -1,4 +1,4 @@
-"""The batches that flow from the decoder to the alerts."""
+"""The batches that flow from the decoder to the alerts: one array for each attribute, one row for each event."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from encoder.ocsf.events import Coordinates, EventBatch, Reject
 from state.windows import Windows
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -26,14 +23,13 @@ class ScoredBatch:
     coordinates, time: as in `EventBatch`; p_value: float64 [n] in (0, 1], how often normal data scores at least this;
     severity: float32 [n], 0 to 100; entity: str object [n] (`kind:value`, "" where the event names none); cause: str
     object [n] (`record:ATTRIBUTE PATH`, `sequence:WHAT`, `rate:WHAT` or `first:WHAT`); records: the n decoded events;
-    rejects: what could not be read; repairs: how often each kind of repair was made; complete: bool [n], False where
-    the history of an entity is known to be missing (None: nothing is); line: float64 [n], the p-value at or under which
-    each event is an alert (None: whoever scored did not ask); level: uint8 [n], of a rate the level that the event
-    raised its count to (`state.rolling_counts`; None: no cause is a rate); silences: the k last events of entities that
-    fell silent, as event time moved on by these events, judged by that (None: nobody did); of those, told: intp [k],
-    ascending, the rows here at which that was clear; windows: of the rows of which a sequence is the cause that window
-    as it was then (it may have moved on when it is explained); in_sequence: intp [s], ascending, those rows; seconds:
-    how long each stage took.
+    rejects: what could not be read; repairs: the number of repairs by kind; complete: bool [n], False where part of an
+    entity's history is missing (None: no part is); threshold: float64 [n], the p-value at or under which each event is
+    an alert (None: not decided yet); level: uint8 [n], for a rate the level to which the event raised its count
+    (`state.rolling_counts`; None: no cause is a rate); inactive: the last events of k entities that became inactive
+    during this batch, scored for that (None: there are none); noticed_at: of such a batch, intp [k], ascending, the
+    rows of the surrounding batch at which the inactivity was detected; in_sequence: intp [s], ascending, the rows whose
+    cause is a sequence; windows: their s windows as they were at these events; seconds: the time of each stage.
     """
 
     coordinates: Coordinates
@@ -48,7 +44,7 @@ class ScoredBatch:
     complete: NDArray[np.bool_] | None = None
     threshold: NDArray[np.float64] | None = None
     level: NDArray[np.uint8] | None = None
-    silences: ScoredBatch | None = None
+    inactive: ScoredBatch | None = None
     noticed_at: NDArray[np.intp] | None = None
     windows: Windows | None = None
     in_sequence: NDArray[np.intp] | None = None
@@ -58,16 +54,18 @@ class ScoredBatch:
         return len(self.records)
 
     def episode_key(self, row: int) -> str:
-        """What an alert on this event would be about: events of one story spend the budget once."""
+        """Cause and entity of an alert on this event ("" without an entity): events that share them spend the budget
+        once."""
         return f"{self.cause[row]} {self.entity[row]}" if self.entity[row] else ""
 
 
 @dataclass(frozen=True)
 class PreparedBatch:
-    """n events of which all is known that does not depend on what came before.
+    """n events with all results that do not depend on earlier events.
 
-    codes: int32 [n, fields]; behaviours: float16 [n, d], what windows remember; record: float64 [n], nats, what each
-    event says by itself; cause: str object [n], of which of its attributes; rejects, seconds: as in `ScoredBatch`.
+    codes: int32 [n, fields]; anonymised: float16 [n, d], the vectors that windows keep; record: float64 [n], nats, the
+    evidence against each event by itself; cause: str object [n], the attribute it rests on; rejects, seconds: as in
+    `ScoredBatch`.
     """
 
     events: EventBatch
@@ -80,7 +78,7 @@ class PreparedBatch:
 
 
 class StageTimer:
-    """Seconds by stage, each from the end of the one before; goes on from those that were taken already."""
+    """Seconds by stage, each from the end of the previous one. seconds: of stages that were timed before."""
 
     def __init__(self, seconds: Mapping[str, float] = MappingProxyType({})) -> None:
         self.seconds = dict(seconds)

@@ -17,11 +17,10 @@ ENCODER_FILE = "encoder.safetensors"
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a detector needs. exemplars: for each vector of the baseline, the normal event that it stands for, compact
-    and redacted; codes: uint16 [fields, exemplars], their features;
-    behaviours: for each outcome that sequences are made of, a normal event without who and where;
-    profile: how often each code of each field came in training; manifest: what `manifest.json` says; watch: how far
-    entities have come from what they did first, as of the last refresh."""
+    """What a detector needs. exemplars: the normal event of each vector of the baseline, compact and redacted, as JSON;
+    codes: uint16 [fields, exemplars], their features; anonymised: a normal event, without entities and places, for each
+    code of the sequence model; profile: int64, the frequency of each code of each field in training; manifest: the
+    contents of `manifest.json`; drifts: how far each entity has drifted, as of the last refresh."""
 
     encoder: RecordEncoder
     scorer: EventScorer
@@ -30,11 +29,11 @@ class Bundle:
     profile: NDArray[np.int64]
     manifest: dict[str, Any]
     codes: NDArray[np.uint16]
-    watch: EntityDrifts = field(default_factory=EntityDrifts)
+    drifts: EntityDrifts = field(default_factory=EntityDrifts)
 
     @property
     def version(self) -> str:
-        """Name and hash: two bundles with the same version score alike."""
+        """Name and hash: two bundles of the same version give the same scores."""
         return str(self.manifest["version"])
 
     @property
@@ -44,9 +43,9 @@ class Bundle:
 
     @property
     def encoder_hash(self) -> str:
-        """Windows of vectors made by another encoder are never mixed with this one's."""
+        """Part of the keys of windows, so that vectors of different encoders never mix."""
         return str(self.manifest["files"][ENCODER_FILE])[:16]
 
     def threshold(self, alerts_per_day: float, events_per_day: float | None = None) -> float:
-        """The p-value at which normal traffic gives that many alerts a day, at the rate of training unless told."""
+        """The p-value at which normal traffic gives so many alerts a day; events_per_day: of training by default."""
         return min(0.5, alerts_per_day / max(events_per_day or float(self.manifest["training"]["events_per_day"]), 1.0))

@@ -1,6 +1,8 @@
-"""The evidence that somebody is at two places at once that they know both, but never within an hour of each other.
+"""The co-occurrence score: a user has two usual partners (addresses, hosts, services) within an hour, which training
+had only far apart.
 
-Judged of users: a machine or a service is visited by many, and who comes together there is chance.
+It judges users only: who meets at a machine or a service is chance. Promises calibrated evidence for each sort of
+partner, and for each event.
 """
 
 from __future__ import annotations
@@ -20,22 +22,23 @@ from state.windows import Windows
 
 JUDGED = KINDS.index("user")
 CAUSES = np.array([f"first:{sort}" for sort in (*COUNTED, "destination")], object)
-"""Of each sort of partner, as `encoder.ocsf.activity_counts` has them: for the first time with another of its sort."""
+"""By sort of partner (`encoder.ocsf.activity_counts`): the first time together with another one of its sort."""
 CHANCE = 1.0
-"""Nats: what is less odd than that, about a third of what was to be expected, is chance. It calibrates all the same:
-the tail of what is odd begins in what is not."""
+"""Nats: surprise below this, a pair at least a third as frequent as expected, is no evidence. Such pairs still
+calibrate the others."""
 _EVENT = "event"
 
 
 @dataclass
 class CooccurrenceScorer:
-    """Calibrated for each sort of partner, then by event, of which most say nothing."""
+    """Judges the pairs of partners of users, calibrated for each sort of partner, then by event."""
 
     model: Cooccurrence
     calibrations: dict[str, Calibration] = field(default_factory=dict)
 
     def fit(self, surprise: NDArray[np.float64], events: int) -> None:
-        """Calibrate on the pairs that are judged of so many held-out events. surprise: float64 [m, PARTNERS]."""
+        """Calibrate on m held-out pairs of event and user. surprise: float64 [m, PARTNERS]; events: the number of
+        held-out events."""
         for sort in np.flatnonzero(self.model.events.any(0)).tolist():
             self.calibrations[str(sort)] = Calibration.fit(surprise[:, sort], tail_from=FEW)
         strongest, _ = self.evidence(surprise)
@@ -45,8 +48,8 @@ class CooccurrenceScorer:
     def judge(
         self, entities: Sequence[str], kinds: NDArray[np.int8], windows: Windows
     ) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
-        """Of m pairs: float64 [m], nats, 0 for kinds that are not judged; int8 [m], the sort of partner (its place in
-        `CAUSES`)."""
+        """Evidence against m pairs of event and entity: float64 [m], nats, 0 for kinds that are not judged; int8 [m],
+        the sort of partner (its place in `CAUSES`)."""
         evidence, sort = np.zeros(len(kinds)), np.zeros(len(kinds), np.int8)
         rows = np.flatnonzero(kinds == JUDGED)
         if len(rows):
@@ -55,13 +58,13 @@ class CooccurrenceScorer:
         return evidence, sort
 
     def evidence(self, surprise: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
-        """float64 [m], nats, and int8 [m], as `judge`; a sort that training had not says nothing."""
-        found = np.zeros((len(surprise), PARTNERS))
+        """float64 [m], nats, and int8 [m], as `judge`; 0 for a sort that training did not have."""
+        by_sort = np.zeros((len(surprise), PARTNERS))
         for sort in range(PARTNERS):
             if (calibration := self.calibrations.get(str(sort))) is not None:
-                odd = surprise[:, sort] >= CHANCE
-                found[odd, sort] = calibration.evidence(surprise[odd, sort])
-        strongest: NDArray[np.float64] = found.max(1)
+                rows = surprise[:, sort] >= CHANCE
+                by_sort[rows, sort] = calibration.evidence(surprise[rows, sort])
+        strongest: NDArray[np.float64] = by_sort.max(1)
         if (by_event := self.calibrations.get(_EVENT)) is not None:
             strongest = by_event.evidence(strongest)
-        return strongest, found.argmax(1).astype(np.int8)
+        return strongest, by_sort.argmax(1).astype(np.int8)

@@ -1,9 +1,9 @@
-"""Drift: whether the traffic of the last day still is what the bundle was fitted on, as numbers and as one verdict.
+"""Drift: does recent traffic still look like the training data? Measured as numbers, and summed up as one verdict.
 
-Three signs, none of which needs labels: the population stability index of each field (Siddiqi 2006, Credit Risk
-Scorecards, with the usual 0.25 for "has shifted") on the codes of the schema, how many values training did not have,
-and whether p-values are as rare as they say. Promises bounded memory. Does not say what changed in the world, and says
-nothing before MIN_EVENTS.
+Three signs that need no labels: the population stability index of each field (Siddiqi 2006, Credit Risk Scorecards,
+with the usual 0.25 for "has shifted") on the codes of the schema, the share of unknown values, and whether p-values are
+as rare as they should be. Promises bounded memory. It does not name the cause of a change, and gives no verdict before
+MIN_EVENTS.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from encoder.features.schema import FIRST, MISSING, UNKNOWN, Schema
 
 HOUR_MS = 3_600_000
 HOURS, DAYS = 24, 7
-"""Values and p-values are compared over a day, fields over a week: a Sunday never looks like the rest."""
+"""Values and p-values are compared over a day, fields over a week, because weekends differ from working days."""
 MIN_EVENTS = 1000
 SHIFTED = 0.25
 RARE = 0.005
-"""Codes that are a smaller share of training are compared as one."""
+"""Codes with a smaller share of training are compared as one."""
 LEVELS = (0.1, 0.01, 0.001)
 JUDGED = LEVELS[:2]
-"""Beyond these are so few p-values that a handful of incidents would be taken for drift."""
+"""The levels that count: below them there are so few p-values that a few incidents would look like drift."""
 HEALTHY, REFIT, DISTRUST = "healthy", "refit soon", "do not trust"
 _SEVERAL_FIELDS, _HALF_OF_FIELDS = 0.1, 0.5
 _TWICE, _FIVE_TIMES = 2.0, 5.0
@@ -33,9 +33,9 @@ _NOTICED_UNKNOWN, _MANY_UNKNOWN = 0.01, 0.05
 
 @dataclass(frozen=True)
 class Health:
-    """events: seen in the day; psi: by field, over the week; unknown and unknown_in_training: share of the values that
-    are present; unseen_types: share of events of a type that training did not have; share: of p-values at or under each
-    of LEVELS; verdict: one of three, or "" before MIN_EVENTS, with the reasons."""
+    """events: of the last day; psi: population stability index by field, over the week; unknown, unknown_in_training:
+    shares of the present values; unseen_types: share of events whose type training did not have; share: of p-values at
+    or under each of LEVELS; verdict: HEALTHY, REFIT or DISTRUST with its reasons, "" before MIN_EVENTS."""
 
     events: int
     psi: dict[str, float]
@@ -48,14 +48,14 @@ class Health:
 
 
 def profile(schema: Schema, codes: NDArray[np.int32]) -> NDArray[np.int64]:
-    """How often each code of each field is met: int32 [n, fields] to int64 [sum of the fields' sizes]."""
+    """The frequency of each code of each field: int32 [n, fields] to int64 [sum of the fields' sizes]."""
     starts = _starts(schema)
     flat = codes.astype(np.int64) + starts[:-1]
     return np.bincount(flat.ravel(), minlength=int(starts[-1])).astype(np.int64)
 
 
 class Drift:
-    """Watches what a detector sees.
+    """Compares the events that a detector scores with training.
 
     reference: `profile` of the training events.
     """
@@ -73,7 +73,7 @@ class Drift:
         self._hours: dict[int, NDArray[np.int64]] = {}
 
     def observe(self, time: NDArray[np.int64], codes: NDArray[np.int32], p_value: NDArray[np.float64]) -> None:
-        """Take note of n events: int64 [n], ms; int32 [n, fields]; float64 [n]."""
+        """Add n events. time: int64 [n], ms; codes: int32 [n, fields]; p_value: float64 [n]."""
         hours = time // HOUR_MS
         for hour in np.unique(hours).tolist():
             rows = hours == hour
@@ -88,8 +88,8 @@ class Drift:
         self._days = {day: kept for day, kept in self._days.items() if day > newest // HOURS - DAYS}
 
     def health(self) -> Health:
-        """As of the last event time."""
-        hours = list(self._hours.values())  # Metrics are asked for by another thread.
+        """The state as of the last event time."""
+        hours = list(self._hours.values())  # Another thread reads this for metrics.
         events, present, unseen, types, *under = np.sum(hours, axis=0).tolist() if hours else [0] * (4 + len(LEVELS))
         if events < MIN_EVENTS:
             return Health(events, {}, 0.0, 0.0, 0.0, {}, "")
@@ -105,13 +105,13 @@ class Drift:
         return Health(events, psi, unknown, before, types / events, share, verdict, reasons)
 
     def _values(self, counts: NDArray[np.int64]) -> tuple[int, int]:
-        """How many values are present, and how many of these are unknown; numbers cannot be."""
+        """The number of present values, and of unknown ones among them; numbers are never unknown."""
         return int(counts[self._present_at].sum()), int(counts[self._unknown_at].sum())
 
 
 def stability(reference: NDArray[np.int64], seen: NDArray[np.int64], bins: NDArray[np.int64]) -> float:
-    """The population stability index, less what chance gives it (Yurdakul 2018): never under 0. bins: which bin each
-    code is counted in."""
+    """The population stability index without what chance adds to it (Yurdakul 2018), at least 0. bins: int64, the bin
+    of each code."""
     binned = np.array([np.bincount(bins, weights=counts.astype(np.float64)) for counts in (reference, seen)])
     binned = binned[:, binned.sum(0) > 0] + 0.5
     p, q = binned / binned.sum(1, keepdims=True)
@@ -137,12 +137,12 @@ def _verdict(
         many = unknown > _FIVE_TIMES * before + _MANY_UNKNOWN
         say(DISTRUST if many else REFIT, f"{unknown:.1%} of the values were never seen in training, there {before:.1%}")
     for level in JUDGED:
-        found = share[level]
+        seen = share[level]
         noise = 3 * (level / events) ** 0.5
-        ratio = found / level
-        if found - level > noise and ratio > _TWICE:
+        ratio = seen / level
+        if seen - level > noise and ratio > _TWICE:
             say(DISTRUST if ratio > _FIVE_TIMES else REFIT, f"p-values under {level:g} are {ratio:.1f} times as many")
-        elif level - found > noise and ratio < 1 / _FIVE_TIMES:
+        elif level - seen > noise and ratio < 1 / _FIVE_TIMES:
             say(REFIT, f"p-values under {level:g} are {ratio:.2f} times as many")
     return worst, reasons
 
@@ -152,7 +152,8 @@ def _starts(schema: Schema) -> NDArray[np.int64]:
 
 
 def _bins(schema: Schema, starts: NDArray[np.int64], reference: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Within each field: MISSING, UNKNOWN and every common code by itself, the rare ones together."""
+    """The bin of each code within its field: MISSING, UNKNOWN and each common code have their own, rare codes share
+    one."""
     bins = np.empty(len(reference), np.int64)
     for i in range(len(schema.fields)):
         start, end = int(starts[i]), int(starts[i + 1])
@@ -163,4 +164,4 @@ def _bins(schema: Schema, starts: NDArray[np.int64], reference: NDArray[np.int64
     return bins
 
 
-assert FIRST == UNKNOWN + 1 == MISSING + 2  # What the slices above stand on.
+assert FIRST == UNKNOWN + 1 == MISSING + 2  # The slices above rely on this.

@@ -1,8 +1,8 @@
-"""Silence as evidence: tells the timers what a batch says of the entities whose routines end, and judges each by how
-surprising it would be that nothing follows.
+"""Inactivity as evidence: scores, at each event, how surprising it would be that no further event of its entity
+follows, and keeps that with the entity's timer.
 
-Promises that the judgement is made at the event, on the window as it was, and kept with the timer, so that an entity
-that falls silent is found without its window. Costs nothing where no kind of entity comes to an end.
+Promises that the score is of the window as it was at the event, so that an inactive entity is detected without reading
+its window again. It does nothing where no kind of entity has routines that end.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from encoder.ocsf.events import Coordinates, EventBatch
 from state.errors import SourcePartition
 from state.timers import TICK_MS, Activity, ClockAdvance, Inactivity, Span, TimerStore
 from state.windows import Windows
-from streamer.detection.combine import HISTORY_TRUST, EventScorer, beyond_doubt
+from streamer.detection.combine import HISTORY_TRUST, EventScorer, discounted
 from streamer.detection.sequence_score import SequenceScorer
 
 CAUSE = "sequence:silence"
 MAX_EVENT = 16 * 1024
-"""Bytes of an event, packed, kept with its timer; of a larger one, attributes of at most MAX_ATTRIBUTE as JSON."""
+"""Bytes of a packed event in its timer; a larger one keeps only attributes of at most MAX_ATTRIBUTE bytes of JSON."""
 MAX_ATTRIBUTE = 512
 
 
 class InactivityMonitor:
-    """Watches the kinds of entity that come to an end. timers: who is waited for."""
+    """Detects inactivity of the kinds of entity whose routines end. timers: of these entities."""
 
     def __init__(self, scorer: EventScorer, sequences: SequenceScorer, timers: TimerStore) -> None:
         self.timers = timers
         self._scorer, self._sequences = scorer, sequences
-        self._timeout = np.array([sequences.model.silence.get(kind, 0) for kind in KINDS], np.int64)
+        self._timeout = np.array([sequences.model.timeouts.get(kind, 0) for kind in KINDS], np.int64)
 
     def ending(self, entities: Entities) -> NDArray[np.intp]:
-        """Which of the m pairs are of a kind that ends."""
+        """intp: which of the m pairs of event and entity are of a kind whose routines end."""
         return np.flatnonzero(self._timeout[entities.kind] > 0)
 
     def advance(
@@ -49,26 +49,26 @@ class InactivityMonitor:
         windows: Windows | None,
         raw: Mapping[str, NDArray[np.float64]],
     ) -> list[Inactivity]:
-        """Event time moves on by a batch: who fell silent at its events. pairs: as `ending` gives them; windows, raw:
-        of these pairs, as `SequenceScorer.raw` has it (None: there are none). Raises a `StateError`."""
-        found: list[_Pair] = []
+        """Take a batch; returns the entities that became inactive at its events. pairs: from `ending`; windows, raw: of
+        these pairs, from `SequenceScorer.raw` (None: there are no pairs). Raises a `StateError`."""
+        last: list[_Pair] = []
         if windows is not None and len(pairs):
             kinds = entities.kind[pairs]
             evidence = self._sequences.evidence("ending", {"ending": raw["ending"]}, kinds)
-            p_value = self._scorer.p_value(np.zeros(len(pairs)), HISTORY_TRUST * beyond_doubt(evidence))
+            p_value = self._scorer.p_value(np.zeros(len(pairs)), HISTORY_TRUST * discounted(evidence))
             newest = windows.own == windows.times.shape[1] - 1
             columns = (entities.row[pairs], self._timeout[kinds], p_value, windows.complete, newest)
             names = [entities.entity[pair] for pair in pairs.tolist()]
-            found = list(zip(*(column.tolist() for column in columns), names, strict=True))
-        return self.timers.advance(list(self._steps(events, found)), _spans(events.coordinates))
+            last = list(zip(*(column.tolist() for column in columns), names, strict=True))
+        return self.timers.advance(list(self._steps(events, last)), _spans(events.coordinates))
 
     def _steps(self, events: EventBatch, pairs: list[_Pair]) -> Iterator[Activity | ClockAdvance]:
-        """In stream order; of what an entity does between two ticks the latest stands for all."""
+        """The steps of the timers in stream order. Between two ticks only the latest event of an entity counts."""
         at, ticks = events.coordinates, dict(_ticks(events))
         events_at = _events(events, keep=self.timers.keeps_events)
         since: dict[tuple[str, int, bool], _Pair] = {}
 
-        def heard() -> Iterator[Activity]:
+        def latest() -> Iterator[Activity]:
             for row, timeout, p_value, complete, newest, entity in since.values():
                 place = at.sources[at.source[row]], int(at.offset[row]), int(at.index[row])
                 time = max(int(events.time[row]), 0)
@@ -82,25 +82,25 @@ class InactivityMonitor:
         for pair in pairs:
             row, newest, entity = pair[0], pair[4], pair[5]
             while tick is not None and tick <= row:
-                yield from heard()
+                yield from latest()
                 yield ticks[tick]
                 tick = next(places, None)
             source = int(at.source[row])
             since.pop((entity, source, False), None)
             since.pop((entity, source, newest), None)
             since[entity, source, newest] = pair
-        yield from heard()
+        yield from latest()
         while tick is not None:
             yield ticks[tick]
             tick = next(places, None)
 
 
 _Pair = tuple[int, int, float, bool, bool, str]
-"""(row, quiet, p-value, complete, newest, entity)"""
+"""(row, timeout, p-value, complete, newest, entity)"""
 
 
 def _ticks(events: EventBatch) -> Iterator[tuple[int, ClockAdvance]]:
-    """The rows at which the clock of a source may move on."""
+    """The rows at which the clock of a source may advance."""
     at = events.coordinates
     for number, source in enumerate(at.sources):
         rows = np.flatnonzero(at.source == number)
@@ -122,7 +122,7 @@ def _spans(at: Coordinates) -> dict[SourcePartition, Span]:
 
 
 def _events(events: EventBatch, *, keep: bool) -> Any:
-    """row -> its event, packed; made once a row."""
+    """A function from a row to its packed event, made once for each row."""
     packed: dict[int, bytes] = {}
 
     def of(row: int) -> bytes:
@@ -136,7 +136,7 @@ def _events(events: EventBatch, *, keep: bool) -> Any:
 
 
 def pack(record: Mapping[str, Any]) -> bytes:
-    """An event as a timer keeps it."""
+    """An event in the form that timers keep."""
     packed = zlib.compress(orjson.dumps(record), 1)
     if len(packed) <= MAX_EVENT:
         return packed
@@ -152,20 +152,20 @@ def unpack(event: bytes) -> dict[str, Any]:
 
 
 def coordinates_of(last: list[Activity]) -> Coordinates:
-    """Of the last events."""
-    sources = tuple(dict.fromkeys(heard.source for heard in last))
+    """The coordinates of last events."""
+    sources = tuple(dict.fromkeys(event.source for event in last))
     return Coordinates(
         sources,
-        np.array([sources.index(heard.source) for heard in last], np.int32),
-        np.array([heard.offset for heard in last], np.int64),
-        np.array([heard.index for heard in last], np.int32),
+        np.array([sources.index(event.source) for event in last], np.int32),
+        np.array([event.offset for event in last], np.int64),
+        np.array([event.index for event in last], np.int32),
     )
 
 
-def rows_of(silences: list[Inactivity], at: Coordinates) -> NDArray[np.intp]:
-    """The rows of a batch at which these were clear, intp [k]."""
+def rows_of(inactive: list[Inactivity], at: Coordinates) -> NDArray[np.intp]:
+    """intp [k]: the rows of a batch at which these entities were found inactive."""
     rows = []
-    for silence in silences:
-        here = (at.source == at.sources.index(silence.last.source)) & (at.offset == silence.offset)
-        rows.append(int(np.flatnonzero(here & (at.index == silence.index))[0]))
+    for each in inactive:
+        here = (at.source == at.sources.index(each.last.source)) & (at.offset == each.offset)
+        rows.append(int(np.flatnonzero(here & (at.index == each.index))[0]))
     return np.array(rows, np.intp)

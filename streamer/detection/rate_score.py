@@ -1,4 +1,8 @@
-"""The rate score: how much an entity does, fails, reaches and sends, against its own habits."""
+"""The rate score: how much an entity does, fails, reaches and sends, compared with its usual rates.
+
+Promises that a count which does not exceed what is usual is no evidence. It judges levels of counts
+(`state.rolling_counts`), not exact numbers.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +18,15 @@ from state.rolling_counts import LEVELS
 from streamer.detection.sequence_score import strongest_by_event
 
 MIN_ENTITIES = 20
-"""From so many on a group of them tells what others may do: the habits of three hosts say nothing of a fourth."""
+"""The least entities whose rates calibrate a group: three hosts say nothing about a fourth."""
 
 
 @dataclass
 class RateScorer:
-    """How much an entity does, fails, reaches and sends, against its own habits.
+    """Judges the counts of entities against their profiles.
 
-    Calibrated for each count by kind of entity and by how well the entity is known, on training judged block by block;
-    then by kind, and by event, most of which raise nothing.
+    Calibrated for each count by kind of entity and by how well the entity is known, on training data that is judged
+    block by block (`RateProfiles.fit`); then by kind, and by event.
     """
 
     profiles: RateProfiles
@@ -31,7 +35,7 @@ class RateScorer:
     def fit(
         self, excess: RateExcess, kinds: NDArray[np.int8], entities: Sequence[str], rows: NDArray[np.int32]
     ) -> None:
-        """Calibrate on m pairs of events and entities; kinds: int8 [m]; rows: int32 [m], the events."""
+        """Calibrate on m pairs of event and entity. kinds: int8 [m]; rows: int32 [m], the events."""
         _, entity = np.unique(np.array(entities, object).astype(str), return_inverse=True)
         for kind in np.unique(kinds).tolist():
             of_kind = kinds == kind
@@ -53,34 +57,34 @@ class RateScorer:
             self.calibrations[name] = Calibration.fit(over[rows])
 
     def evidence(self, excess: RateExcess, kinds: NDArray[np.int8]) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
-        """float64 [m], nats, against each event of an entity; int8 [m], the count that says so (its place in
-        `tally.LEVELS`). A kind of entity that training had not has none."""
+        """float64 [m], nats, against each pair of event and entity; int8 [m], the strongest count (its place in
+        `LEVELS`). 0 for a kind of entity that training did not have."""
         strongest, column = self._strongest(excess, kinds)
-        found = np.zeros(len(kinds))
+        evidence = np.zeros(len(kinds))
         for kind in np.unique(kinds).tolist():
             rows = (kinds == kind) & (strongest > 0)
             if (calibration := self.calibrations.get(str(kind))) is not None and rows.any():
-                found[rows] = calibration.evidence(strongest[rows])
+                evidence[rows] = calibration.evidence(strongest[rows])
         if (by_event := self.calibrations.get("rate")) is not None:
-            found = by_event.evidence(found)
-        return found, column
+            evidence = by_event.evidence(evidence)
+        return evidence, column
 
     def _strongest(self, excess: RateExcess, kinds: NDArray[np.int8]) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
-        found = self.by_count(excess, kinds)
-        return found.max(1, initial=0.0), found.argmax(1).astype(np.int8)
+        evidence = self.by_count(excess, kinds)
+        return evidence.max(1, initial=0.0), evidence.argmax(1).astype(np.int8)
 
     def by_count(self, excess: RateExcess, kinds: NDArray[np.int8]) -> NDArray[np.float64]:
-        """float64 [m, 8], nats: what each count says by itself, 0 where it was not raised beyond what was known."""
-        found = np.zeros(excess.over.shape)
+        """float64 [m, 8], nats: the evidence of each count by itself, 0 where it does not exceed what was usual."""
+        evidence = np.zeros(excess.over.shape)
         rows, columns = np.nonzero(excess.over > 0)
         place = (kinds[rows].astype(np.int64) * len(LEVELS) + columns) * GROUPS + excess.group[rows, columns]
         for which in np.unique(place).tolist():
             name, group = divmod(which, GROUPS)
             kind, column = divmod(name, len(LEVELS))
             whole = self.calibrations.get(f"{kind}.{column}")
-            # Of strangers, nothing is said that training had no strangers to learn from.
+            # Strangers are judged only where training had strangers.
             calibration = self.calibrations.get(f"{kind}.{column}.{group}", None if group == STRANGER else whole)
             if calibration is not None:
                 at = place == which
-                found[rows[at], columns[at]] = calibration.evidence(excess.over[rows[at], columns[at]])
-        return found
+                evidence[rows[at], columns[at]] = calibration.evidence(excess.over[rows[at], columns[at]])
+        return evidence

@@ -1,4 +1,7 @@
-"""The record score: what one event says by itself."""
+"""The record score: the evidence against one event by itself.
+
+Combines density and surprise, each calibrated on held-out events. It knows no windows and no other events of the batch.
+"""
 
 from __future__ import annotations
 
@@ -13,30 +16,30 @@ from state.baseline.density import Density
 from state.calibration import Calibration
 
 DENSITY_TRUST = 2.0
-"""How much more density is trusted than surprise: it speaks only where events carry quantities, and there it is the
-best, most of all where training held unlabelled attacks. Measured in docs/detection.md."""
+"""The weight of density relative to surprise. Density applies only to events with quantities; there it is the best
+part, most of all where training holds unlabelled attacks. Measured in docs/detection.md."""
 HALF = 0.5
-"""The share of an event's attributes that are quantities from which on density is trusted wholly; below, in proportion:
-four numbers among twenty names are not what makes the event."""
+"""The share of quantities among an event's attributes at which density has its full weight; below, its weight is
+proportional: four numbers among twenty names do not characterise an event."""
 SHARPNESS = 3.0
-"""Of the norm that joins density and surprise: 1 would add them up, and unlabelled attacks in training, for which
-density alone is any good, would count by half; infinity would be the stronger of the two."""
+"""The exponent of the norm that combines density and surprise. 1 would add them up, which halves the evidence against
+attacks that only density detects; infinity would take the stronger of the two."""
 NOVELTY_TRUST = 2 / 3
-"""Of the distance to the nearest, beside the two countings, which say much of the same."""
+"""The weight of the distance to the nearest vectors beside the two counting scores, with which it correlates."""
 NEIGHBOURS = 3
 _SURPRISES = {"odd_value": 1.0, "odd_for_actor": 1.0, "novelty": NOVELTY_TRUST}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Evidence against each of n events, float64 [n] in nats, 0 for nothing. density: it lies apart from events of its
-    type; surprise: its values are odd, by themselves or for who acts, or there was never an event like it."""
+    """Evidence against each of n events, float64 [n] in nats, 0 for none. density: the event lies apart from events of
+    its type; surprise: its values are unusual, by themselves or for the actor, or no event is like it."""
 
     density: NDArray[np.float64]
     surprise: NDArray[np.float64]
 
     def combined(self) -> NDArray[np.float64]:
-        """Both, weighed: little more than the stronger."""
+        """float64 [n]: both, weighted: little more than the stronger."""
         powers = (DENSITY_TRUST * self.density) ** SHARPNESS + self.surprise**SHARPNESS
         norm: NDArray[np.float64] = powers ** (1 / SHARPNESS)
         return norm
@@ -44,7 +47,8 @@ class Parts:
 
 @dataclass
 class RecordScorer:
-    """The record score: what it compares with and how it is calibrated (by name; density by event type).
+    """The record score. baseline, density: what events are compared with; calibrations: by name, of density by event
+    type.
 
     quantities: float64 [types of density], the share of an event's attributes that are quantities.
     """
@@ -64,7 +68,7 @@ class RecordScorer:
         }
 
     def fit(self, raw: dict[str, NDArray[np.float64]], types: NDArray[np.int64]) -> None:
-        """Calibrate on the raw scores of held-out events."""
+        """Calibrate on the raw scores of held-out events; types: int64 [n], their event types."""
         for name in _SURPRISES:
             self.calibrations[name] = Calibration.fit(raw[name])
         density = raw["density"]
@@ -76,7 +80,8 @@ class RecordScorer:
         self.calibrations["record"] = Calibration.fit(self.parts(raw, types).combined())
 
     def _surprise(self, raw: dict[str, NDArray[np.float64]]) -> NDArray[np.float64]:
-        """The evidence of the three added up: Fisher's method, but for their dependence, and so calibrated after."""
+        """The sum of the evidence of three scores, as in Fisher's method. They depend on each other, so the sum is
+        calibrated again."""
         parts = [trust * self.calibrations[name].evidence(raw[name]) for name, trust in _SURPRISES.items()]
         total: NDArray[np.float64] = np.sum(parts, axis=0)
         return total

@@ -1,4 +1,4 @@
-"""Scoring files in this process, by the service's own detector: one p-value an event."""
+"""Scores files in this process with the service's detector: one p-value for each event."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from streamer.event_files import Unread, batches, event_uid
 
 @dataclass(frozen=True)
 class ScoredFile:
-    """n scored events of files, in their order: uids (`metadata.uid`, else the line); time: int64 [n], ms; p_value:
-    float64 [n]; severity: float32 [n]; entity and cause: object [n]; unread: what could not be read."""
+    """n scored events of files, in their order. uids: `metadata.uid`, else the line number; time: int64 [n], ms;
+    p_value: float64 [n]; severity: float32 [n]; entity, cause: object [n]; unread: what could not be read."""
 
     uids: list[str]
     time: NDArray[np.int64]
@@ -37,25 +37,26 @@ class ScoredFile:
 
 
 def score_files(paths: Sequence[Path], bundle: Bundle, progress: Callable[[int], None] = lambda _: None) -> ScoredFile:
-    """Score the events of files. At the end all who are waited for count as silent, and an entity's silence stands in
-    the place of its last event where it is the odder of the two. `progress` hears how many are done."""
+    """Score the events of files. At the end of the files, all entities with running timers count as inactive.
+    Inactivity replaces the score of the entity's last event where it is less likely. progress: called with the number
+    of scored events."""
     windows = MemoryWindows(dim=bundle.dim)
     timers = MemoryTimers(keeps_events=False)
     detector = Detector(bundle, windows, timers=timers)
-    silences: list[ScoredBatch] = []
+    inactive: list[ScoredBatch] = []
     uids: list[str] = []
     parts: list[ScoredBatch] = []
     unread = Unread()
     for batch in batches(paths, lost=unread.in_file):
         scored = detector.score(batch)
         offsets = scored.coordinates.offset.tolist()
-        uids.extend(event_uid(record, line + 1) for record, line in zip(scored.records, offsets, strict=True))
+        uids.extend(event_uid(record, index + 1) for record, index in zip(scored.records, offsets, strict=True))
         for reject in scored.rejects:
             unread.in_file(batch[0].topic, batch[reject.message].offset, reject)
         for store in (windows, timers):
             store.committed({(batch[0].topic, 0): batch[-1].offset + 1})
-        if scored.silences is not None:
-            silences.append(scored.silences)
+        if scored.inactive is not None:
+            inactive.append(scored.inactive)
         scored.records.clear()
         parts.append(scored)
         progress(len(uids))
@@ -64,14 +65,14 @@ def score_files(paths: Sequence[Path], bundle: Bundle, progress: Callable[[int],
     p_value = np.concatenate([np.empty(0), *(part.p_value for part in parts)])
     entity = np.concatenate([empty, *(part.entity for part in parts)])
     cause = np.concatenate([empty, *(part.cause for part in parts)])
-    if (left := detector.finish()) is not None:
-        silences.append(left)
+    if (last := detector.finish()) is not None:
+        inactive.append(last)
     places: dict[tuple[SourcePartition, int, int], int] = {}
-    if silences:
+    if inactive:
         places = {
             coordinates: place for place, coordinates in enumerate(at for part in parts for at in _coordinates(part))
         }
-    for silent in silences:
+    for silent in inactive:
         for row, coordinates in enumerate(_coordinates(silent)):
             place = places[coordinates]
             if silent.p_value[row] < p_value[place]:

@@ -1,4 +1,4 @@
-"""Scores: what is told of every event, where somebody wants it: on the scores topic, and in the file of a replay."""
+"""Score records: one JSON record for each event, for the scores topic and for the file of a replay."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from streamer.detection.batches import ScoredBatch
 
 
 def score_lines(scored: ScoredBatch) -> Iterator[tuple[str, bytes]]:
-    """One (coordinates, JSON) an event: coordinates, p-value, severity, and whether no history of its entities is known
-    to be missing."""
+    """(coordinates, JSON) for each event: coordinates, p-value, severity, and whether the history of its entities is
+    complete."""
     where = scored.coordinates
     for row in range(len(scored)):
         topic, partition = where.sources[where.source[row]]

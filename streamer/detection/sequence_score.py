@@ -1,4 +1,8 @@
-"""The sequence score: what an entity's window says at each event."""
+"""The sequence score: the evidence of an entity's window at each event.
+
+Judges the order of the newest record, steps that are missing before it, and that no record follows it. It judges the
+window alone, not the record by itself.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,17 @@ from state.calibration import FEW, Calibration
 from state.windows import Windows
 
 ORDER, MISSING = "sequence:order", "sequence:missing"
-"""Causes: that the newest record came after those before, and that something usual did not come before it."""
+"""Causes: the newest record is unusual after the earlier ones; a record that usually comes before it is missing."""
 
 
 @dataclass
 class SequenceScorer:
-    """The sequence score: each entity's window, judged at each event, and that nothing follows it.
+    """Judges the window of each entity at each event.
 
-    Calibrated by kind of entity, for a host's days are not a transaction's steps: `order` (the newest record after
-    those before), `missing` (what usually comes shortly before the newest) and `ending` (nothing after it, for kinds
-    of entity whose routines end). All but the last are calibrated again by event: one that is part of four windows has
-    four chances to look odd.
+    Three scores, calibrated by kind of entity, because the days of a host differ from the steps of a transaction:
+    `order` (the newest record after the earlier ones), `missing` (a usual earlier record is not there) and `ending` (no
+    record follows, for kinds of entity whose routines end). The first two are calibrated again by event, because an
+    event in four windows has four chances to look unusual.
     """
 
     model: SequenceModel
@@ -41,8 +45,8 @@ class SequenceScorer:
         ended: NDArray[np.bool_],
         rows: NDArray[np.int32],
     ) -> None:
-        """Calibrate on held-out windows; ended: bool [m], those after which nothing came for long enough; rows: int32
-        [m], the event that each ends at."""
+        """Calibrate on m held-out windows. kinds: int8 [m]; ended: bool [m], whether no record followed for the timeout
+        of the kind; rows: int32 [m], the last event of each."""
         every = np.ones(len(kinds), bool)
         for name, those, tail_from in (("order", every, None), ("missing", every, FEW), ("ending", ended, None)):
             for kind in np.unique(kinds[those]).tolist():
@@ -53,22 +57,23 @@ class SequenceScorer:
             self.calibrations[name] = Calibration.fit(by_event, tail_from=tail_from)
 
     def evidence(self, name: str, raw: dict[str, NDArray[np.float64]], kinds: NDArray[np.int8]) -> NDArray[np.float64]:
-        """float64 [m], nats: against each window by one of `raw`, of which `ending` is against its being the last. A
-        kind of entity that was not among the held-out events has none."""
-        found = np.zeros(len(kinds))
+        """float64 [m], nats: the evidence against each window by one of the scores of `raw`; of `ending`, against no
+        further record. 0 for a kind of entity without held-out events."""
+        evidence = np.zeros(len(kinds))
         for kind in np.unique(kinds).tolist():
             if (calibration := self.calibrations.get(f"{name}.{kind}")) is not None:
                 rows = kinds == kind
-                found[rows] = calibration.evidence(raw[name][rows])
+                evidence[rows] = calibration.evidence(raw[name][rows])
         if (by_event := self.calibrations.get(name)) is not None:
-            found = by_event.evidence(found)
-        # Routines end alike to the last nat, so what is a little out of the way would pass for impossible. It is no
-        # rarer than network and counts say together; `raw` is the mean of the two.
-        return np.minimum(found, 2 * raw[name]) if name == "ending" else found
+            evidence = by_event.evidence(evidence)
+        # Routines end almost identically, so calibration takes small deviations for impossible. Limit the evidence to
+        # what network and counts say together; `raw` is the mean of the two.
+        return np.minimum(evidence, 2 * raw[name]) if name == "ending" else evidence
 
 
 def strongest_by_event(evidence: NDArray[np.float64], rows: NDArray[np.int32]) -> NDArray[np.float64]:
-    """The strongest of each event's pairs: float64 [m] and ascending int32 [m] to float64 [events]."""
+    """The strongest evidence of the pairs of each event: float64 [m] and ascending rows, int32 [m], to float64
+    [events]."""
     _, event = np.unique(rows, return_inverse=True)
     strongest = np.zeros(int(event.max(initial=-1)) + 1)
     np.maximum.at(strongest, event, evidence)

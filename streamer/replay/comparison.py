@@ -71,11 +71,11 @@ class Comparing:
         for side, detector in self._sides.items():
             scored, rows = detector.score(batch, positions)
             thresholds += [_candidate(side, scored, row) for row in rows.tolist()]
-            silences = scored.silences
-            if silences is not None and silences.noticed_at is not None and silences.threshold is not None:
-                crossing = wanted_rows(scored.coordinates, positions)[silences.noticed_at]
-                crossing &= silences.p_value <= silences.threshold
-                thresholds += [_candidate(side, silences, row) for row in np.flatnonzero(crossing).tolist()]
+            inactive = scored.inactive
+            if inactive is not None and inactive.noticed_at is not None and inactive.threshold is not None:
+                crossing = wanted_rows(scored.coordinates, positions)[inactive.noticed_at]
+                crossing &= inactive.p_value <= inactive.threshold
+                thresholds += [_candidate(side, inactive, row) for row in np.flatnonzero(crossing).tolist()]
             detector.forget(batch)
         return judged(batch, scored, positions, thresholds)
 

@@ -54,7 +54,7 @@ def open_detector(settings: Settings, path: Path) -> tuple[Detector, RedisWindow
     place |= {"retries": settings.redis.retries, **settings.redis.client_arguments()}
     windows = RedisWindows(settings.redis.url, encoder=bundle.encoder_hash, dim=bundle.dim, **place)
     sequences = bundle.scorer.sequences
-    if sequences is None or not sequences.model.silence:
+    if sequences is None or not sequences.model.timeouts:
         return Detector(bundle, windows, tenant=settings.tenant), windows
     timers = RedisTimers(settings.redis.url, space=bundle.encoder_hash, **place)
     return Detector(bundle, windows, tenant=settings.tenant, timers=timers), EntityState(windows, timers)

@@ -315,9 +315,9 @@ class Service:
     def _alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> Sequence[EmittedAlert]:
         with self.metrics.time("explain"):
             alerts = self._waiting("alerts", lambda: self._alerting.alerts(scored, rows))
-        silences = scored.silences
+        inactive = scored.inactive
         silent = (
-            0 if silences is None or silences.threshold is None else int((silences.p_value <= silences.threshold).sum())
+            0 if inactive is None or inactive.threshold is None else int((inactive.p_value <= inactive.threshold).sum())
         )
         self._group.anomalies += len(rows) + silent
         self._group.suppressed.update(self._alerting.take_suppressed())

@@ -42,7 +42,7 @@ from state.rate_profiles import RateProfiles
 from state.windows import WindowEntries
 from streamer.bundles.bundle_files import save
 from streamer.detection.bundle import Bundle
-from streamer.detection.combine import EventScorer, joined, weighed
+from streamer.detection.combine import EventScorer, joined, weighted
 from streamer.detection.cooccurrence_score import JUDGED, CooccurrenceScorer
 from streamer.detection.detector import compact
 from streamer.detection.drift import profile
@@ -359,7 +359,7 @@ def _fit_history(
     last = dict(zip(pairs.entity, range(len(pairs.entity)), strict=True))
     is_last = np.zeros(len(pairs.entity), bool)
     is_last[list(last.values())] = True
-    quiet = np.array([model.silence.get(kind, 0) for kind in KINDS], np.int64)[pairs.kind]
+    quiet = np.array([model.timeouts.get(kind, 0) for kind in KINDS], np.int64)[pairs.kind]
     ended = is_last & (quiet > 0) & (loaded.time[-1] - loaded.time[pairs.row] > quiet)
     kinds = pairs.kind[judged]
     sequences.fit(raw, kinds, ended[judged], pairs.row[judged])
@@ -373,7 +373,7 @@ def _fit_history(
             by_user[kinds == JUDGED], _ = overlaps.evidence(overlap)
     rate, _ = rates.evidence(excess.take(judged), kinds)
     order, missing = (sequences.evidence(name, raw, kinds) for name in ("order", "missing"))
-    np.maximum.at(evidence, pairs.row[judged], weighed(order, missing, rate, by_user).max(0))
+    np.maximum.at(evidence, pairs.row[judged], weighted(order, missing, rate, by_user).max(0))
     return sequences, rates, overlaps, evidence[held], report
 
 

@@ -79,7 +79,7 @@ def refresh(
         anonymised=bundle.anonymised,
         profile=bundle.profile,
         codes=codes,
-        watch=released.watch,
+        drifts=released.drifts,
         training=bundle.manifest["training"]
         | {
             "refreshed": {
@@ -112,7 +112,7 @@ def _quarantined(
     record = bundle.scorer.record
     first_fit = Baseline.build(record.baseline.vectors()[record.baseline.learned], seed=0)
     present = {vector.tobytes() for vector in record.baseline.vectors()}
-    quarantine = DriftGuard(bundle.watch)
+    quarantine = DriftGuard(bundle.drifts)
     done = 0
     for batch in batches(paths):
         events, vectors, _, entity = _read(bundle, batch)
