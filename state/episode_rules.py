@@ -23,7 +23,7 @@ Joining is told (Update) when the severity level rises, a cause is new to the ep
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -85,7 +85,7 @@ class _Open:
     def from_json(cls, text: bytes) -> _Open:
         found = orjson.loads(text)
         read = {"episode": _episode(found["episode"]), "owner": tuple(found["owner"]), "members": set(found["members"])}
-        return cls(**found | read)
+        return cls(**_known(cls, found | read))
 
 
 _Key = tuple[Any, ...]
@@ -312,7 +312,13 @@ class EpisodeRules:
             if not names:
                 del self._index[key]
 
-    # As a store keeps it: names and values.
+    # As a store keeps it: names and values. The fields' names stand in it (state/redis/formats.py).
+
+    def change_all(self) -> None:
+        """All of it is to be stored."""
+        self.changed.update(f"e|{name}" for name in self._episodes)
+        self.changed.update(f"a|{_name(source)}" for source in self._applied)
+        self.changed.update(f"d|{_name(source)}" for source in self._decisions)
 
     def value(self, name: str) -> bytes:
         """What stands under a name now, empty for nothing."""
@@ -326,7 +332,10 @@ class EpisodeRules:
 
     @classmethod
     def read(cls, values: Mapping[str, bytes]) -> EpisodeRules:
-        """The book of which these are all names and values."""
+        """The book of which these are all names and values, also where a later release has added fields to them.
+
+        Raises ValueError, TypeError or KeyError for what is no such value.
+        """
         book = cls()
         opened: list[_Open] = []
         for name, value in values.items():
@@ -334,7 +343,7 @@ class EpisodeRules:
             if kind == "e":
                 opened.append(_Open.from_json(value))
             elif kind == "a":
-                book._applied[_source(rest)] = _Applied(**orjson.loads(value))
+                book._applied[_source(rest)] = _Applied(**_known(_Applied, orjson.loads(value)))
             elif kind == "d":
                 book._decisions[_source(rest)] = [_decision(found) for found in orjson.loads(value)]
         for found in sorted(opened, key=lambda found: found.turn):
@@ -368,11 +377,17 @@ def _hash(name: str) -> str:
 
 
 def _episode(found: dict[str, Any]) -> Episode:
-    return Episode(**found | {"causes": tuple(found["causes"]), "others": tuple(found["others"])})
+    return Episode(**_known(Episode, found) | {"causes": tuple(found["causes"]), "others": tuple(found["others"])})
 
 
 def _decision(found: dict[str, Any]) -> Decision:
-    return Decision(**found | {"source": tuple(found["source"]), "episode": _episode(found["episode"])})
+    read = {"source": tuple(found["source"]), "episode": _episode(found["episode"])}
+    return Decision(**_known(Decision, found | read))
+
+
+def _known(kind: type, found: dict[str, Any]) -> dict[str, Any]:
+    """Those of a value's fields that this release has. A field is added with a default, and else the format changes."""
+    return {field.name: found[field.name] for field in fields(kind) if field.name in found}
 
 
 def _name(source: SourcePartition) -> str:

@@ -1,4 +1,5 @@
 -- The book of episodes, server side: one hash of names and values, and under "v" a version that is new at each change.
+-- (It is of one change, and says nothing of the format: that stands in the key, see formats.py.)
 
 -- Store what changed if the book is still of the version that the caller has. args: that version, the next one, ttl in
 -- ms, then names and values (empty: delete). Returns the version that is there now, and nil if it was stored (or there

@@ -1,7 +1,8 @@
 """Episodes in Valkey or Redis, shared by all processes of a tenant; the rules are those of `state.episode_rules`.
 
 Each process keeps a copy of the book. What a batch changes is stored by one server-side function, and only if nobody
-else has stored anything since; else it gives back all of the book, and the batch is decided again on that.
+else has stored anything since; else it gives back all of the book, and the batch is decided again on that. Where there
+is no book of this format, the process begins with a copy of that of the format before.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 
 from state.episode_rules import EpisodeRules
 from state.episodes import Anomaly, Decision, End, Position
-from state.errors import SourcePartition, StoreUnavailableError
+from state.errors import SourcePartition, StoreRefusedError, StoreUnavailableError
+from state.redis import formats
 from state.redis.client import RedisServer
 from state.windows import DAY_MS
 
@@ -22,6 +24,10 @@ TTL_MS = 30 * DAY_MS
 """After that long without an anomaly nobody needs the book."""
 TRIES = 100
 """How often others may be faster before that is an error; with ten processes in a storm."""
+
+
+_UNKNOWN = "unknown"
+"""A version that no book has."""
 
 
 class RedisEpisodes:
@@ -42,9 +48,11 @@ class RedisEpisodes:
                 raise ValueError(
                     f"{name} {value!r} would not make a key: it must be non-empty, without '{{', '}}' and ':'"
                 )
-        self._key = f"{{{tenant}}}:episodes:{space}"
+        key = f"{{{tenant}}}:episodes:{space}"
+        self._key = key + formats.suffix("episodes", formats.EPISODES)
+        self._earlier_keys = [key + of for of in formats.earlier("episodes", formats.EPISODES)]
         self._server = RedisServer(url, _FUNCTIONS, timeout_s=timeout_s, retries=retries, depth=1, **connection)
-        self._book, self._version = EpisodeRules(), ""
+        self._book, self._version = EpisodeRules(), _UNKNOWN
         self._position = Position()
 
     def close(self) -> None:
@@ -74,14 +82,34 @@ class RedisEpisodes:
         arguments: list[Any] = [self._version, uuid.uuid4().hex, TTL_MS]
         for name in sorted(self._book.changed):
             arguments += [name, self._book.value(name)]
-        self._version = "unknown"
+        self._version = _UNKNOWN
         version, values = self._server.call("swap", self._key, arguments)
-        self._version = version.decode()
         if values is None:
+            self._version = version.decode()
             self._book.changed.clear()
             return True
-        pairs = iter(values)
-        self._book = EpisodeRules.read(
-            {name.decode(): value for name, value in zip(pairs, pairs, strict=True) if name != b"v"}
-        )
+        self._book = self._read(self._key, values) if version else self._earlier()
+        self._version = version.decode()
         return False
+
+    def _earlier(self) -> EpisodeRules:
+        """The book of the newest format before this one, to be stored in this one; an empty one where there is none."""
+        for key in self._earlier_keys:
+            _, values = self._server.call("swap", key, [_UNKNOWN, "", TTL_MS])
+            if values:
+                book = self._read(key, values)
+                book.change_all()
+                return book
+        return EpisodeRules()
+
+    def _read(self, key: str, values: Sequence[bytes]) -> EpisodeRules:
+        pairs = iter(values)
+        try:
+            return EpisodeRules.read(
+                {name.decode(): value for name, value in zip(pairs, pairs, strict=True) if name != b"v"}
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise StoreRefusedError(
+                f"{self._server.place} has episodes at {key} that cannot be read ({error!r}): "
+                f"`DEL {key}` forgets them, and alerts that go on are told as new ones"
+            ) from error

@@ -1,4 +1,5 @@
 -- Timers, server side: three kinds of key, all with one hash tag. The rules are those of timers.py, in the same words.
+-- What changes how a value is packed is another format (formats.py).
 --
 --   open    hash: entity -> when it is due and its last event (TIMER, then the event)
 --   due     of each source, sorted set: entity by a time no later than it is due, which is looked up when it is reached

@@ -14,6 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from state.errors import SourcePartition, StateLostError
+from state.redis import formats
 from state.redis.client import RedisServer
 from state.timers import MAX_OPEN, Activity, ClockAdvance, Inactivity, Span
 from state.windows import DAY_MS, source_id
@@ -32,7 +33,8 @@ class RedisTimers:
     """Timers of one tenant, for one thread.
 
     Args:
-        space: what windows they belong to: those of another encoder have timers of their own.
+        space: what windows they belong to: those of another encoder, or format, have timers of
+            their own.
         idle_ms: wall-clock time after which a partition that brings nothing is not waited for by the others.
         timeout_s, retries, connection: as in `RedisServer`.
     """
@@ -56,7 +58,7 @@ class RedisTimers:
                 raise ValueError(
                     f"{name} {value!r} would not make a key: it must be non-empty, without '{{', '}}' and ':'"
                 )
-        self._key = f"{{{tenant}}}:timers:{space}"
+        self._key = f"{{{tenant}}}:timers:{space}" + formats.suffix("timers", formats.TIMERS)
         self._idle_ms, self._max_open = idle_ms, max_open
         self._server = RedisServer(url, _FUNCTIONS, timeout_s=timeout_s, retries=retries, depth=1, **connection)
         self._progress: dict[SourcePartition, int] = {}

@@ -1,7 +1,7 @@
 -- Entity windows, server side. One string key holds one entity; every function touches that one key (or the marker), so
 -- they work on a cluster. The rules are those of windows.py; what is decided here is decided there in the same words.
 --
--- The value of an entity's key, little endian, without padding:
+-- The value of an entity's key, little endian, without padding. Version and epoch stand first in every format:
 --   header      version 1, epoch 6, next number 5, trimmed 5, kept 4, live 2, sources 2, size of the tally 2
 --   sources     of each source: id 6, highest applied offset 6 and index 3, committed offset 6
 --   displaced   of each displaced entry, in order: the number that displaced it, 5
@@ -11,7 +11,7 @@
 --   tally       sums of the last two hours and of the day: bits 2, events 4, failures 4, bytes 6, bitmap of partners 32;
 --               buckets, by hour: hour 4, events 4, failures 4, bytes 6, bitmap 32
 
-local VERSION = 3
+local VERSION = FORMAT -- of formats.py
 local HEADER, HEADER_SIZE = '<I1I6I5I5I4I2I2I2', 27
 local SOURCE, SOURCE_SIZE = '<I6I6I3I6', 21
 local HEAD, HEAD_SIZE = '<I5I6I2I6I3c8c1c5', 36
@@ -172,7 +172,8 @@ end
 -- Append entries to one entity. args: parameters; (source id, committed offset) pairs known beyond those of the
 -- entries; entries (source id, time, offset, index, committed offset of the source, what it adds to the counts); their
 -- vectors.
--- Returns the number of each entry (5 bytes each, 0: applied before and forgotten since) and the value of the key.
+-- Returns the number of each entry (5 bytes each, 0: applied before and forgotten since) and the value of the key; or
+-- the version alone of a value of this epoch that has another one.
 local function push(keys, args)
   local pack, unpack, sub = struct.pack, struct.unpack, string.sub -- libraries are there in a call, not at load
   local key, entries = keys[1], args[3]
@@ -180,14 +181,15 @@ local function push(keys, args)
   local state = redis.call('GET', key) or ''
   local next_number, trimmed, kept, live, sources, tail = 1, 0, 0, 0, 0, 0
   if state ~= '' then
-    local version, of
-    version, of, next_number, trimmed, kept, live, sources, tail = unpack(HEADER, state)
-    if version ~= VERSION then
-      return redis.error_reply('LAYOUT the key ' .. key .. ' has layout ' .. version .. ', expected ' .. VERSION)
-    elseif of > epoch then
+    local version, of = unpack('<I1I6', state)
+    if of > epoch then
       return { '', '' } -- begun anew by another consumer, as the marker will tell
     elseif of < epoch then -- what an earlier epoch left has gaps nobody knows: it counts as empty
-      state, next_number, trimmed, kept, live, sources, tail = '', 1, 0, 0, 0, 0, 0
+      state = ''
+    elseif version ~= VERSION then
+      return { version }
+    else
+      version, of, next_number, trimmed, kept, live, sources, tail = unpack(HEADER, state)
     end
   end
 
@@ -392,6 +394,14 @@ local function begin(keys, args)
   return state_of(key)
 end
 
+-- Say in the marker of an earlier format, if there is one, that sources are read by a release of this one from now on:
+-- their windows lack these events until they are refilled there. args: names of sources.
+local function leave(keys, args)
+  if redis.call('HEXISTS', keys[1], 'epoch') == 0 then return 0 end
+  for i = 1, #args do redis.call('HSET', keys[1], 'r|' .. args[i], 1) end
+  return #args
+end
+
 -- End the refilling of sources. args: horizon, names of sources. Returns as `mark`.
 local function finish(keys, args)
   for i = 2, #args do redis.call('HDEL', keys[1], 'r|' .. args[i]) end
@@ -402,4 +412,5 @@ end
 redis.register_function('PREFIX_push', push)
 redis.register_function('PREFIX_mark', mark)
 redis.register_function('PREFIX_begin', begin)
+redis.register_function('PREFIX_leave', leave)
 redis.register_function('PREFIX_finish', finish)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.errors import SourcePartition, StateError, StateLostError
+from state.redis import formats
 from state.redis.client import RedisServer
 from state.rolling_counts import PARTNERS
 from state.windows import DAY_MS, MAX_SLACK, WindowEntries, Windows, is_complete, progress_of, source_id, validate
@@ -32,8 +33,8 @@ class RedisWindows:
 
     Args:
         url: redis://, rediss:// (TLS) or unix://, with user and password where the server wants them.
-        encoder: hash of the encoder whose vectors these are; with width and age part of every key, so that another
-            encoder, width or age begins with windows of its own.
+        encoder: hash of the encoder whose vectors these are; with width, age and format part of every key, so that
+            another encoder, width, age or format begins with windows of its own.
         dim: d, the length of a vector.
         ttl_ms: wall-clock time after which an untouched entity is garbage; longer than the age and the downtime to
             survive, and a week longer than the age by default.
@@ -65,10 +66,14 @@ class RedisWindows:
         self.ttl_ms = age_ms + 7 * DAY_MS if ttl_ms is None else ttl_ms
         if self.ttl_ms <= age_ms:
             raise ValueError(f"a ttl of {self.ttl_ms} ms must be longer than the age of {age_ms} ms")
-        self._tenant, self._space = tenant, f"{encoder}-{width}-{age_ms}"
-        self._marker = f"{{{tenant}}}:marker:{self._space}"
+        space = f"{encoder}-{width}-{age_ms}"
+        self._tenant, self._space = tenant, space + formats.suffix("windows", formats.WINDOWS)
+        marker = f"{{{tenant}}}:marker:"
+        self._marker = marker + self._space
+        self._earlier_markers = [marker + space + of for of in formats.earlier("windows", formats.WINDOWS)]
         self._max_slack = max_slack
-        self._server = RedisServer(url, _FUNCTIONS, timeout_s=timeout_s, retries=retries, depth=depth, **connection)
+        functions = _FUNCTIONS.replace("FORMAT", str(formats.WINDOWS))
+        self._server = RedisServer(url, functions, timeout_s=timeout_s, retries=retries, depth=depth, **connection)
         self._epoch: int | None = None
         self._state = (0, 0)
         self._progress: dict[SourcePartition, int] = {}
@@ -103,6 +108,8 @@ class RedisWindows:
 
     def check_epoch(self, offsets: Mapping[SourcePartition, int]) -> None:
         self._server.retried(self._server.refuse_eviction)
+        for earlier in self._earlier_markers:
+            self._leave(earlier, offsets)
         marker = self._server.retried(lambda: self._server.hash(self._marker))
         read_before = {source: offset for source, offset in offsets.items() if offset > 0}
         epoch = marker.get("epoch", 0)
@@ -141,6 +148,9 @@ class RedisWindows:
         )
         self._refilling -= done
 
+    def _leave(self, marker: str, sources: Iterable[SourcePartition]) -> None:
+        self._server.retried(lambda: self._server.call("leave", marker, list(map(_name, sources))))
+
     # What follows runs once and is repeated as a whole by `retried`.
 
     def _append(self, entries: WindowEntries) -> Windows:
@@ -158,7 +168,7 @@ class RedisWindows:
         self._remember(progress)
         self._names.update({source_id(source): source for source in entries.sources})
 
-        table = _Table(replies, self.dim)
+        table = self._table(replies)
         self._watch_slack(list(names), table)
         number = np.zeros(len(entries), np.int64)
         number[order] = _uint(np.frombuffer(b"".join(reply[0] for reply in replies), np.uint8).reshape(-1, 5))
@@ -170,7 +180,12 @@ class RedisWindows:
         self._check(self._server.call("mark", self._marker, self._marks({})))
         parameters = self._parameters()
         commands = [self._server.command("push", self._key(name), [parameters, b"", b"", b""]) for name in entities]
-        return _Table(self._server.execute(commands), self.dim)
+        return self._table(self._server.execute(commands))
+
+    def _table(self, replies: Sequence[Sequence[bytes]]) -> _Table:
+        if any(len(reply) == 1 for reply in replies):
+            raise self._lost("it has values of another format under keys of this one")
+        return _Table(replies, self.dim)
 
     def _push_commands(
         self, entries: WindowEntries, names: list[str], order: NDArray[np.intp], bounds: NDArray[np.intp]
@@ -303,10 +318,10 @@ class RedisWindows:
         for source, offset in progress.items():
             self._progress[source] = max(offset, self._progress.get(source, 0))
 
-    def _lost(self) -> StateLostError:
+    def _lost(self, how: str = "its marker is missing or of another epoch") -> StateLostError:
         return StateLostError(
-            f"{self._server.place} has lost the windows {self._space} (its marker is missing or of another epoch): "
-            f"append the events of the last {self.age_ms / DAY_MS:g} days again",
+            f"{self._server.place} has lost the windows {self._space} ({how}): append the events of "
+            f"the last {self.age_ms / DAY_MS:g} days again",
             wiped=True,
             resume=dict.fromkeys(self._progress),
         )
