@@ -3,6 +3,7 @@ a group, and there for a replay."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from encoder.ocsf.events import Message
 from streamer.alerting.threshold import HOUR_MS, MovingThreshold
 from streamer.alerting.threshold_ledger import RecordedThresholds, ThresholdLedger
 from streamer.detection.batches import ScoredBatch
+from streamer.devtools.servers import KafkaServer
 from streamer.errors import ConfigurationError
 from streamer.service.loop import Service
 
@@ -137,6 +139,32 @@ def test_two_processes_share_one_line_and_one_budget(kafka: str, unique: Callabl
     spent = [sum(counted[h].spent for h in hours if h0 <= h < h0 + 6) for h0 in hours]
     assert 0 < max(spent) <= 30 + 5  # Until one has read what the other spent, it may spend too.
     assert len(topics.alerts()) >= sum(tally.spent for tally in counted.values()) > 0
+
+
+def test_a_broker_that_is_away_while_a_rebalance_makes_a_process_decide_lines_is_waited_for(
+    unique: Callable[[str], str],
+) -> None:
+    n = 600
+    with KafkaServer() as server:
+        topics = create(server.bootstrap, unique("away"), partitions=1)
+        produce_hours(topics, 0, n)
+        taken, away = threading.Event(), threading.Event()
+
+        def hold(_: Sequence[Message]) -> None:
+            """The first batch is in hand, and its lines are decided next, when the broker goes away."""
+            taken.set()
+            assert away.wait(30)
+
+        service = service_for(topics, before=hold)
+        with running(service) as raised:
+            assert taken.wait(60)
+            server.kill()
+            away.set()
+            until(lambda: service.not_ready() != "" or raised != [])
+            server.start()
+            until(lambda: raised != [] or sum(topics.committed().values()) >= n, 90)
+        assert raised == []
+        assert topics.alerts() == expected(topics, n)[0] != []
 
 
 def test_a_ledger_that_kafka_would_forget_is_refused(kafka: str, unique: Callable[[str], str], topics: Topics) -> None:

@@ -10,28 +10,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
-from confluent_kafka import Consumer
 
 from streamer.errors import ConfigurationError
-from streamer.kafka.client import build, consumer_properties, topic_partitions
 from streamer.kafka.offset_ranges import freeze
-from streamer.kafka.range_reader import RangeReader
+from streamer.kafka.partition_reader import PartitionReader
+from streamer.kafka.range_reader import RangeReader, record_of
 from streamer.settings import Settings
 
 Finding = dict[str, Any]
 BATCH = 500
-
-
-class AlertMessage(NamedTuple):
-    """A message of the alert topic, as `RangeReader` wants it."""
-
-    topic: str
-    partition: int
-    timestamp: int
-    value: bytes | None
 
 
 @dataclass(frozen=True)
@@ -89,28 +79,27 @@ def values(settings: Settings, since: Sequence[str], until: Sequence[str]) -> It
     """The values of all messages in a range of the alert topic."""
     topic = settings.model_copy(update={"events": (settings.alerts,)})
     frozen = freeze(topic, since, until, int(time.time() * 1000))
-    with RangeReader(topic, frozen, _alert_message) as reader:
+    with RangeReader(topic, frozen, record_of) as reader:
         for batch in reader.batches(BATCH):
-            for message in batch:
-                if message.value is not None:
-                    yield message.value
+            for record in batch:
+                if record.value is not None:
+                    yield record.value
 
 
 def live(settings: Settings, since: Sequence[str]) -> Iterator[Finding | None]:
     """The findings from a position on, without end; None from time to time while there are none."""
     topic = settings.model_copy(update={"events": (settings.alerts,)})
     starts = {source: start for source, (start, _) in freeze(topic, since, [], int(time.time() * 1000)).items()}
-    consumer = build(Consumer, consumer_properties(topic) | {"group.id": f"{settings.kafka.group_id}-tail"})
+    reader = PartitionReader(topic, f"{settings.kafka.group_id}-tail")
     try:
-        consumer.assign(topic_partitions(starts))
+        reader.assign(starts)
         while True:
-            messages = consumer.consume(100, 0.2)
-            findings = (parse(message.value()) for message in messages if message.error() is None)
-            yield from filter(None, findings)
+            messages = reader.read(100, 0.2)
+            yield from filter(None, (parse(message.value()) for message in messages))
             if not messages:
                 yield None
     finally:
-        consumer.close()
+        reader.close()
 
 
 def in_file(path: Path) -> Iterator[Finding]:
@@ -161,7 +150,3 @@ def own(finding: Finding) -> dict[str, Any]:
 def integer(value: Any) -> int:
     """An integer attribute of a finding; 0 where it is missing or of another type."""
     return value if isinstance(value, int) else 0
-
-
-def _alert_message(raw: Any) -> AlertMessage:
-    return AlertMessage(raw.topic(), raw.partition(), raw.timestamp()[1], raw.value())

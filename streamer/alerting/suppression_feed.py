@@ -7,21 +7,21 @@ cannot be read at start stops it, and one that cannot be read later changes noth
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Iterable
 
 import orjson
-import structlog
-from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 
 from state.episodes import Anomaly
 from streamer.alerting.alert_reader import Finding, between, parse
 from streamer.alerting.verdicts import Suppression, Suppressions
-from streamer.errors import ConfigurationError, StreamError
-from streamer.kafka.client import build, client_properties, must_exist, reason_of
+from streamer.errors import ConfigurationError
+from streamer.kafka.client import must_exist
+from streamer.kafka.producer import write_one
+from streamer.kafka.range_reader import KeyedRecord
+from streamer.kafka.topic_follower import TopicFollower
 from streamer.settings import Settings
 
 REFRESH_S = 1.0
-_log = structlog.get_logger("ripcurrent.feedback")
 
 
 class SuppressionFeed:
@@ -33,40 +33,25 @@ class SuppressionFeed:
     """
 
     def __init__(self, settings: Settings) -> None:
-        must_exist(settings, [settings.feedback])
         self._book = Suppressions()
+        self._follower = TopicFollower(settings, settings.feedback)
         self._read_at = time.monotonic()
-        own = {"group.id": f"{settings.kafka.group_id}-feedback", "enable.auto.commit": False}
-        own |= {"auto.offset.reset": "earliest", "isolation.level": "read_committed"}
-        self._consumer = build(Consumer, own | client_properties(settings))
-        try:
-            partitions = self._consumer.list_topics(settings.feedback, 10).topics[settings.feedback].partitions
-            ends = {
-                partition: self._consumer.get_watermark_offsets(TopicPartition(settings.feedback, partition), 10)[1]
-                for partition in partitions
-            }
-            for finding in between(settings.model_copy(update={"alerts": settings.feedback}), [], []):
-                self._book.add(finding)
-            self._consumer.assign([TopicPartition(settings.feedback, p, end) for p, end in ends.items()])
-        except KafkaException as error:
-            raise StreamError(f"topic {settings.feedback!r} (feedback) cannot be read: {reason_of(error)}") from None
+        self._take(self._follower.catch_up())
 
     def close(self) -> None:
         """Give the connection back."""
-        self._consumer.close()
+        self._follower.close()
 
     def covering(self, anomaly: Anomaly) -> Suppression | None:
         """The suppression in force for this event, if any."""
         if time.monotonic() - self._read_at > REFRESH_S:
             self._read_at = time.monotonic()
-            self._follow()
+            self._take(self._follower.new_records())
         return self._book.covering(anomaly)
 
-    def _follow(self) -> None:
-        for message in self._consumer.consume(1000, 0.0):
-            if message.error() is not None:
-                _log.warning("verdicts are read later", reason=message.error().str())
-            elif (finding := parse(message.value())) is not None:
+    def _take(self, records: Iterable[KeyedRecord]) -> None:
+        for record in records:
+            if (finding := parse(record.value)) is not None:
                 self._book.add(finding)
 
 
@@ -86,17 +71,8 @@ def read_suppressions(settings: Settings) -> list[Suppression]:
 def publish(settings: Settings, update: Finding) -> None:
     """Write a verdict to the feedback topic. Raises StreamError where Kafka does not take it."""
     must_exist(settings, [_topic(settings).alerts])
-    failed: list[Any] = []
-    producer = build(Producer, {"enable.idempotence": True} | client_properties(settings))
-    producer.produce(
-        settings.feedback,
-        orjson.dumps(update),
-        update["finding_info"]["uid"].encode(),
-        headers=[("content-type", b"application/json")],
-        on_delivery=lambda error, _: failed.append(error) if error else None,
-    )
-    if producer.flush(15) or failed:
-        raise StreamError(f"the verdict was not written: {failed[0].str() if failed else 'Kafka does not answer'}")
+    key, headers = update["finding_info"]["uid"].encode(), [("content-type", b"application/json")]
+    write_one(settings, settings.feedback, key, orjson.dumps(update), headers, what="the verdict")
 
 
 def _topic(settings: Settings) -> Settings:

@@ -10,27 +10,25 @@ the line before for the moment until it has read a new one: every alert names th
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import orjson
 import structlog
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType  # type: ignore[attr-defined]
 from numpy.typing import NDArray
 
 from state.errors import SourcePartition
 from streamer.alerting.threshold import HourCounts, MovingThreshold, Threshold, threshold_at
 from streamer.detection.batches import ScoredBatch
 from streamer.errors import ConfigurationError
-from streamer.kafka.client import Offsets, build, client_properties, reason_of
+from streamer.kafka.client import Offsets, partition_counts, topic_settings
 from streamer.kafka.producer import Output
+from streamer.kafka.range_reader import KeyedRecord
+from streamer.kafka.topic_follower import TopicFollower
 from streamer.settings import Settings
 
-READ_S = 30.0
-"""How long the ledger may take to be read at start."""
 REFRESH_S = 1.0
 KEPT_LINES = 1024
 """Lines to judge by: more than two weeks of them. An event that is older is held against the first of these."""
@@ -49,7 +47,8 @@ class ThresholdLedger:
     def __init__(self, settings: Settings, instance: str, events_per_day: float) -> None:
         self._settings = settings
         self._instance = instance
-        self._reader = _Reader(settings)
+        self._records = _Records(settings.tenant)
+        self._follower: TopicFollower | None = None
         self._committed = MovingThreshold(settings.alerts_per_day, events_per_day)
         self._budget = self._committed.copy()
         self._read_at = 0.0
@@ -70,13 +69,20 @@ class ThresholdLedger:
 
     def open(self) -> None:
         """Read what is recorded. Raises ConfigurationError: no such topic, or one that forgets."""
+        self._follower = TopicFollower(self._settings, self._settings.ledger)
         check_compacted(self._settings)
-        self._read(READ_S)
+        self._take(self._follower.catch_up())
         self._budget = self._committed.copy()
+
+    def hurry(self) -> None:
+        """The process is asked to end: wait for Kafka no longer than DRAIN_S."""
+        if self._follower is not None:
+            self._follower.hurry()
 
     def close(self) -> None:
         """Give the connection back."""
-        self._reader.close()
+        if self._follower is not None:
+            self._follower.close()
 
     def judge(self, scored: ScoredBatch, owned: Offsets) -> NDArray[np.float64]:
         """The line that each of n events is held against, float64 [n]."""
@@ -122,26 +128,28 @@ class ThresholdLedger:
 
     def _follow(self, owned: Offsets) -> None:
         """Take note of what others have recorded, all of it before the first decision as the one who decides."""
+        assert self._follower is not None, "call open() first"
         owner = self.decider in owned
         if owner != self._owner:
-            self._read(READ_S)
+            self._take(self._follower.catch_up())
             _log.info("this process decides the alert line" if owner else "another process decides the alert line")
         elif time.monotonic() - self._read_at >= REFRESH_S:
-            self._read(0.0)
+            self._take(self._follower.new_records())
         self._owner = owner
 
-    def _read(self, patience_s: float) -> None:
-        self._reader.read(patience_s)
+    def _take(self, records: Iterable[KeyedRecord]) -> None:
+        for record in records:
+            self._records.take(record)
         self._read_at = time.monotonic()
-        thresholds = {threshold.start: threshold for threshold in self._reader.thresholds.values()}
+        thresholds = {threshold.start: threshold for threshold in self._records.thresholds.values()}
         for budget in (self._committed, self._budget):
             known = thresholds | {threshold.start: threshold for threshold in budget.thresholds}
             budget.thresholds = [known[start] for start in sorted(known)[-KEPT_LINES:]]
             budget.elsewhere = {}
-            for (hour, instance), tally in self._reader.tallies.items():
+            for (hour, instance), tally in self._records.tallies.items():
                 if instance != self._instance:
                     budget.elsewhere[hour] = budget.elsewhere.get(hour, HourCounts()) + tally
-        own = {hour: tally for (hour, name), tally in self._reader.tallies.items() if name == self._instance}
+        own = {hour: tally for (hour, name), tally in self._records.tallies.items() if name == self._instance}
         if not self._committed.tallies:
             self._committed.tallies = own
 
@@ -158,19 +166,17 @@ class RecordedThresholds:
     @classmethod
     def read(cls, settings: Settings) -> RecordedThresholds:
         """The lines of `settings.tenant` in `settings.ledger` that were decided for its `alerts_per_day`; none where
-        there is no such topic. Raises ConfigurationError where it cannot be read."""
-        try:
-            topics = build(AdminClient, client_properties(settings)).list_topics(timeout=10).topics
-        except KafkaException as error:
-            raise ConfigurationError(f"topic {settings.ledger!r} (ledger): {reason_of(error)}") from None
-        if settings.ledger not in topics:
+        there is no such topic. Raises ConfigurationError and StreamError where it cannot be read."""
+        if settings.ledger not in partition_counts(settings):
             return cls({})
-        reader, budget = _Reader(settings), settings.alerts_per_day
+        records, follower = _Records(settings.tenant), TopicFollower(settings, settings.ledger)
         try:
-            reader.read(READ_S)
+            for record in follower.catch_up():
+                records.take(record)
         finally:
-            reader.close()
-        return cls({start: reader.thresholds[start] for start in reader.thresholds if reader.budgets[start] == budget})
+            follower.close()
+        budget = settings.alerts_per_day
+        return cls({start: kept for start, kept in records.thresholds.items() if records.budgets[start] == budget})
 
     def at(self, event_time: NDArray[np.int64]) -> NDArray[np.float64]:
         """int64 [n], ms, to the line in force at each, float64 [n]; before the first line, the first. Raises ValueError
@@ -180,50 +186,18 @@ class RecordedThresholds:
         return threshold_at(self._thresholds, event_time)
 
 
-class _Reader:
+class _Records:
     """The records of a tenant, as far as they have been read."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, tenant: str) -> None:
         self.thresholds: dict[int, Threshold] = {}
         self.budgets: dict[int, float] = {}
         self.tallies: dict[tuple[int, str], HourCounts] = {}
-        self._settings = settings
-        self._tenant = settings.tenant
-        own = {"group.id": settings.kafka.group_id, "isolation.level": "read_committed", "enable.auto.commit": False}
-        own |= {"enable.partition.eof": True, "auto.offset.reset": "earliest"}
-        self._consumer = build(Consumer, own | client_properties(settings))
-        self._assigned = False
-        self._next = 0
+        self._tenant = tenant
 
-    def close(self) -> None:
-        self._consumer.close()
-
-    def read(self, patience_s: float) -> None:
-        """Everything up to the end, or (patience 0) what has arrived already."""
-        topic = self._settings.ledger
-        deadline = time.monotonic() + patience_s
-        if not self._assigned:
-            self._consumer.assign([TopicPartition(topic, 0, 0)])
-            self._assigned = True
-        try:
-            end = self._consumer.get_watermark_offsets(TopicPartition(topic, 0), timeout=10)[1] if patience_s else 0
-            while True:
-                for message in self._consumer.consume(1000, 0.1 if patience_s else 0.0):
-                    if message.error() is None:
-                        self._take(bytes(message.key()).decode(), message.value())
-                        self._next = message.offset() + 1
-                    elif message.error().code() == KafkaError._PARTITION_EOF:
-                        self._next = message.offset()  # Beyond the marks of transactions.
-                if not patience_s or self._next >= end:
-                    return
-                if time.monotonic() > deadline:
-                    raise ConfigurationError(f"topic {topic!r} (ledger) could not be read in {patience_s:.0f} s")
-        except KafkaException as error:
-            if patience_s:
-                raise ConfigurationError(f"topic {topic!r} (ledger) cannot be read: {reason_of(error)}") from None
-            _log.warning("the ledger is read later", reason=reason_of(error))
-
-    def _take(self, key: str, value: bytes | None) -> None:
+    def take(self, record: KeyedRecord) -> None:
+        """Take note of the next record."""
+        key, value = (record.key or b"").decode(), record.value
         tenant, kind, number, *instance = key.split(":", 3)
         if tenant != self._tenant:
             return
@@ -245,15 +219,10 @@ def check_compacted(settings: Settings) -> None:
     Raises ConfigurationError, with the command that mends it.
     """
     topic = settings.ledger
-    admin = build(AdminClient, client_properties(settings))
-    try:
-        partitions = admin.list_topics(topic, 10).topics[topic].partitions
-        asked = admin.describe_configs([ConfigResource(ResourceType.TOPIC, topic)], request_timeout=10)
-        policy = next(iter(asked.values())).result(12)["cleanup.policy"].value
-    except (KafkaException, KeyError, TimeoutError):  # Not everybody may describe topics.
-        return
-    if len(partitions) > 1:
-        raise ConfigurationError(f"topic {topic!r} (ledger) has {len(partitions)} partitions, and 1 is needed")
+    partitions = partition_counts(settings).get(topic, 0)
+    if partitions > 1:
+        raise ConfigurationError(f"topic {topic!r} (ledger) has {partitions} partitions, and 1 is needed")
+    policy = topic_settings(settings, [topic], "cleanup.policy").get(topic, "")
     if "delete" in policy:
         raise ConfigurationError(
             f"topic {topic!r} (ledger) has cleanup.policy={policy}, so Kafka would forget alert lines; "

@@ -11,14 +11,15 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from typing import Any, TypeVar
 
 import orjson
 import structlog
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType  # type: ignore[attr-defined]
 
 from state.errors import SourcePartition
 from streamer.errors import ConfigurationError, StreamError
@@ -29,6 +30,8 @@ Offsets = dict[SourcePartition, int]
 
 PATIENCE_S = 75.0
 """How long Kafka is waited for when partitions are assigned: longer than a transaction may stay open."""
+DRAIN_S = 12.0
+"""How long Kafka is waited for once the process is asked to end."""
 START_S = 8.0
 """How long an unreachable broker is waited for at start: wrong settings must show within 15 seconds."""
 
@@ -79,6 +82,19 @@ class TransactionAbortedError(Exception):
     """Outputs and offsets were not written; read again from what is committed."""
 
 
+class KafkaUnavailableError(Exception):
+    """Kafka did not answer a question; it may be asked again."""
+
+
+@contextmanager
+def unavailable() -> Iterator[None]:
+    """Turns errors of the client into KafkaUnavailableError."""
+    try:
+        yield
+    except KafkaException as error:
+        raise KafkaUnavailableError(reason_of(error)) from error
+
+
 def check_topics(settings: Settings) -> None:
     """Refuse to start where a broker does not answer or a topic does not exist.
 
@@ -98,6 +114,17 @@ def check_topics(settings: Settings) -> None:
 
 def must_exist(settings: Settings, wanted: Iterable[str]) -> None:
     """Raise ConfigurationError where a broker does not answer or one of these topics does not exist."""
+    known = partition_counts(settings)
+    missing = [topic for topic in wanted if topic not in known]
+    if missing:
+        raise ConfigurationError(
+            f"no such topic at {settings.kafka.bootstrap_servers}: {', '.join(missing)}; "
+            f"create with kafka-topics.sh --create --topic {missing[0]}"
+        )
+
+
+def partition_counts(settings: Settings) -> dict[str, int]:
+    """The topics there are, and how many partitions each has. Raises ConfigurationError where no broker answers."""
     where = settings.kafka.bootstrap_servers
     try:
         topics = build(AdminClient, client_properties(settings)).list_topics(timeout=START_S).topics
@@ -105,11 +132,19 @@ def must_exist(settings: Settings, wanted: Iterable[str]) -> None:
         raise ConfigurationError(
             f"no Kafka answers at {where} within {START_S:.0f} s ({reason_of(error)}); kafka.bootstrap_servers names it"
         ) from None
-    missing = [topic for topic in wanted if topic not in topics or topics[topic].error]
-    if missing:
-        raise ConfigurationError(
-            f"no such topic at {where}: {', '.join(missing)}; create with kafka-topics.sh --create --topic {missing[0]}"
-        )
+    return {name: len(topic.partitions) for name, topic in topics.items() if topic.error is None}
+
+
+def topic_settings(settings: Settings, topics: Iterable[str], name: str) -> dict[str, str]:
+    """The value of one setting of these topics, without the topics that this client may not describe."""
+    asked = [ConfigResource(ResourceType.TOPIC, topic) for topic in topics]
+    values: dict[str, str] = {}
+    with suppress(KafkaException):
+        admin = build(AdminClient, client_properties(settings))
+        for resource, answer in admin.describe_configs(asked, request_timeout=5).items():
+            with suppress(KafkaException, KeyError, TimeoutError):
+                values[resource.name] = answer.result(6)[name].value
+    return values
 
 
 def claim_instance(settings: Settings) -> str:
@@ -155,16 +190,17 @@ def reason_of(error: KafkaException) -> str:
     return str(error.args[0].str())
 
 
-def patiently(reading: str, call: Callable[[], T]) -> T:
+def patiently(reading: str, call: Callable[[], T], patience_s: Callable[[], float] = lambda: PATIENCE_S) -> T:
     """What a call gives, once Kafka answers: a broker that has just begun to lead takes a while, and so does a
-    transaction of a killed process that is still open. Raises StreamError."""
-    deadline = time.monotonic() + PATIENCE_S
+    transaction of a killed process that is still open. Raises StreamError after `patience_s()` seconds."""
+    began = time.monotonic()
     while True:
         try:
-            return call()
-        except KafkaException as error:
-            if time.monotonic() > deadline:
-                raise StreamError(f"{reading} cannot be read: {reason_of(error)}") from error
+            with unavailable():
+                return call()
+        except KafkaUnavailableError as error:
+            if time.monotonic() - began > patience_s():
+                raise StreamError(f"{reading} cannot be read: {error}") from error
         time.sleep(0.2)
 
 

@@ -8,7 +8,8 @@ no message but the first of a partition: `streamer.kafka.range_reader` does.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from state.errors import SourcePartition
 from streamer.errors import ConfigurationError, StreamError
-from streamer.kafka.client import Offsets, build, client_properties, label, reason_of
+from streamer.kafka.client import KafkaUnavailableError, Offsets, build, client_properties, label, unavailable
 from streamer.settings import Settings
 
 Range = dict[SourcePartition, tuple[int, int]]
@@ -108,41 +109,64 @@ def freeze(settings: Settings, since: Sequence[str], until: Sequence[str], now_m
     topics = settings.events
     starts, ends = parse_bounds(since, topics, now_ms), parse_bounds(until, topics, now_ms)
     only_single = (starts.single or ends.single) and starts.every is None and ends.every is None
-    consumer = metadata_consumer(settings)
-    try:
+    with _asking(settings, f"the ends of {', '.join(topics)}") as consumer:
         known = _partitions(consumer, topics)
         named = {*starts.single, *ends.single}
         if named - set(known):
             raise ConfigurationError(f"no such partition: {label(named - set(known))}")
         wanted = [source for source in known if not only_single or source in named]
-        edges = {s: consumer.get_watermark_offsets(TopicPartition(*s), timeout=KAFKA_S) for s in wanted}
+        edges = bounds_of(consumer, wanted)
         first = _resolve(consumer, starts, edges, Bound("earliest"))
         last = _resolve(consumer, ends, edges, Bound("latest"))
-    except KafkaException as error:
-        raise StreamError(
-            f"reading the ends of {', '.join(topics)} at {settings.kafka.bootstrap_servers}: {reason_of(error)}"
-        ) from error
-    finally:
-        consumer.close()
     return {source: (first[source], max(first[source], last[source])) for source in wanted}
 
 
-def offsets_at(consumer: Any, times: dict[SourcePartition, int], ends: dict[SourcePartition, int]) -> Offsets:
-    """The first offset with a timestamp of at least this (epoch ms); the end where there is none: Kafka answers -1
-    then, which as an offset would mean to wait for what is yet to come."""
+def first_offsets(settings: Settings, sources: Iterable[SourcePartition]) -> Offsets:
+    """The first offset that each partition still has. Raises StreamError."""
+    with _asking(settings, "first offsets") as consumer:
+        return {source: low for source, (low, _) in bounds_of(consumer, sources).items()}
+
+
+def offsets_since(settings: Settings, time_ms: int, ends: Offsets) -> Offsets:
+    """The first offset of each partition with a timestamp of at least `time_ms` (epoch ms), or its end where no message
+    before the end has one. Raises StreamError."""
+    with _asking(settings, "offsets of times") as consumer:
+        return _offsets_at(consumer, dict.fromkeys(ends, time_ms), ends)
+
+
+def offsets_for_times(consumer: Any, times: dict[SourcePartition, int]) -> Offsets:
+    """The first offset with a timestamp of at least this (epoch ms); -1 where there is none. Raises KafkaException."""
     asked = [TopicPartition(*source, time) for source, time in times.items()]
     found = consumer.offsets_for_times(asked, timeout=KAFKA_S) if asked else []
     for one in found:
         if one.error is not None:
             raise KafkaException(one.error)
-    at = {(p.topic, p.partition): p.offset for p in found}
+    return {(p.topic, p.partition): p.offset for p in found}
+
+
+def bounds_of(consumer: Any, sources: Iterable[SourcePartition]) -> Range:
+    """The first offset that each partition still has, and the one after its last. Raises KafkaException."""
+    return {source: consumer.get_watermark_offsets(TopicPartition(*source), timeout=KAFKA_S) for source in sources}
+
+
+def _offsets_at(consumer: Any, times: dict[SourcePartition, int], ends: Offsets) -> Offsets:
+    """With the end in place of -1, which as an offset would mean to wait for what is yet to come."""
+    at = offsets_for_times(consumer, times)
     return {source: ends[source] if at[source] < 0 else min(at[source], ends[source]) for source in times}
 
 
-def metadata_consumer(settings: Settings) -> Any:
-    """A consumer that asks and never joins a group nor commits."""
+@contextmanager
+def _asking(settings: Settings, reading: str) -> Iterator[Any]:
+    """A consumer that asks and never joins a group nor commits. Raises StreamError where Kafka does not answer."""
     own = {"group.id": f"{settings.kafka.group_id}-range", "enable.auto.commit": False}
-    return build(Consumer, own | {"isolation.level": "read_committed"} | client_properties(settings))
+    consumer = build(Consumer, own | {"isolation.level": "read_committed"} | client_properties(settings))
+    try:
+        with unavailable():
+            yield consumer
+    except KafkaUnavailableError as error:
+        raise StreamError(f"reading {reading} at {settings.kafka.bootstrap_servers}: {error}") from error
+    finally:
+        consumer.close()
 
 
 def _partitions(consumer: Any, topics: Iterable[str]) -> list[SourcePartition]:
@@ -161,7 +185,7 @@ def _resolve(
     """The offset that a bound comes to, of each partition."""
     chosen = {source: bounds.single.get(source, bounds.every or default) for source in edges}
     times = {source: bound.value for source, bound in chosen.items() if bound.kind == "time"}
-    at = offsets_at(consumer, times, {source: high for source, (_, high) in edges.items()})
+    at = _offsets_at(consumer, times, {source: high for source, (_, high) in edges.items()})
     for source, bound in chosen.items():
         low, high = edges[source]
         if bound.kind == "offset":

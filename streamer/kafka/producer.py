@@ -6,7 +6,6 @@ read again, a person must act); nothing is waited for without bound. Does not kn
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,11 +14,11 @@ from typing import Any, NamedTuple, Protocol
 
 import structlog
 from confluent_kafka import KafkaError, KafkaException, Producer
-from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType  # type: ignore[attr-defined]
 
 from state.errors import SourcePartition
 from streamer.errors import StreamError
 from streamer.kafka.client import (
+    DRAIN_S,
     HOPELESS,
     TRANSIENT,
     Connections,
@@ -29,13 +28,14 @@ from streamer.kafka.client import (
     client_properties,
     reason_of,
     topic_partitions,
+    topic_settings,
 )
 from streamer.settings import Settings
 
 TRANSACTION_S = 120.0
 """How long a broker that is down is waited for in mid-transaction."""
-DRAIN_S = 12.0
-"""The same once the process is asked to end."""
+WRITE_ONE_S = 15.0
+"""How long a single message of a command may take to be written."""
 SEND_OFFSETS_S = 10.0
 """How long offsets may take to be sent. The client ignores its own timeout there and can hang for ever once the group's
 coordinator has gone away (librdkafka issues 5456 and 5511), so the call is left behind with its producer."""
@@ -308,12 +308,17 @@ def _batch_bytes(settings: Settings) -> int:
         settings.ledger if settings.threshold is None else "",
     )
     topics = [topic for topic in written if topic]
-    limits = [1_000_000]
-    with contextlib.suppress(KafkaException):  # Not everybody may describe topics.
-        wanted = [ConfigResource(ResourceType.TOPIC, topic) for topic in topics]
-        for found in (
-            build(AdminClient, client_properties(settings)).describe_configs(wanted, request_timeout=5).values()
-        ):
-            with contextlib.suppress(KafkaException, KeyError, TimeoutError):
-                limits.append(int(found.result(6)["max.message.bytes"].value) - 1024)
-    return max(min(limits), 1024)
+    limits = topic_settings(settings, topics, "max.message.bytes").values()
+    return max(min([1_000_000, *(int(limit) - 1024 for limit in limits)]), 1024)
+
+
+def write_one(
+    settings: Settings, topic: str, key: bytes, value: bytes, headers: Sequence[tuple[str, bytes]], what: str
+) -> None:
+    """Write one message and wait until Kafka has it. what: what it is, for a person. Raises StreamError."""
+    failed: list[Any] = []
+    producer = build(Producer, {"enable.idempotence": True} | client_properties(settings))
+    report = lambda error, _: failed.append(error) if error else None  # noqa: E731
+    producer.produce(topic, value, key, headers=[*headers], on_delivery=report)
+    if producer.flush(WRITE_ONE_S) or failed:
+        raise StreamError(f"{what} was not written: {failed[0].str() if failed else 'Kafka does not answer'}")

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import structlog
 from confluent_kafka import Consumer, KafkaError
@@ -50,15 +50,40 @@ class Record(Protocol):
 R = TypeVar("R", bound=Record)
 
 
+class KeyedRecord(NamedTuple):
+    """A record of a topic that holds no events. timestamp: epoch ms."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+
+
+def record_of(raw: Any) -> KeyedRecord:
+    """librdkafka's message as a record."""
+    return KeyedRecord(raw.topic(), raw.partition(), raw.offset(), raw.timestamp()[1], raw.key(), raw.value())
+
+
 class RangeReader(Generic[R]):
     """The messages of a range; a context manager. Partitions that are empty are not asked.
 
     Args:
         keep: librdkafka's message as it is wanted.
+        patience_s: how long Kafka may give nothing.
     """
 
-    def __init__(self, settings: Settings, wanted: Range, keep: Callable[[Any], R]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        wanted: Range,
+        keep: Callable[[Any], R],
+        *,
+        patience_s: Callable[[], float] = lambda: SILENT_S,
+    ) -> None:
         self._keep = keep
+        self._patience_s = patience_s
         self._ends = {source: end for source, (start, end) in wanted.items() if start < end}
         self._share = AHEAD_BYTES // max(len(self._ends), 1)
         self._queues: dict[SourcePartition, deque[R]] = {source: deque() for source in self._ends}
@@ -125,8 +150,8 @@ class RangeReader(Generic[R]):
             for raw in self._consumer.consume(CHUNK, 0.5):
                 if self._take(raw):
                     heard = time.monotonic()
-            if time.monotonic() - heard > SILENT_S:
-                raise StreamError(f"Kafka gave nothing of {label(self._missing)} for {SILENT_S:.0f} s; start again")
+            if time.monotonic() - heard > (patience_s := self._patience_s()):
+                raise StreamError(f"Kafka gave nothing of {label(self._missing)} for {patience_s:.0f} s; start again")
 
     def _take(self, raw: Any) -> bool:
         """Queue a message, or see that its partition is done; False where it says nothing new."""

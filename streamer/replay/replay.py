@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from confluent_kafka import KafkaException, TopicPartition
 from numpy.typing import NDArray
 
 from encoder.ocsf.events import Coordinates, Message
@@ -32,11 +31,10 @@ from streamer.detection.batches import ScoredBatch
 from streamer.detection.bundle import Bundle
 from streamer.detection.detector import Detector
 from streamer.detection.score_records import score_lines
-from streamer.errors import StreamError
 from streamer.explain.attribution import Explainer
-from streamer.kafka.client import Offsets, reason_of
+from streamer.kafka.client import Offsets
 from streamer.kafka.consumer import message_of
-from streamer.kafka.offset_ranges import KAFKA_S, Range, freeze, metadata_consumer, offsets_at
+from streamer.kafka.offset_ranges import Range, first_offsets, freeze, offsets_since
 from streamer.kafka.producer import Written
 from streamer.kafka.range_reader import RangeReader
 from streamer.redaction import Redactor
@@ -254,15 +252,9 @@ def plan(settings: Settings, since: Sequence[str], until: Sequence[str], warmup_
     if not heads:
         return Plan(scored, start, 0)
     first_ms = max(min(heads.values()) - warmup_ms, 0)
-    consumer = metadata_consumer(settings)
-    try:
-        low = {s: consumer.get_watermark_offsets(TopicPartition(*s), timeout=KAFKA_S)[0] for s in scored}
-        if warmup_ms:
-            start = offsets_at(consumer, dict.fromkeys(scored, first_ms), start)
-    except KafkaException as error:
-        raise StreamError(f"reading offsets of times: {reason_of(error)}") from error
-    finally:
-        consumer.close()
+    low = first_offsets(settings, scored)
+    if warmup_ms:
+        start = offsets_since(settings, first_ms, start)
     # Of a partition whose records before are gone, or are not read, nothing is known before its first.
     bare = {s: (at, scored[s][1]) for s, at in start.items() if at > 0 and (at == low[s] or not warmup_ms)}
     since_ms = max([first_ms, *_heads(settings, bare).values()])

@@ -136,6 +136,8 @@ class Service:
         """Ask `run` to commit what is scored and return; may be called from a signal handler or another thread."""
         self._stop.set()
         self._publisher.hurry()
+        if self._ledger is not None:
+            self._ledger.hurry()
 
     def run(self) -> None:
         """The loop.

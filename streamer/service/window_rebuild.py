@@ -11,18 +11,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 import structlog
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from encoder.ocsf.events import Message
 from encoder.ocsf.repairs import FUTURE_TOLERANCE_MS
 from state.errors import SourcePartition, StateLostError
-from streamer.kafka.client import Offsets, build, consumer_properties, label, reason_of, topic_partitions
+from streamer.kafka.client import KafkaUnavailableError, Offsets, label
 from streamer.kafka.consumer import CHUNK, message_of
+from streamer.kafka.partition_reader import PartitionReader
 from streamer.service.ports import Rebuildable
 from streamer.settings import Settings
 
 READ_S = 0.5
-KAFKA_S = 10.0
 _UNKNOWN = -1
 """A horizon that the first message that Kafka still has will tell."""
 
@@ -60,10 +59,8 @@ class Rebuild:
         self._positions: Offsets = {}
         self._horizon_ms: dict[SourcePartition, int] = {}
         self._chunk: list[Message] = []
-        self._at_end: set[SourcePartition] = set()
         self._steps: deque[Callable[[], None]] = deque([self._begin, self._locate])
-        properties = consumer_properties(settings) | {"enable.partition.eof": True, "auto.offset.reset": "earliest"}
-        self._consumer = build(Consumer, properties)
+        self._reader = PartitionReader(settings, settings.kafka.group_id)
 
     @property
     def resume(self) -> dict[SourcePartition, int | None]:
@@ -84,22 +81,20 @@ class Rebuild:
                 self._steps.popleft()
             else:
                 self._fill()
-        except KafkaException as error:
-            _log.warning("waiting for kafka", reason=reason_of(error))
+        except KafkaUnavailableError as error:
+            _log.warning("waiting for kafka", reason=str(error))
             time.sleep(READ_S)
         return not self._targets and not self._steps
 
     def close(self) -> None:
         """Give the connection back."""
-        self._consumer.close()
+        self._reader.close()
 
     def _begin(self) -> None:
         others: list[SourcePartition] = []
         if self._lost.wiped:
-            known = {topic: self._consumer.list_topics(topic, KAFKA_S).topics[topic] for topic in self._settings.events}
-            partitions = [TopicPartition(name, p) for name, topic in known.items() for p in topic.partitions]
-            committed = self._consumer.committed(partitions, timeout=KAFKA_S)
-            others = [(p.topic, p.partition) for p in committed if p.offset > 0]
+            committed = self._reader.committed(self._reader.partitions(self._settings.events))
+            others = [source for source, offset in committed.items() if offset > 0]
         own = {source: self._lost.resume[source] for source in self._targets}
         lost = StateLostError(str(self._lost), wiped=self._lost.wiped, resume=own)
         self._windows.begin_rebuild(lost, [source for source in others if source not in own])
@@ -107,10 +102,10 @@ class Rebuild:
     def _locate(self) -> None:
         """Find where to read from, and from when on nothing is missing if Kafka does not reach back that far."""
         wanted = {source: offset for source, offset in self._lost.resume.items() if source in self._targets}
-        by_age = [TopicPartition(*source, self._now_ms - self._windows.age_ms) for source in wanted]
-        at = {(p.topic, p.partition): p.offset for p in self._consumer.offsets_for_times(by_age, timeout=KAFKA_S)}
+        at = self._reader.offsets_for_times(dict.fromkeys(wanted, self._now_ms - self._windows.age_ms))
+        bounds = self._reader.bounds(wanted)
         for source, offset in wanted.items():
-            low, _ = self._consumer.get_watermark_offsets(TopicPartition(*source), timeout=KAFKA_S)
+            low, _ = bounds[source]
             # Where all of it is older than that, the answer is -1.
             old_enough = at[source] if at[source] >= 0 else self._targets[source]
             self._positions[source] = min(max(old_enough, offset or 0), self._targets[source])
@@ -122,7 +117,7 @@ class Rebuild:
                 start=self._positions[source],
                 end=self._targets[source],
             )
-        self._consumer.assign(topic_partitions(self._positions))
+        self._reader.assign(self._positions)
         self._finish()
 
     def _fill(self) -> None:
@@ -140,26 +135,23 @@ class Rebuild:
         messages: list[Message] = []
         deadline = time.monotonic() + READ_S
         while len(messages) < self._settings.batch_size and (left := deadline - time.monotonic()) > 0:
-            for raw in self._consumer.consume(min(CHUNK, self._settings.batch_size - len(messages)), left):
+            for raw in self._reader.read(min(CHUNK, self._settings.batch_size - len(messages)), left):
                 source = raw.topic(), raw.partition()
-                error = raw.error()
                 if source not in self._targets:
                     continue
-                if error is None and raw.offset() < self._targets[source]:
+                if raw.offset() < self._targets[source]:
                     messages.append(message_of(raw))
                     if self._horizon_ms.get(source) == _UNKNOWN:
                         self._horizon_ms[source] = max(messages[-1].timestamp, 0) + FUTURE_TOLERANCE_MS
-                elif error is None or error.code() == KafkaError._PARTITION_EOF:
-                    self._at_end.add(source)
                 else:
-                    _log.warning("reading again", partition=label([source]), reason=error.str())
-            if self._at_end >= set(self._targets):
+                    self._reader.at_end.add(source)
+            if self._reader.at_end >= set(self._targets):
                 break
         return messages
 
     def _finish(self) -> None:
         """Tell the windows of the partitions that have reached their commit."""
-        done = [s for s, target in self._targets.items() if s in self._at_end or self._positions[s] >= target]
+        done = [s for s, target in self._targets.items() if s in self._reader.at_end or self._positions[s] >= target]
         if done:
             # What lies between the last message and the commit are marks of transactions: nothing to append.
             self._windows.prepare({source: self._targets[source] for source in done})
@@ -175,4 +167,4 @@ class Rebuild:
         del self._targets[source]
         self._chunk = [message for message in self._chunk if (message.topic, message.partition) != source]
         if source in self._positions:
-            self._consumer.incremental_unassign([TopicPartition(*source)])
+            self._reader.leave(source)
