@@ -16,15 +16,15 @@ def learned(jobs: int, without: int = 0, kind: int = HOST) -> Antecedents:
     before[:, 1] = INSTALLER
     before[::3, 2] = NOISE
     before[:without, 1] = -1
-    kinds, outcome = np.full(jobs, kind, np.int64), np.full(jobs, JOB, np.int64)
+    kinds, code = np.full(jobs, kind, np.int64), np.full(jobs, JOB, np.int64)
     noise = (kinds, np.full(jobs, NOISE, np.int64), np.full((jobs, 4), -1, np.int64))
-    return Antecedents.fit([(kinds, outcome, before), noise], OTHER + 1)
+    return Antecedents.fit([(kinds, code, before), noise], OTHER + 1)
 
 
 def missing(found: Antecedents, *before: int, kind: int = HOST) -> float:
-    asked = np.array([kind], np.int64), np.array([JOB], np.int64)
-    assert found.asked(*asked).all()
-    nats, which = found.missing(*asked, np.array([before], np.int64))
+    pair = np.array([kind], np.int64), np.array([JOB], np.int64)
+    assert found.has_usual(*pair).all()
+    nats, which = found.missing(*pair, np.array([before], np.int64))
     assert which.tolist() == [INSTALLER if nats[0] else -1], "what did not come is named"
     return float(nats[0])
 
@@ -38,18 +38,18 @@ def test_a_job_without_its_installer_is_as_odd_as_jobs_without_it_are_rare() -> 
 
 def test_what_has_no_usual_predecessor_and_what_was_seldom_seen_is_not_asked() -> None:
     found, kind = learned(100), np.array([HOST], np.int64)
-    assert not found.asked(kind, np.array([NOISE])).any()
-    assert not found.asked(np.array([RUN]), np.array([JOB])).any()  # each kind of entity by itself
-    assert not found.asked(kind, np.array([OTHER])).any()
-    assert not learned(LEAST - 1).asked(kind, np.array([JOB])).any()
-    assert not learned(100, without=60).asked(kind, np.array([JOB])).any()
+    assert not found.has_usual(kind, np.array([NOISE])).any()
+    assert not found.has_usual(np.array([RUN]), np.array([JOB])).any()  # each kind of entity by itself
+    assert not found.has_usual(kind, np.array([OTHER])).any()
+    assert not learned(LEAST - 1).has_usual(kind, np.array([JOB])).any()
+    assert not learned(100, without=60).has_usual(kind, np.array([JOB])).any()
 
 
 def test_training_in_parts_is_training_in_one() -> None:
     before = np.random.default_rng(0).integers(-1, 3, (500, 6))
-    kind, outcome = np.full(500, HOST, np.int64), np.arange(500) % 3
-    whole = Antecedents.fit([(kind, outcome, before)], 4)
-    parts = Antecedents.fit([(kind[s], outcome[s], before[s]) for s in (slice(0, 7), slice(7, 500))], 4)
+    kind, code = np.full(500, HOST, np.int64), np.arange(500) % 3
+    whole = Antecedents.fit([(kind, code, before)], 4)
+    parts = Antecedents.fit([(kind[s], code[s], before[s]) for s in (slice(0, 7), slice(7, 500))], 4)
     for name in ("keys", "before", "nats"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(parts, name))
 

@@ -26,13 +26,13 @@ VECTORS = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float16)
 
 
 @dataclass(frozen=True)
-class EmittedAlert:
+class Pairs:
     row: NDArray[np.int32]
     kind: NDArray[np.int8]
     entity: list[str]
 
 
-def routines(runs: int) -> tuple[NDArray[np.float16], NDArray[np.int64], EmittedAlert]:
+def routines(runs: int) -> tuple[NDArray[np.float16], NDArray[np.int64], Pairs]:
     """Runs of the routine, one a second, a step every 200 ms, in a jumble on one host; step 2 sometimes twice."""
     rng = np.random.default_rng(1)
     events: list[tuple[int, int, str]] = []
@@ -47,7 +47,7 @@ def routines(runs: int) -> tuple[NDArray[np.float16], NDArray[np.int64], Emitted
     kind = np.tile(np.array([RUN, HOST], np.int8), n)
     entity = [name for _, _, run in events for name in (run, "host:h")]
     codes = np.array([code for _, code, _ in events])
-    return VECTORS[codes], np.array([time for time, _, _ in events], np.int64), EmittedAlert(row, kind, entity)
+    return VECTORS[codes], np.array([time for time, _, _ in events], np.int64), Pairs(row, kind, entity)
 
 
 def fitted(runs: int, *, seed: int) -> SequenceModel:
@@ -110,7 +110,7 @@ def test_a_score_depends_on_its_window_alone(model: SequenceModel) -> None:
 
 def test_the_last_slots_are_those_of_all_slots() -> None:
     torch.manual_seed(0)
-    net = SequenceNet(dim=16, outcomes=5, kinds=2)
+    net = SequenceNet(dim=16, vocabulary=5, kinds=2)
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     length = np.array([0, 1, 2, 17, 31, 32], np.int32)
@@ -157,7 +157,7 @@ def test_the_same_seed_gives_the_same_model(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_events_that_name_nobody_teach_no_sequences() -> None:
-    nobody = EmittedAlert(np.empty(0, np.int32), np.empty(0, np.int8), [])
+    nobody = Pairs(np.empty(0, np.int32), np.empty(0, np.int8), [])
     with pytest.raises(EncoderError, match="names an entity"):
         fit_sequences(VECTORS, np.arange(8), nobody, withheld=np.zeros(8, np.bool_), seed=0, device=CPU)
 

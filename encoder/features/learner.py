@@ -287,8 +287,8 @@ def _order_statistics(
     ends = np.cumsum(counts)
     low = values[np.searchsorted(ends, np.floor(places), "right")]
     high = values[np.searchsorted(ends, np.ceil(places), "right")]
-    found: NDArray[np.float64] = low + (high - low) * (places - np.floor(places))
-    return found
+    interpolated: NDArray[np.float64] = low + (high - low) * (places - np.floor(places))
+    return interpolated
 
 
 def _number_edges(values: NDArray[np.float64], counts: NDArray[np.int64]) -> tuple[float, ...]:

@@ -106,15 +106,15 @@ class _CategoryColumn:
         if len(cache) > _CACHE_LIMIT:
             cache.clear()
         try:
-            found = [cache.get(key) for key in keys]
+            rows = [cache.get(key) for key in keys]
         except TypeError:
             keys = [v if v.__class__ is str else ("json", orjson.dumps(v)) for v in column.values]
-            found = [cache.get(key) for key in keys]
-        if None in found:
-            for i, known in enumerate(found):
+            rows = [cache.get(key) for key in keys]
+        if None in rows:
+            for i, known in enumerate(rows):
                 if known is None:
-                    found[i] = cache.get(keys[i]) or self._remember(keys[i], column.values[i])
-        codes[column.rows[:, None], [position for position, _, _ in self._fields]] = np.array(found, np.int32)
+                    rows[i] = cache.get(keys[i]) or self._remember(keys[i], column.values[i])
+        codes[column.rows[:, None], [position for position, _, _ in self._fields]] = np.array(rows, np.int32)
 
 
 _Number = tuple[int, int, NDArray[np.float64], NDArray[np.float64]]

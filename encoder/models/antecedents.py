@@ -1,10 +1,9 @@
-"""Predecessors: what hardly ever comes without something else shortly before it, and that it did.
+"""Antecedents: records that usually come shortly before another one, so that a missing one is evidence.
 
-Runs of outcomes (`encoder.models.codebook`) see what came last. Where an entity does several things at once, what
-belongs together is not what stands together: a job is created after an installer ran, whatever else the host did
-meanwhile.
-Promises that the answer depends on the window alone and says nothing of a history that does not reach back far enough.
-Says nothing either of what is unusual by being there.
+N-grams of codes (`encoder.models.codebook`) see only the last records. Where an entity does several things at once,
+related records are not adjacent: a job is created after an installer ran, whatever else the host did meanwhile.
+Promises that the result depends on the window alone, and is empty where the window does not reach back far enough. It
+does not detect records that are unusual by being there.
 """
 
 from __future__ import annotations
@@ -18,22 +17,22 @@ from encoder.ocsf.activity_counts import COUNTED
 from encoder.ocsf.entities import KINDS
 
 SPAN_MS = 300_000
-"""What came within so long before an outcome came with it. Measured in docs/detection.md."""
+"""How long before a record its antecedents may lie. Measured in docs/detection.md."""
 LEAST = 10
-"""Times that training had an outcome, from which on it is known what comes before it."""
+"""The least number of records of a code in training from which its antecedents are known."""
 USUAL = 0.5
-"""The share of those times from which on something usually comes before it."""
+"""The least share of these records that an antecedent comes before."""
 KEPT = 8
-"""Usual predecessors of one outcome: those that were missing least."""
+"""Antecedents kept for each code: those that are missing least often."""
 _NEVER = -2
 
 LASTING = np.isin(np.array(KINDS), COUNTED)
-"""Kinds of entity that do several things at once. Of a process or transaction, `outcomes` counts what came last: what
-one long-lived program hardly ever does without something before, another does all day."""
+"""Kinds of entity that do several things at once. Processes and transactions are left to n-grams: what one long-lived
+program does only after something else, another does all day."""
 
 
 def recent(times: NDArray[np.int64], used: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """bool [m, W]: the members that came within SPAN_MS before the newest, without it. times: int64 [m, W], event ms,
+    """bool [m, W]: the members within SPAN_MS before the newest, without the newest. times: int64 [m, W], event ms,
     right-aligned; used: bool [m, W]."""
     near: NDArray[np.bool_] = used & (times[:, -1:] - times <= SPAN_MS)
     near[:, -1] = False
@@ -41,43 +40,43 @@ def recent(times: NDArray[np.int64], used: NDArray[np.bool_]) -> NDArray[np.bool
 
 
 def known(times: NDArray[np.int64], used: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """bool [m]: whether it is known what came before: the window is full or reaches back beyond SPAN_MS."""
+    """bool [m]: whether all records of the last SPAN_MS are known: the window is full or reaches back further."""
     oldest = np.where(used, times, times[:, -1:]).min(1)
     whole: NDArray[np.bool_] = used.all(1) | (times[:, -1] - oldest > SPAN_MS)
     return whole
 
 
 class Antecedents:
-    """Of (kind of entity, outcome), what usually comes before.
+    """The usual antecedents of each pair of kind of entity and code.
 
-    keys: int64 [k], ascending, kind * outcomes + outcome; before: int32 [k, KEPT], outcomes (-2: no more); nats:
-    float32 [k, KEPT], -log of how often each was missing.
+    keys: int64 [k], ascending, kind * vocabulary + code; before: int32 [k, KEPT], codes (-2: no more); nats: float32
+    [k, KEPT], -log of the share of cases in which each was missing; vocabulary: the number of codes.
     """
 
     def __init__(
-        self, keys: NDArray[np.int64], before: NDArray[np.int32], nats: NDArray[np.float32], outcomes: int
+        self, keys: NDArray[np.int64], before: NDArray[np.int32], nats: NDArray[np.float32], vocabulary: int
     ) -> None:
-        self.keys, self.before, self.nats, self.outcomes = keys, before, nats, outcomes
+        self.keys, self.before, self.nats, self.vocabulary = keys, before, nats, vocabulary
 
     @classmethod
     def fit(
-        cls, parts: Iterable[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]], outcomes: int
+        cls, parts: Iterable[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]], vocabulary: int
     ) -> Antecedents:
-        """parts: kind and outcome, int64 [m], and what came before, int64 [m, W], -1 for nothing; outcomes: how many
-        there are, the last of which is "like nothing known" and stands for nothing in particular."""
-        size = len(KINDS) * outcomes
-        times, pairs = np.zeros(size, np.int64), np.zeros(size * outcomes, np.int64)
-        for kind, outcome, before in parts:
-            key = kind * outcomes + outcome
+        """parts: kind and code, int64 [m] each, and the codes before, int64 [m, W], -1 for none; vocabulary: the number
+        of codes, the last of which is OTHER and has no antecedents."""
+        size = len(KINDS) * vocabulary
+        times, pairs = np.zeros(size, np.int64), np.zeros(size * vocabulary, np.int64)
+        for kind, code, before in parts:
+            key = kind * vocabulary + code
             times += np.bincount(key, minlength=size)
             ordered = np.sort(before, axis=1)
             once = ordered >= 0
             once[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
-            pairs += np.bincount((key[:, None] * outcomes + ordered)[once], minlength=size * outcomes)
-        of_pair = pairs.reshape(size, outcomes)
-        other = outcomes - 1
+            pairs += np.bincount((key[:, None] * vocabulary + ordered)[once], minlength=size * vocabulary)
+        of_pair = pairs.reshape(size, vocabulary)
+        other = vocabulary - 1
         usual = (of_pair >= USUAL * times[:, None]) & (times[:, None] >= LEAST)
-        usual[other::outcomes] = False
+        usual[other::vocabulary] = False
         usual[:, other] = False
         keys = np.flatnonzero(usual.any(1))
         missing = np.where(usual[keys], times[keys, None] - of_pair[keys], np.iinfo(np.int64).max)
@@ -86,20 +85,23 @@ class Antecedents:
         least = np.where(there, np.take_along_axis(missing, best, axis=1), 0)
         nats = -np.log((least + 0.5) / (times[keys, None] + 1.0))
         return cls(
-            keys, np.where(there, best, _NEVER).astype(np.int32), np.where(there, nats, 0).astype(np.float32), outcomes
+            keys,
+            np.where(there, best, _NEVER).astype(np.int32),
+            np.where(there, nats, 0).astype(np.float32),
+            vocabulary,
         )
 
-    def asked(self, kind: NDArray[np.int64], outcome: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """bool [m]: whether anything usually comes before these; kind and outcome: int64 [m]."""
-        return np.isin(kind * self.outcomes + outcome, self.keys)
+    def has_usual(self, kind: NDArray[np.int64], code: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """bool [m]: whether these have usual antecedents; kind, code: int64 [m]."""
+        return np.isin(kind * self.vocabulary + code, self.keys)
 
     def missing(
-        self, kind: NDArray[np.int64], outcome: NDArray[np.int64], before: NDArray[np.int64]
+        self, kind: NDArray[np.int64], code: NDArray[np.int64], before: NDArray[np.int64]
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Of the usual predecessors that did not come, the one that is most seldom missing: float32 [m], nats, how
-        seldom, and int64 [m], which; 0 and -1 where all came. before: int64 [m, W], -1 for nothing. All must be
-        `asked`."""
-        at = np.searchsorted(self.keys, kind * self.outcomes + outcome)
+        """The missing antecedent that is most seldom missing: float32 [m], -log of the share of cases in which it is
+        missing, and int64 [m], its code; 0 and -1 where none is missing. before: int64 [m, W], -1 for none.
+        `has_usual` must hold for all."""
+        at = np.searchsorted(self.keys, kind * self.vocabulary + code)
         wanted = self.before[at]
         came = np.stack([(before == wanted[:, place, None]).any(1) for place in range(wanted.shape[1])], axis=1)
         seldom = np.where(came, np.float32(0), self.nats[at])

@@ -1,9 +1,9 @@
-"""A network over rows in chunks of one shape: eager on the CPU, captured as CUDA graphs on a GPU.
+"""Runs a network over rows in chunks of one fixed shape: eager on the CPU, as captured CUDA graphs on a GPU.
 
-Promises: what a row gives does not depend on the rows that it came with, because every chunk, be it one row or a
-thousand, is padded to the same shape and so goes through the same kernels; and what is needed on the device is taken
-with the first chunk and never grows. One shape for all sizes, because with a second one a row would depend on which of
-them its batch was cut into, and a chunk of these networks costs a GPU microseconds.
+Promises: the result of a row does not depend on the other rows, because every chunk, of one row or a thousand, is
+padded to the same shape and so runs the same kernels; and device memory is allocated with the first chunk and does not
+grow. It uses one shape only: with a second one, results would depend on how a batch is cut. A chunk of these networks
+costs a GPU microseconds.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor
 from encoder.ocsf.events import EncoderError
 
 _LANES = 2
-"""Chunks under way on a GPU: while one is computed, the other is copied."""
+"""Chunks in flight on a GPU: while one is computed, the other is copied."""
 
 
 @contextmanager
 def device_memory(device: torch.device) -> Iterator[None]:
-    """Raises EncoderError where the device has no memory left."""
+    """Turns an out-of-memory error of the device into an EncoderError."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -46,10 +46,11 @@ class FixedShapeRunner:
     def __init__(self, function: Callable[..., Tensor], device: torch.device, *, size: int) -> None:
         self._function, self._device, self._size = function, device, size
         self._lanes: list[_Lane] = []
-        self._turn = threading.Lock()  # A lane has one place for its input and one for its output.
+        self._turn = threading.Lock()  # A lane holds one input and one output at a time.
 
     def __call__(self, *arrays: NDArray[Any]) -> Tensor:
-        """arrays: [n, ...] each, always of the same types and shapes but for n. Returns a tensor [n, ...] on the CPU.
+        """arrays: [n, ...] each, in every call of the same types and shapes except n. Returns a tensor [n, ...] on the
+        CPU.
 
         Raises EncoderError where the device has no memory left.
         """
@@ -57,11 +58,11 @@ class FixedShapeRunner:
         chunks = [[array[start : start + self._size] for array in arrays] for start in starts]
         with device_memory(self._device), torch.inference_mode():
             if self._device.type == "cpu":
-                found = self._eager(chunks)
+                output = self._eager(chunks)
             else:
                 with self._turn:
-                    found = self._captured(chunks)
-        return found[: len(arrays[0])]
+                    output = self._captured(chunks)
+        return output[: len(arrays[0])]
 
     def _eager(self, chunks: Sequence[Sequence[NDArray[Any]]]) -> Tensor:
         return torch.cat([self._function(*(torch.from_numpy(_padded(a, self._size)) for a in c)) for c in chunks])
@@ -70,13 +71,13 @@ class FixedShapeRunner:
         if not self._lanes:
             padded = [torch.from_numpy(_padded(array, self._size)) for array in chunks[0]]
             self._lanes = [_Lane(self._function, padded, self._device) for _ in range(_LANES)]
-        found: list[Tensor] = []
+        outputs: list[Tensor] = []
         for i, chunk in enumerate(chunks):
             if i >= _LANES:
-                found.append(self._lanes[i % _LANES].finish())
+                outputs.append(self._lanes[i % _LANES].finish())
             self._lanes[i % _LANES].start(chunk)
-        found.extend(self._lanes[i % _LANES].finish() for i in range(max(len(chunks) - _LANES, 0), len(chunks)))
-        return torch.cat(found)
+        outputs.extend(self._lanes[i % _LANES].finish() for i in range(max(len(chunks) - _LANES, 0), len(chunks)))
+        return torch.cat(outputs)
 
 
 def _padded(array: NDArray[Any], size: int) -> NDArray[Any]:
@@ -88,7 +89,7 @@ def _padded(array: NDArray[Any], size: int) -> NDArray[Any]:
 
 
 class _Lane:
-    """One chunk on a GPU: pinned staging memory, its place on the device, the captured graph, a stream of its own."""
+    """One chunk on a GPU: pinned staging memory, device buffers, the captured graph and its own stream."""
 
     def __init__(self, function: Callable[..., Tensor], example: Sequence[Tensor], device: torch.device) -> None:
         self._staging = [tensor.clone().pin_memory() for tensor in example]

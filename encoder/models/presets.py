@@ -1,5 +1,5 @@
 """Multi-stage residual networks over tabular features, after He et al. 2016 (arXiv:1512.03385), with their published
-depths and widths, and the evidence for why they are residual.
+depths and widths, and a measurement of gradients with and without shortcuts.
 
 Blocks are in the pre-activation form (He et al. 2016b, arXiv:1603.05027), which leaves the identity path untouched,
 with layer normalisation, so that an event's embedding does not depend on its batch.
@@ -69,7 +69,7 @@ class BottleneckBlock(_Block):
 
 @dataclass(frozen=True)
 class Preset:
-    """The block and how many of them each stage of 64, 128, 256 and 512 has."""
+    """The block of a preset, and the number of blocks in the stages of width 64, 128, 256 and 512."""
 
     block: type[BasicBlock] | type[BottleneckBlock]
     depths: tuple[int, int, int, int]
@@ -86,7 +86,7 @@ PRESETS = {
 
 class StagedResNet(TabularResNet):
     """`TabularResNet` with the blocks of a preset in place of its own, to be trained and used like it. Raises KeyError
-    for a preset that there is not.
+    for an unknown preset.
 
     Its layers are the input map, those of the blocks and the output map, 18 to 152 together; shortcuts do not count.
 

@@ -1,5 +1,5 @@
 """Residual networks over tabular features, after He et al. 2016 (arXiv:1512.03385) and Gorishniy et al. 2021
-(arXiv:2106.11959): read it top to bottom, everything is here."""
+(arXiv:2106.11959). The whole network is in this file."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class TabularBlock(nn.Module):
 
 
 class TabularResNet(nn.Module):
-    """Codes and quantiles to an embedding, and from the embedding back to every field.
+    """Maps codes and quantiles to an embedding, and the embedding back to every field.
 
-    sizes: codes a field has (the mask token is one more, never a category); numbers: how many quantiles. The embedding
+    sizes: codes of each field, without its mask token; numbers: the number of quantiles. The embedding
     is the sum of a fixed linear map of the features (the identity path: neighbours in it are neighbours in the
     well-scaled raw features) and of what the residual blocks add.
 

@@ -1,8 +1,9 @@
-"""The sequence encoder: how surprising an entity's newest record is after its window, and that nothing follows it.
+"""The sequence model: how surprising an entity's newest record is after its window, and how surprising it is that none
+follows.
 
 A temporal residual network (dilated causal convolutions, van den Oord et al. 2016, arXiv:1609.03499, in pre-norm
-residual blocks) reads record embeddings and time gaps; counts of short runs of records stand beside it. Promises that
-a score depends on its window alone. Knows of what kind an entity is, not who.
+residual blocks) reads record embeddings and time gaps; n-gram counts of codes (`encoder.models.codebook`) complement
+it. Promises that a score depends on its window alone. It knows the kind of an entity, not its name.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ from encoder.ocsf.entities import KINDS
 from encoder.ocsf.events import EncoderError
 
 CHUNK = 512
-"""Windows of a pass through the network."""
+"""Windows in one call of the network."""
 FEW = 16
-"""Windows of a pass where only a handful is asked for: of one shape, too, so that they answer for themselves alone."""
+"""Windows in one call for small inputs. The shape is fixed, too, so that a window's score does not depend on others."""
 LIKELY = 8
-"""Outcomes of which the network thinks most that are looked at for what was expected."""
+"""Most likely codes of the network that are considered as expected."""
 
 _LEAST = 1e-12
 
 
 @dataclass(frozen=True)
 class SequenceScores:
-    """Of m windows, each about its newest member; nats.
+    """Scores of m windows, in nats.
 
-    surprise: float32 [m], -log p(newest record | those before); ending: float32 [m], -log p(nothing follows for the
-    kind's silence), 0 for kinds that do not end: counts only once the entity has fallen silent; missing: float32 [m],
-    -log p(what usually comes shortly before the newest record did not), 0 where it did.
+    surprise: float32 [m], -log p(newest record | earlier ones); ending: float32 [m], -log p(no record follows within
+    the timeout of the kind), 0 for kinds without a timeout, meant for entities that are inactive since; missing:
+    float32 [m], -log p(the usual earlier record is missing), 0 where it is not.
     """
 
     surprise: NDArray[np.float32]
@@ -52,7 +53,7 @@ class SequenceScores:
 class SequenceModel:
     """Scores windows.
 
-    silence: ms of silence, by kind of entity, after which `ending` counts; other kinds do not end.
+    timeouts: by kind of entity, ms without a record after which `ending` counts; routines of other kinds do not end.
     """
 
     def __init__(
@@ -60,17 +61,17 @@ class SequenceModel:
         net: SequenceNet,
         codebook: Codebook,
         counts: NgramCounts,
-        predecessors: Antecedents,
+        antecedents: Antecedents,
         *,
         scale: float,
         novelty: Mapping[str, float],
         timeouts: Mapping[str, int],
     ) -> None:
         self.net = net.eval().requires_grad_(False)
-        self.codebook, self.counts, self.predecessors = codebook, counts, predecessors
+        self.codebook, self.counts, self.antecedents = codebook, counts, antecedents
         self.scale, self.novelty, self.timeouts = scale, dict(novelty), dict(timeouts)
-        self._passes = FixedShapeRunner(self._probabilities, codebook.centres.device, size=CHUNK)
-        self._few = FixedShapeRunner(self._probabilities, codebook.centres.device, size=FEW)
+        self._runner = FixedShapeRunner(self._probabilities, codebook.centres.device, size=CHUNK)
+        self._small_runner = FixedShapeRunner(self._probabilities, codebook.centres.device, size=FEW)
         self._novelty = np.array([self.novelty.get(kind, 1.0) for kind in KINDS])
         self._timeout = np.array([self.timeouts.get(kind, 0) for kind in KINDS], np.int64)
 
@@ -79,7 +80,7 @@ class SequenceModel:
         return self.codebook.centres.device
 
     def _probabilities(self, x: Tensor, gaps: Tensor, used: Tensor, kind: Tensor) -> Tensor:
-        """float32 [m, 2, outcomes + 1]: of what came last, and of what follows it."""
+        """float32 [m, 2, codes + 1]: the probabilities of the newest record, and of the one that follows."""
         p: Tensor = self.net.next(self.net.last_slots(x, gaps, used, kind)).softmax(dim=-1)
         return p
 
@@ -93,9 +94,8 @@ class SequenceModel:
         few: bool = False,
     ) -> SequenceScores:
         """vectors: float16 [m, W, d], times: int64 [m, W], length: int32 [m], right-aligned as `state.windows.Windows`
-        has them; kind: int8 [m], index into `entities.KINDS`; few: whether m is small (cheaper; the same
-        to 1e-5)."""
-        p, codes = self._asked(vectors, times, length, kind, self._few if few else self._passes)
+        has them; kind: int8 [m], index into `entities.KINDS`; few: m is small (cheaper; equal to 1e-5)."""
+        p, codes = self._evaluate(vectors, times, length, kind, self._small_runner if few else self._runner)
         m, end = len(length), self.codebook.other + 1
         p_next = np.take_along_axis(p[:, 0], codes[:, -1:], axis=1)[:, 0].astype(np.float64)
         p_end = p[:, 1, end].astype(np.float64)
@@ -118,17 +118,17 @@ class SequenceModel:
         times: NDArray[np.int64],
         used: NDArray[np.bool_],
         kinds: NDArray[np.int64],
-        outcome: NDArray[np.int64],
+        code: NDArray[np.int64],
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """As `Antecedents.missing`, of all windows: 0 and -1 also where nothing is known."""
-        found, which = np.zeros(len(kinds), np.float32), np.full(len(kinds), -1, np.int64)
-        rows = np.flatnonzero(self.predecessors.asked(kinds, outcome))
+        """As `Antecedents.missing`, for any windows: 0 and -1 also where nothing is known."""
+        nats, which = np.zeros(len(kinds), np.float32), np.full(len(kinds), -1, np.int64)
+        rows = np.flatnonzero(self.antecedents.has_usual(kinds, code))
         rows = rows[known(times[rows], used[rows])]
         near = recent(times[rows], used[rows])
         before = np.full(near.shape, -1, np.int64)
         before[near] = self.codebook(vectors[rows][near])
-        found[rows], which[rows] = self.predecessors.missing(kinds[rows], outcome[rows], before)
-        return found, which
+        nats[rows], which[rows] = self.antecedents.missing(kinds[rows], code[rows], before)
+        return nats, which
 
     def absent(
         self,
@@ -137,8 +137,8 @@ class SequenceModel:
         length: NDArray[np.int32],
         kind: NDArray[np.int8],
     ) -> list[tuple[tuple[int, float], ...]]:
-        """Of a handful of windows, as in `__call__`: the outcome that usually comes shortly before the newest record
-        and did not, with how often it does; nothing where all came."""
+        """For a few windows, as in `__call__`: the code that usually comes shortly before the newest record and is
+        missing, with the share of cases in which it comes; empty where none is missing."""
         used, newest = used_slots(length, WIDTH), self.codebook(vectors[:, -1])
         nats, which = self._missing(vectors, times, used, kind.astype(np.int64), newest)
         return [
@@ -154,10 +154,10 @@ class SequenceModel:
         kind: NDArray[np.int8],
         after: NDArray[np.bool_],
     ) -> list[tuple[tuple[int, float], ...]]:
-        """Of a handful of windows, as in `__call__`: the likeliest outcomes in place of the newest record, or (after:
-        bool [m]) after it, each with its probability; those that are nothing, or like nothing, left out."""
-        p, codes = self._asked(vectors, times, length, kind, self._few)
-        found = []
+        """For a few windows, as in `__call__`: the most likely codes in place of the newest record, or after it (after:
+        bool [m]), with their probabilities; without OTHER and the end."""
+        p, codes = self._evaluate(vectors, times, length, kind, self._small_runner)
+        results = []
         for i, late in enumerate(after.astype(np.int64).tolist()):
             runs = codes[i, ::-1][1 - late :][:ORDER]
             likely = np.argsort(-p[i, late, : self.codebook.other], kind="stable")[:LIKELY]
@@ -165,19 +165,19 @@ class SequenceModel:
             by_count = self.counts.probability(each, np.repeat(runs[None, :], len(likely), axis=0), likely)
             both = np.sqrt(p[i, late, likely] * by_count)
             order = np.argsort(-both, kind="stable")
-            found.append(tuple((int(likely[k]), float(both[k])) for k in order))
-        return found
+            results.append(tuple((int(likely[k]), float(both[k])) for k in order))
+        return results
 
-    def _asked(
+    def _evaluate(
         self,
         vectors: NDArray[np.float16],
         times: NDArray[np.int64],
         length: NDArray[np.int32],
         kind: NDArray[np.int8],
-        passes: FixedShapeRunner,
+        runner: FixedShapeRunner,
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """What the network says of m windows, float32 [m, 2, outcomes + 1] (`_probabilities`); and the outcomes of
-        their last ORDER + 1 slots, int64 [m, ORDER + 1], -1 where unused."""
+        """The probabilities of m windows (`_probabilities`), float32 [m, 2, codes + 1], and the codes of their last
+        ORDER + 1 slots, int64 [m, ORDER + 1], -1 where unused."""
         m = len(length)
         used = used_slots(length, WIDTH)
         if vectors.shape[:2] != (m, WIDTH):
@@ -185,20 +185,20 @@ class SequenceModel:
         latest = self.codebook(vectors[:, -ORDER - 1 :].reshape(m * (ORDER + 1), -1)).reshape(m, -1)
         codes = np.where(used[:, -ORDER - 1 :], latest, -1)
         x = vectors.astype(np.float32) * np.float32(self.scale)
-        p: NDArray[np.float32] = passes(x, gap_features(times, used), used, kind.astype(np.int64)).numpy()
+        p: NDArray[np.float32] = runner(x, gap_features(times, used), used, kind.astype(np.int64)).numpy()
         return p, codes
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON from which `from_state` makes the same model."""
+        """Tensors and JSON values from which `from_state` makes the same model."""
         tensors = {f"net.{name}": tensor.contiguous() for name, tensor in self.net.state_dict().items()}
         tensors["codebook.centres"], tensors["codebook.reach"] = self.codebook.centres, self.codebook.reach
         tensors["counts.keys"] = torch.from_numpy(self.counts.keys)
         tensors["counts.counts"] = torch.from_numpy(self.counts.counts)
         for name in ("keys", "before", "nats"):
-            tensors[f"predecessors.{name}"] = torch.from_numpy(getattr(self.predecessors, name))
+            tensors[f"predecessors.{name}"] = torch.from_numpy(getattr(self.antecedents, name))
         config = {
             "dim": self.codebook.centres.shape[1],
-            "outcomes": self.counts.outcomes,
+            "outcomes": self.counts.vocabulary,
             "kinds": list(KINDS),
             "scale": self.scale,
             "novelty": self.novelty,
@@ -214,17 +214,17 @@ class SequenceModel:
         try:
             if list(config["kinds"]) != list(KINDS):
                 raise EncoderError(f"sequences of entity kinds {config['kinds']}, not {KINDS}: fit the bundle again")
-            net = SequenceNet(dim=int(config["dim"]), outcomes=int(config["outcomes"]), kinds=len(KINDS))
+            net = SequenceNet(dim=int(config["dim"]), vocabulary=int(config["outcomes"]), kinds=len(KINDS))
             net.load_state_dict({name[4:]: tensor for name, tensor in tensors.items() if name.startswith("net.")})
-            book = Codebook(tensors["codebook.centres"].to(device), tensors["codebook.reach"].to(device))
+            codebook = Codebook(tensors["codebook.centres"].to(device), tensors["codebook.reach"].to(device))
             counts = NgramCounts(
                 tensors["counts.keys"].cpu().numpy(), tensors["counts.counts"].cpu().numpy(), int(config["outcomes"])
             )
             keys, before, nats = (tensors[f"predecessors.{name}"].cpu().numpy() for name in ("keys", "before", "nats"))
-            predecessors = Antecedents(keys, before, nats, book.other + 1)
+            antecedents = Antecedents(keys, before, nats, codebook.other + 1)
             scale = float(config["scale"])
             novelty = {str(kind): float(share) for kind, share in config["novelty"].items()}
             timeouts = {str(kind): int(ms) for kind, ms in config["silence"].items()}
         except (KeyError, TypeError, RuntimeError) as error:
             raise EncoderError(f"not the state of a sequence model ({error}); fit the bundle again") from error
-        return cls(net.to(device), book, counts, predecessors, scale=scale, novelty=novelty, timeouts=timeouts)
+        return cls(net.to(device), codebook, counts, antecedents, scale=scale, novelty=novelty, timeouts=timeouts)

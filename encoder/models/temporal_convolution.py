@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 WIDTH = 32
-"""Members of a window: what the network can see, and a power of two."""
+"""Members of a window that the network reads; a power of two."""
 FEATURES = 32
 
 
@@ -35,13 +35,13 @@ class CausalBlock(nn.Module):
 
 
 class SequenceNet(nn.Module):
-    """Windows to what comes next.
+    """Predicts the code after each slot of a window.
 
     Input: vectors float32 [m, W, dim], gaps float32 [m, W, 2] (`gap_features`), used bool [m, W], kind int64 [m].
-    Unused slots, on the left, say that the entity had no earlier records.
+    Unused slots stand on the left: the entity had no earlier records. vocabulary: codes that are predicted.
     """
 
-    def __init__(self, *, dim: int, outcomes: int, kinds: int) -> None:
+    def __init__(self, *, dim: int, vocabulary: int, kinds: int) -> None:
         super().__init__()
         self.records = nn.Linear(dim, FEATURES)
         self.gaps = nn.Linear(2, FEATURES, bias=False)
@@ -49,8 +49,8 @@ class SequenceNet(nn.Module):
         self.nothing = nn.Parameter(torch.randn(FEATURES) * 0.1)
         self.blocks = nn.ModuleList(CausalBlock(FEATURES) for _ in range(WIDTH.bit_length() - 1))
         self.norm = nn.LayerNorm(FEATURES)
-        self.next = nn.Linear(FEATURES, outcomes)
-        self.broken = nn.Linear(FEATURES, 1)  # asked in training alone: what it takes to tell shapes what is known
+        self.next = nn.Linear(FEATURES, vocabulary)
+        self.broken = nn.Linear(FEATURES, 1)  # for training only: detects broken windows
 
     def _slots(self, vectors: Tensor, gaps: Tensor, used: Tensor, kind: Tensor) -> Tensor:
         members = self.records(vectors) + self.gaps(gaps)
@@ -58,7 +58,7 @@ class SequenceNet(nn.Module):
         return slots
 
     def all_slots(self, vectors: Tensor, gaps: Tensor, used: Tensor, kind: Tensor) -> Tensor:
-        """float32 [m, W, FEATURES]: what is known after each slot."""
+        """float32 [m, W, FEATURES]: the state after each slot."""
         x = self._slots(vectors, gaps, used, kind)
         for level, block in enumerate(self.blocks):
             dilation = 1 << level

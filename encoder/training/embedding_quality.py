@@ -1,6 +1,6 @@
-"""Is the embedding any good: a few numbers about a trained encoder, without labels, to be read before it is trusted.
+"""Figures about the quality of an embedding, without labels.
 
-Promises nothing about detection; a figure that is far from that of an earlier fit says where to look.
+A figure that differs much from that of an earlier fit shows where to look. They promise nothing about detection.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from encoder.models.record_encoder import RecordEncoder
 
 SAMPLE = 2000
 HIDDEN = 0.1
-"""Share of the attributes of an event that are taken away to see whether it stays where it was."""
+"""The share of an event's attributes that are removed for `stability`."""
 NEIGHBOURS = 10
 
 
@@ -50,7 +50,7 @@ def check_embedding(encoder: RecordEncoder, features: FeatureBatch, *, seed: int
     types = sample.codes[:, 0]
     kinds = len(np.unique(types))
     hidden = rng.random(sample.codes.shape) < HIDDEN
-    hidden[:, [0, -1]] = False  # What kind of event it is, and what training did not have.
+    hidden[:, [0, -1]] = False  # Keep the event type and the number of unknown paths.
     numbers = [i for i, field in enumerate(encoder.schema.fields) if field.kind == "number"]
     partly = FeatureBatch(
         np.where(hidden, MISSING, sample.codes).astype(np.int32),
@@ -77,8 +77,8 @@ def check_embedding(encoder: RecordEncoder, features: FeatureBatch, *, seed: int
 
 def _neighbours(x: NDArray[np.float32] | sparse.csr_matrix, few: int) -> NDArray[np.intp]:
     """int [n, few]: the nearest other rows of each row."""
-    found: NDArray[np.intp] = NearestNeighbors(n_neighbors=few).fit(x).kneighbors(return_distance=False)
-    return found
+    nearest: NDArray[np.intp] = NearestNeighbors(n_neighbors=few).fit(x).kneighbors(return_distance=False)
+    return nearest
 
 
 def _raw(encoder: RecordEncoder, sample: FeatureBatch) -> sparse.csr_matrix:

@@ -1,7 +1,7 @@
-"""Self-supervised training of the encoder by masked-field prediction, on events without labels.
+"""Trains the record encoder by masked-field prediction, on events without labels.
 
 Promises: the same features and seed give the same weights on the same machine; the identity path is fitted first and
-never trained; the weights kept are those that predicted the latest slice best.
+not trained; the final weights are those with the smallest loss on the latest slice of time.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ from encoder.training.trainer import Checkpoint, StepProgress, TrainingRun, trai
 BATCH = 512
 STEPS = 1500
 IDENTITY_ROWS = 100_000
-"""Distinct rows, spread over all, to which the identity path is fitted: more say nothing new and cost gigabytes."""
+"""Distinct rows, evenly spaced, to which the identity path is fitted: more do not change it and cost gigabytes."""
 NEW_NAMES = 0.15
-"""Share of events in training whose names are hidden as if never seen: an unseen host alone must not alarm."""
+"""The share of training events whose names are replaced by UNKNOWN, because an unknown host alone is no anomaly."""
 RESIDUAL_PENALTY = 1.0
-"""How much the residual part of the embedding costs against the identity part, so that it adds and does not replace."""
+"""The weight of the penalty on the residual part of the embedding, which must add to the identity part and not replace
+it."""
 _NUMBER_SCALE = 2.0
 _FLAG_SCALE = 0.5
-"""Of two flags that differ, against 1 for two names: there are many flags, and most of them go together."""
+"""The distance of two different flags, where two different names have 1: flags are many and correlated."""
 _COMMON = 5
 
 
 def fit_identity(net: TabularResNet, schema: Schema, features: FeatureBatch, weights: NDArray[np.float64]) -> None:
     """Fit the identity path: one-hot codes and scaled quantiles, projected on their principal directions.
 
-    features: distinct rows; weights: float64 [n], events each stands for. A value seen fewer than five times, and an
-    unknown name, take no part in the distance.
+    features: n distinct rows; weights: float64 [n], the number of events of each. Values with fewer than five events
+    and unknown names do not count in the distance.
     """
     sizes = net.sizes
     codes = network_codes(features.codes, sizes)
@@ -50,7 +51,7 @@ def fit_identity(net: TabularResNet, schema: Schema, features: FeatureBatch, wei
     for position, (start, size) in enumerate(zip(starts.tolist(), sizes, strict=True)):
         counts[start : start + size] = np.bincount(codes[:, position], weights=weights, minlength=size)
     scale = (counts >= _COMMON).astype(np.float64)
-    scale[(counts >= weights.sum())] = 0.0  # a value that all events have tells nothing apart
+    scale[(counts >= weights.sum())] = 0.0  # a value that all events have distinguishes nothing
     for position, field in enumerate(schema.fields):
         if field.kind == "number":
             scale[starts[position] : starts[position] + sizes[position] + 1] = 0.0  # the quantile stands for it
@@ -94,10 +95,10 @@ def train(
     progress: StepProgress | None = None,
 ) -> tuple[TabularResNet, TrainingRun]:
     """Fit the encoder to distinct rows with their multiplicities; validation: rows of a later slice of time. Losses are
-    nats a masked field.
+    in nats for each masked field.
 
-    Rows are drawn with the square root of their multiplicity, so that the common does not drown the rare. checkpoint:
-    a file in which the run is kept, to be gone on with after a kill.
+    Rows are drawn in proportion to the square root of their multiplicity, so that rare rows count. checkpoint: a file
+    from which training resumes after a kill.
     """
     torch.manual_seed(seed)
     sizes = network_sizes(schema)
@@ -133,7 +134,7 @@ def train(
 
 
 class _Masks:
-    """The training task: hide a random share of the fields and names, ask for them."""
+    """The training task: hide a random share of the fields and names, and predict them."""
 
     def __init__(self, schema: Schema, net: TabularResNet) -> None:
         device = net.offsets.device

@@ -1,8 +1,8 @@
-"""Training of the sequence encoder: histories of entities in, a model and what is worth knowing of the fit out.
+"""Trains the sequence model on the histories of entities.
 
-Self-supervised: predict what follows at every slot of a window, and tell whole windows from shuffled, spliced and cut
-ones. Promises the same model for the same events and seed on one machine, and that nothing is learned from events that
-are withheld.
+Self-supervised: predict the next code at every slot of a window, and distinguish real windows from shuffled, spliced
+and cut ones. Promises the same model for the same events and seed on one machine, and that withheld events are not
+learned from. It does not calibrate scores.
 """
 
 from __future__ import annotations
@@ -29,16 +29,15 @@ from encoder.training.trainer import Checkpoint, StepProgress, train_network
 
 STEPS = 800
 MIN_ENTITIES = 20
-"""Of a kind, from which on it is known what usually comes before what: the habits of three hosts say nothing of a
-fourth."""
+"""The least entities of a kind whose antecedents are learned: three hosts say nothing about a fourth."""
 BATCH = 96
 MIN_ENDINGS = 50
-"""Endings of a kind of entity from which to learn how its routines end."""
+"""The least ended entities of a kind from which endings are learned."""
 MIN_SILENCE_MS = 1000
 
 
 class Pairs(Protocol):
-    """The (event, entity) pairs of n events, as `encoder.ocsf.entities.entities` finds them."""
+    """The pairs of event and entity of n events, as from `encoder.ocsf.entities.entities`."""
 
     @property
     def row(self) -> NDArray[np.int32]: ...
@@ -49,10 +48,10 @@ class Pairs(Protocol):
 
 
 class _History:
-    """Training pairs by entity and event time, with what followed each.
+    """Training pairs, sorted by entity and event time.
 
-    position: int64 [m], pairs in the order (entity, time, stream); first: int64 [m], the place in that order of the
-    entity's first pair; row, kind, time: of each place.
+    The order is (entity, time, stream). row, kind, time: int64 [m], of each place in that order; first: int64 [m], the
+    place of the entity's first pair; is_last: bool [m], whether it is the entity's last pair.
     """
 
     def __init__(self, times: NDArray[np.int64], pairs: Pairs) -> None:
@@ -73,16 +72,18 @@ class _History:
         return len(self.row)
 
     def slots(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """The windows that end at these places: int64 [k, W] places, bool [k, W] which are used."""
+        """The windows that end at these places (int64 [k]): int64 [k, W], their places, and bool [k, W], which are
+        used."""
         at = places[:, None] + np.arange(1 - WIDTH, 1)
         inside = at >= self.first[places][:, None]
         at = np.where(inside, at, places[:, None])
         return at, inside & (self.time[places][:, None] - self.time[at] <= AGE_MS)
 
     def timeouts(self) -> dict[int, int]:
-        """For each kind whose routines end, the silence in ms after which one has ended: twice the gap that one in a
-        thousand exceeds. A kind ends if enough of its entities fell silent for so long before the events do."""
-        found = {}
+        """By kind whose routines end: the ms without a record after which a routine has ended, twice the gap that one
+        in a thousand exceeds. A kind counts if enough of its entities were inactive for so long at the end of the
+        events."""
+        by_kind = {}
         gaps = np.diff(self.time, append=0)
         now = self.time.max(initial=0)
         for kind in np.unique(self.kind).tolist():
@@ -93,14 +94,14 @@ class _History:
             timeout = max(MIN_SILENCE_MS, 2 * int(np.quantile(inner, 0.999)))
             ended = mine & self.is_last & (now - self.time > timeout)
             if ended.sum() >= max(MIN_ENDINGS, 0.5 * (mine & self.is_last).sum()):
-                found[kind] = timeout
-        return found
+                by_kind[kind] = timeout
+        return by_kind
 
 
 @dataclass(frozen=True)
 class SequenceReport:
-    """What is worth keeping of a fit: mean nats a record on the last tenth, which the network did not train on, of the
-    network and of the counts, and the share of records there that are like nothing before, by kind of entity."""
+    """Figures of a fit. losses: of training; network, counts: mean nats a record on the last tenth, on which neither
+    was trained; novelty: the share of records there with the code OTHER, by kind of entity."""
 
     losses: list[float]
     network: float
@@ -121,11 +122,10 @@ def fit_sequences(
 ) -> tuple[SequenceModel, SequenceReport]:
     """Fit to the history of n events.
 
-    vectors: float16 [n, d], record embeddings; times: int64 [n], event ms; pairs: whom the events are about; withheld:
-    bool [n], events that are somebody's past and that nothing is learned from, to calibrate on. The network does not
-    train on the last tenth of the time either, where it is compared with the counts. checkpoint: a file in which the
-    network's training is kept, to be gone on with after a kill. Raises `EncoderError` where no
-    other event names an entity.
+    vectors: float16 [n, d], record embeddings; times: int64 [n], event ms; pairs: the entities of the events; withheld:
+    bool [n], events that stay part of histories but are not learned from (they calibrate). The network is not trained
+    on the last tenth of the time, where it is compared with the counts. checkpoint: a file from which training resumes
+    after a kill. Raises `EncoderError` where no other event names an entity.
     """
     torch.manual_seed(seed)
     history = _History(times, pairs)
@@ -138,14 +138,14 @@ def fit_sequences(
     end = codebook.other + 1
     timeouts = history.timeouts()
     codes = codebook(vectors)[history.row]
-    follows = _outcomes(history, codes, timeouts, end)
+    follows = _next_codes(history, codes, timeouts, end)
     next_learned = np.append(learned[1:], True)
     follows[~np.where(follows == end, learned, next_learned)] = -1
-    net = SequenceNet(dim=vectors.shape[1], outcomes=end + 1, kinds=len(KINDS)).to(device)
+    net = SequenceNet(dim=vectors.shape[1], vocabulary=end + 1, kinds=len(KINDS)).to(device)
     scale = 1.0 / max(float(np.sqrt(np.square(codebook.centres.numpy()).mean())), 1e-6)
     task = _Task(net, history, vectors, scale, codes, learned, follows, held, seed, device)
     kept = Checkpoint.of(checkpoint, [vectors, history.row, history.time, follows], STEPS, seed)
-    descent = train_network(net, task.loss, steps=STEPS, weight_decay=1e-2, checkpoint=kept, progress=progress)
+    run = train_network(net, task.loss, steps=STEPS, weight_decay=1e-2, checkpoint=kept, progress=progress)
     runs = _runs(history, codes)
     before_held = (follows >= 0) & ~held
     begins = learned & (history.first == np.arange(len(history)))
@@ -165,15 +165,17 @@ def fit_sequences(
         novelty=novelty,
         timeouts={KINDS[kind]: ms for kind, ms in timeouts.items()},
     )
-    return model, SequenceReport(descent.losses, _nats(p_net), _nats(p_count), novelty)
+    return model, SequenceReport(run.losses, _nats(p_net), _nats(p_count), novelty)
 
 
 def _nats(p: NDArray[np.float64]) -> float:
     return float(-np.log(p).mean()) if len(p) else 0.0
 
 
-def _outcomes(history: _History, codes: NDArray[np.int64], timeouts: Mapping[int, int], end: int) -> NDArray[np.int64]:
-    """int64 [m]: what followed each pair: the next record's outcome, the end, or -1 where the events ended first."""
+def _next_codes(
+    history: _History, codes: NDArray[np.int64], timeouts: Mapping[int, int], end: int
+) -> NDArray[np.int64]:
+    """int64 [m]: the code that followed each pair: of the next record, `end`, or -1 where the events ended first."""
     timeout = np.array([timeouts.get(kind, np.iinfo(np.int64).max) for kind in range(len(KINDS))])[history.kind]
     later = np.append(history.time[1:], 0)
     later[history.is_last] = history.time.max()
@@ -183,7 +185,7 @@ def _outcomes(history: _History, codes: NDArray[np.int64], timeouts: Mapping[int
 
 
 def _runs(history: _History, codes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """int64 [m, ORDER]: the outcomes up to and with each pair, latest first, -1 before the first."""
+    """int64 [m, ORDER]: the codes up to and including each pair, latest first, -1 before the first."""
     at = np.arange(len(history))[:, None] - np.arange(ORDER)
     return np.where(at >= history.first[:, None], codes[np.maximum(at, 0)], -1)
 
@@ -195,24 +197,24 @@ def _count(
     runs: NDArray[np.int64],
     known: NDArray[np.bool_],
     begins: NDArray[np.bool_],
-    outcomes: int,
+    vocabulary: int,
 ) -> NgramCounts:
-    """Counts of what follows what, and of what entities begin with."""
+    """Counts of the codes that follow, and of the codes that entities begin with."""
     nothing = np.full((int(begins.sum()), ORDER), -1, np.int64)
     return NgramCounts.fit(
         np.concatenate([history.first[known], history.first[begins]]),
         np.concatenate([history.kind[known], history.kind[begins]]),
         np.concatenate([runs[known], nothing]),
         np.concatenate([follows[known], codes[begins]]),
-        outcomes,
+        vocabulary,
     )
 
 
 def _preceded(
     history: _History, codes: NDArray[np.int64], places: NDArray[np.intp]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
-    """Of these places of which it is known, and of lasting kinds with MIN_ENTITIES: kind, outcome and the outcomes
-    shortly before, as `Antecedents.fit` takes them."""
+    """Kind, code and the codes shortly before, for `Antecedents.fit`: of those places whose recent past is known, and
+    of LASTING kinds with at least MIN_ENTITIES entities."""
     entities = np.bincount(history.kind[np.unique(history.first[places])], minlength=len(KINDS))
     places = places[(LASTING & (entities >= MIN_ENTITIES))[history.kind[places]]]
     for part in np.array_split(places, max(1, len(places) // 16_384)):
@@ -224,13 +226,13 @@ def _preceded(
 
 
 def _novelty(kind: NDArray[np.int64], new: NDArray[np.bool_]) -> dict[str, float]:
-    """The share of held-out records like nothing before, by kind of entity, smoothed as if two more had been seen."""
-    seen, found = (np.bincount(kind[which], minlength=len(KINDS)) for which in (np.ones_like(new), new))
-    return dict(zip(KINDS, ((found + 1) / (seen + 2)).tolist(), strict=True))
+    """The share of held-out records with the code OTHER, by kind of entity, with add-one smoothing."""
+    seen, unknown = (np.bincount(kind[which], minlength=len(KINDS)) for which in (np.ones_like(new), new))
+    return dict(zip(KINDS, ((unknown + 1) / (seen + 2)).tolist(), strict=True))
 
 
 class _Task:
-    """The training task: predict what follows at every slot, and tell whole windows from broken ones."""
+    """The training task: predict the next code at every slot, and distinguish real windows from broken ones."""
 
     def __init__(
         self,
@@ -286,16 +288,16 @@ class _Task:
         return follow + functional.binary_cross_entropy_with_logits(logits, truth) if len(logits) else follow
 
     def probability(self, places: NDArray[np.int64]) -> NDArray[np.float64]:
-        """The network's probability of what followed at these places."""
-        found = [np.empty(0)]
+        """float64 [k]: the network's probability of the code that followed at these places."""
+        parts = [np.empty(0)]
         for part in np.array_split(places, max(1, len(places) // 512)):
             at, used = self.history.slots(part)
             gaps = gap_features(self.history.time[at], used)
             with torch.no_grad():
                 p = self.net.next(self.net.last_slots(*self._tensors(at, gaps, used))[:, 1]).softmax(dim=-1)
             wanted = self._all_follows[part]
-            found.append(p.double().cpu().numpy()[np.arange(len(part)), wanted])
-        return np.concatenate(found)
+            parts.append(p.double().cpu().numpy()[np.arange(len(part)), wanted])
+        return np.concatenate(parts)
 
 
 def spoil(
@@ -306,9 +308,9 @@ def spoil(
     kind: NDArray[np.int64],
     rng: np.random.Generator,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Windows with a piece shuffled, with the past of another window of their kind, or with a piece left out; in equal
-    shares. Returns places, gaps, used, and which windows are not what they were. Gaps stay where they are, or go with
-    the records left out: a strange pause would give it away."""
+    """Windows with a part shuffled, with the past of another window of their kind, or with a part removed, in equal
+    shares. Returns places, gaps, used, and bool [m], which windows changed. Gaps stay in place, or go with the removed
+    records, so that an unusual gap does not reveal the change."""
     at, gaps, used = at.copy(), gaps.copy(), used.copy()
     m, width = at.shape
     before = np.where(used, codes[at], -1)

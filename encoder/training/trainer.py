@@ -1,9 +1,8 @@
-"""Gradient descent as both networks are trained: AdamW, one cycle of the learning rate, gradients clipped, the weights
-that did best on what is held out.
+"""The training loop of both networks: AdamW, a one-cycle learning rate, clipped gradients, and the weights with the
+smallest validation loss.
 
-Promises the same weights for the same losses, also where the run was killed and goes on from its checkpoint: each step
-draws from a generator of its own, so that no state but weights and moments is carried from one to the next. Knows
-neither what is learned nor from what.
+Promises the same weights for the same losses, also where a killed run resumes from its checkpoint: each step has its
+own random generator, so that only weights and moments carry over. It knows neither the task nor the data.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ WARM_UP = 0.1
 """Share of the steps in which the learning rate rises; then it falls as a cosine (Smith and Topin 2018)."""
 REPORT_EVERY = 100
 PATIENCE = 6
-"""Reports without a smaller loss on what is held out, after which it is enough."""
+"""Reports without a smaller validation loss, after which training stops."""
 
 StepProgress = Callable[[int, int, float], None]
 """Called with (step, steps, mean loss)."""
@@ -36,7 +35,8 @@ StepProgress = Callable[[int, int, float], None]
 
 @dataclass
 class TrainingRun:
-    """How it went: steps made; mean loss since the last report, and the loss on what is held out, at each report."""
+    """The course of a run. steps: so far; losses: mean since the last report, validation: validation loss, at each
+    report."""
 
     steps: int = 0
     losses: list[float] = field(default_factory=list)
@@ -53,9 +53,9 @@ class TrainingRun:
 
 
 class Checkpoint:
-    """A run that is not done, as a file: tensors and the report so far, replaced as a whole.
+    """An unfinished run as a file: tensors and the report so far, replaced atomically.
 
-    key: names what is trained on what, with which seed; the file of another run is not gone on with.
+    key: identifies task, data and seed; a file with another key is ignored.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -63,7 +63,7 @@ class Checkpoint:
 
     @classmethod
     def of(cls, path: Path | None, arrays: Sequence[NDArray[Any]], *what: object) -> Checkpoint | None:
-        """For a run on these arrays; None where there is no path."""
+        """The checkpoint of a run on these arrays; None without a path."""
         if path is None:
             return None
         digest = hashlib.sha256(orjson.dumps([*map(str, what), torch.__version__]))
@@ -79,7 +79,7 @@ class Checkpoint:
         os.replace(temporary, self._path)
 
     def load(self) -> tuple[dict[str, Tensor], TrainingRun] | None:
-        """What was saved last of this run, None where nothing was or it cannot be read."""
+        """The last saved state of this run; None where there is none or it cannot be read."""
         try:
             with safe_open(self._path, "pt") as file:
                 said = file.metadata() or {}
@@ -101,9 +101,9 @@ def train_network(
     checkpoint: Checkpoint | None = None,
     progress: StepProgress | None = None,
 ) -> TrainingRun:
-    """Train `net`, or go on where the checkpoint stands; it is left with the weights that `validate` found best.
+    """Train `net`, or resume from the checkpoint. At the end it has the weights with the smallest validation loss.
 
-    loss: of the step with this number, from 0; computed in bf16 where a GPU can (`torch.autocast`).
+    loss: the loss of a step, by its number from 0; computed in bf16 where a GPU can (`torch.autocast`).
     """
     optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=WARM_UP)
@@ -117,13 +117,13 @@ def train_network(
     running = 0.0
     while report.steps < steps and not report.enough:
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            found = loss(report.steps)
+            batch_loss = loss(report.steps)
         optimizer.zero_grad(set_to_none=True)
-        found.backward()  # type: ignore[no-untyped-call]
+        batch_loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        running += float(found.detach())
+        running += float(batch_loss.detach())
         report.steps += 1
         if report.steps % REPORT_EVERY == 0:
             report.losses.append(running / REPORT_EVERY)
@@ -161,7 +161,7 @@ def _resume(
     tensors: dict[str, Tensor],
     steps: int,
 ) -> dict[str, Tensor]:
-    """Put weights, moments and learning rate where they were; returns the best weights."""
+    """Restore weights, moments and learning rate; returns the best weights."""
     parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "moments": {}, "cycle": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
@@ -171,7 +171,7 @@ def _resume(
     for name, tensor in parts["moments"].items():
         place, _, what = name.partition(".")
         moments.setdefault(int(place), {})[what] = tensor
-    # The schedule is a function of the step, and what it makes of it lies in the optimizer: the rate and the betas.
+    # The schedule is a function of the step; its results, rate and betas, are part of the optimizer.
     rate, beta = (float(x) for x in parts["cycle"][""])
     groups = [
         group | {"lr": rate, "betas": (beta, group["betas"][1])} for group in optimizer.state_dict()["param_groups"]
