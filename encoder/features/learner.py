@@ -1,4 +1,7 @@
-"""Learns the feature schema from events: which attribute paths are read, as what, and with which vocabulary."""
+"""Learns the feature schema from events: which attribute paths are read, as which kind, and with which vocabulary.
+
+Promises one pass over the events and bounded memory. It does not look at labels.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,9 @@ from encoder.ocsf.events import EncoderError, EventBatch
 MIN_PRESENT = 5
 MAX_VOCABULARY = 4096
 MAX_TRACKED = 50_000
-"""Distinct values of one path that are counted; twice as many for a moment."""
+"""Distinct values of one path that are counted; up to twice as many for a short time."""
 MAX_TRACKED_IN_ALL = 5_000_000
-"""Distinct values that are counted over all paths: about 1 GB, for a moment 2."""
+"""Distinct values of all paths that are counted: about 1 GB, up to 2 GB for a short time."""
 MAX_FIELDS = 512
 MAX_PATHS = 64 * MAX_FIELDS
 MORE_PATHS = "#more_paths"
@@ -42,7 +45,7 @@ NUMBER_GRID = 1024
 
 
 class _DistinctCount:
-    """How many distinct texts there were, to about 3 %, from the 1,024 least of their hashes (k minimum values,
+    """Estimates the number of distinct texts, to about 3 %, from their 1,024 smallest hashes (k minimum values,
     Bar-Yossef et al. 2002)."""
 
     def __init__(self) -> None:
@@ -59,8 +62,8 @@ class _DistinctCount:
 
 
 class _PathStatistics:
-    """What is learned of one path, in bounded memory: beyond a limit of distinct values the rarest are forgotten, and
-    how many there were is estimated."""
+    """Statistics of one path in bounded memory: beyond a limit of distinct values, the rarest are forgotten and their
+    number is estimated."""
 
     def __init__(self) -> None:
         self.present = 0
@@ -97,7 +100,7 @@ class _PathStatistics:
             self._thin_numbers()
 
     def _thin_numbers(self) -> None:
-        """Of the values seen least, every second goes and its neighbour counts for it: the distribution stays."""
+        """Merge every second of the rarest values into its neighbour: the distribution stays."""
         ordered = sorted(self.numbers.items())
         rare = np.median([count for _, count in ordered])
         kept: Counter[float] = Counter()
@@ -118,7 +121,7 @@ class _PathStatistics:
 
 
 class SchemaLearner:
-    """Learns a schema from batches of events, one pass."""
+    """Learns a schema from batches of events in one pass."""
 
     def __init__(self) -> None:
         self._paths: dict[str, _PathStatistics] = {}
@@ -181,8 +184,8 @@ def _is_caption(path: str, twin: str) -> bool:
 
 
 def _fingerprint(statistics: _PathStatistics) -> str:
-    """Equal for columns with the same values equally often; that they stand in the same rows is taken on trust, so only
-    same-named attributes and captions are set aside by it."""
+    """Equal for columns with the same value counts. It does not compare rows, so only attributes of the same name and
+    captions are set aside by it."""
     counted = sorted(statistics.values.items())
     return hashlib.sha256(orjson.dumps([statistics.present, counted])).hexdigest()
 
@@ -202,7 +205,7 @@ def _reason_to_set_aside(path: str, statistics: _PathStatistics) -> str | None:
 
 
 def _is_moment(path: str) -> bool:
-    """Whether how long ago it was says something about the event, and not about the pipeline."""
+    """Whether the age of this timestamp describes the event, not the pipeline."""
     return _TIMESTAMP.search(path) is not None and not path.startswith(("time", "metadata."))
 
 
@@ -214,8 +217,8 @@ def _is_number(path: str, statistics: _PathStatistics) -> bool:
 
 
 def _group(path: str) -> str:
-    """`process.name`, `process.file.name` and `process.file.path` describe one thing; fields of `unmapped` and
-    `metadata`, which are bags, one each."""
+    """The object that a path describes: one for `process.name`, `process.file.name` and `process.file.path`. Each path
+    under `unmapped` and `metadata` is an object of its own."""
     if "." not in path or path.startswith(("unmapped", "metadata")):
         return path
     parent = path.rsplit(".", 1)[0]
@@ -251,7 +254,9 @@ def _fields_of(path: str, statistics: _PathStatistics) -> Iterable[Field]:
         for value, count in statistics.values.items():
             parts.update(dict.fromkeys(derived(value, suffix), count))
         seen = len(parts)
-        if suffix == WORD:  # So training has unknown words, too, as often as new text will have some.
+        if (
+            suffix == WORD
+        ):  # Words that occur once count as unknown, so that training has unknown words as new text will.
             parts = Counter({word: count for word, count in parts.items() if count > 1})
         values = _vocabulary(parts)
         as_: Kind = "identity" if suffix == NETWORK else "category"
@@ -263,7 +268,7 @@ def _vocabulary(counts: Counter[str]) -> tuple[str, ...]:
 
 
 def _derivable(path: str, statistics: _PathStatistics) -> tuple[str, ...]:
-    """What else the values of an attribute say, by its name and by what they look like."""
+    """Suffixes of the fields derived from an attribute, by its name and the form of its values."""
     if statistics.numeric:
         return ()
     total = statistics.values.total()
@@ -282,8 +287,8 @@ def _derivable(path: str, statistics: _PathStatistics) -> tuple[str, ...]:
 def _order_statistics(
     values: NDArray[np.float64], counts: NDArray[np.int64], places: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """What stands at these places (from 0, between two of them interpolated) of the row that has each of the ascending
-    values as often as its count."""
+    """The values at these places (float64, from 0, interpolated) of the sequence that holds each of the ascending
+    values as often as its count says."""
     ends = np.cumsum(counts)
     low = values[np.searchsorted(ends, np.floor(places), "right")]
     high = values[np.searchsorted(ends, np.ceil(places), "right")]
@@ -316,7 +321,8 @@ _IDENTITY = re.compile(
     r"(^|\.)((user|account)\.(name|uid|email_addr|full_name|credential_uid|domain)|(device|src_endpoint)\.(hostname|name|uid)"
     r"|ip|intermediate_ips|mac|session\.(uid|issuer)|owner\.name|hostname)$"
 )
-"""Attributes that name who or where. A name never seen is a fact about the entity, not an anomaly of the record."""
+"""Attributes that name entities and places. An unknown name is a fact about the entity, not an anomaly of the record.
+"""
 _ADDRESS = re.compile(r"(^|[._])ips?$")
 _TEXT = re.compile(r"(^|[._])(cmd_line|message|url_string|user_agent|subject|desc|comment|script_content)$")
-"""Attributes that are made of words, also where training had but one or two of each."""
+"""Attributes that consist of words, also where training had only one or two of them."""

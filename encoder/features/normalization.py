@@ -1,7 +1,7 @@
-"""The forms in which the value of an attribute enters the features: normalised text, what is derived from that (folder,
-rarest word, network), and numbers.
+"""Normalises the values of attributes for the features: text, parts derived from it (folder, rarest word, network), and
+numbers.
 
-Promises: a pure function of value and path, the same in every process, that raises on no value that JSON can hold.
+Promises pure functions of value and path, equal in every process, that raise for no JSON value. It knows no schema.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ _HEX = re.compile(r"\b(0x)?(?=[0-9a-f]*\d)([0-9a-f]{8,}|(?=\d*[a-f])[0-9a-f]{6,7
 _DIGITS = re.compile(r"\d+")
 _PROFILE = re.compile(r"(\\users\\|/home/|/users/|documents and settings\\)[^\\/]+")
 _EXACT = re.compile(r"(^|[._])(code|id|ip|ips|mac|port|version|cidr)$")
-"""Attributes whose digits are the value: codes and addresses, not text that counts or dates something."""
+"""Attributes whose digits are the value (codes and addresses), not counts or dates within text."""
 _SEPARATOR = re.compile(r"[\\/]+")
 EPHEMERAL_PORTS = 32768
-"""From here on systems take the port of an outgoing connection (Linux; RFC 6335 says 49152)."""
+"""The first port that systems use for outgoing connections (Linux; 49152 in RFC 6335)."""
 USER_PORTS = 1024
-"""From here on a client's port says nothing: address translation gives it any."""
+"""From this port on, a client's port carries no information: address translation may assign any."""
 MAX_TEXT = 200
 
 
 def normalise(value: Any, path: str) -> str:
-    """The form in which a value enters a vocabulary: text lower-cased with ids, hex and numbers templated away (codes
-    and addresses as they are) and home folders without their owner; integers as they are, but ephemeral ports as
-    one value; lists as sets."""
+    """The form of a value in a vocabulary. Text: lower case, with placeholders for ids, hexadecimal and other numbers
+    (not in codes and addresses) and for owners of home folders; integers: unchanged, except that ephemeral ports are
+    one value; lists: as sets."""
     kind = type(value)
     if kind is str:
         text = _PROFILE.sub(r"\1*", value[: 4 * MAX_TEXT].lower())
@@ -65,7 +65,7 @@ def normalise(value: Any, path: str) -> str:
 
 
 def folder(text: str) -> str:
-    """All of a normalised path but its last part."""
+    """A normalised path without its last part."""
     parts = _SEPARATOR.split(text)
     return "/".join(parts[:-1]) if len(parts) > 1 else ""
 
@@ -95,7 +95,7 @@ _NOT_A_WORD = re.compile(r"[\s\\/\"'`=,;:()\[\]{}<>|&?!@]+")
 
 
 def derived(text: str, suffix: str) -> tuple[str, ...]:
-    """What a normalised text says under this suffix: one part, of text its words, of a list of addresses one each."""
+    """The parts of a normalised text for this suffix: one part, for text its words, for addresses their networks."""
     if suffix == WORD:
         return tuple(dict.fromkeys(word for word in _NOT_A_WORD.split(text) if word)) or ("",)
     if suffix == FOLDER:
@@ -104,13 +104,13 @@ def derived(text: str, suffix: str) -> tuple[str, ...]:
 
 
 def is_address(text: str) -> bool:
-    """Whether a normalised text is an address, or a list of which the first is."""
+    """Whether a normalised text is an address, or a list that begins with one."""
     return _network(text.strip("[]").split(",")[0]) != ""
 
 
 @lru_cache(16_384)
 def _network(text: str) -> str:
-    """Of an address its network, of anything else nothing."""
+    """The network of an address; "" for anything else."""
     try:
         address: IPv4Address | IPv6Address = ip_address(text.partition("%")[0])
     except ValueError:

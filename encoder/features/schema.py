@@ -1,10 +1,9 @@
-"""The feature schema: which attribute paths are read and as what, learned from events with OCSF's semantics as prior.
+"""The feature schema: which attribute paths are read, and as which kind of field; JSON that a person can read and edit.
 
-Promises: every path that was seen is either a field or set aside with a reason; the same events in whatever batches
-give the same schema (up to MAX_TRACKED distinct values a path: beyond, the rarest are forgotten batch by batch), its
-hash names it, and memory is bounded however many values and paths there are. It is JSON that a person can read and
-edit. Does not promise that a path seen after training is used: such paths are counted, and their number is a field of
-its own.
+Promises: every path of training is either a field or set aside with a reason; the same events give the same schema in
+any batches (up to MAX_TRACKED distinct values of a path; beyond, the rarest are forgotten batch by batch); its hash
+identifies it; memory is bounded for any number of values and paths. It does not use paths that training did not have:
+their number in an event is a field of its own.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ from encoder.ocsf.events import EncoderError
 
 Kind = Literal["category", "identity", "number", "presence"]
 MISSING, UNKNOWN, FIRST = 0, 1, 2
-"""Codes: the attribute is absent; its value was not seen in training; the first value of the vocabulary."""
+"""Codes: the attribute is absent; its value did not occur in training; the first value of the vocabulary."""
 
 
 @dataclass(frozen=True)
 class Field:
     """One column of the features.
 
-    name: the attribute path, with the suffix of what is derived from it (`encoder.features.normalization`); group: the
-    object that it describes (fields of one group say one thing: a process by name and by path); present: events of
-    training that had it; values: the vocabulary, most common first, code of values[i] is i + 2; grid: of a number, up
-    to 1024 sorted training values on the signed log scale (its mid-rank in the grid is the encoding); edges: of a
-    number, the borders of its bins; left_out: how many distinct values of training (to 3 % where there were many) have
-    no code of their own and count as unknown; later: values that only events had that nothing was fitted to (they
-    calibrate): no news, but they count as unknown, too, as those of tomorrow will.
+    name: the attribute path, with a suffix if the field is derived from it (`encoder.features.normalization`); group:
+    the object that it describes (fields of one group describe one thing: a process by name and by path); present:
+    training events that had it; values: the vocabulary, most common first, the code of values[i] is i + 2; grid: for a
+    number, up to 1024 sorted training values on the signed log scale (the encoding is the mid-rank in the grid); edges:
+    for a number, the borders of its bins; left_out: the number of distinct training values (to 3 % where there were
+    many) that have no code of their own and count as unknown; later: values that only calibration events had: they
+    count as unknown, as new values will.
     """
 
     name: str
@@ -53,7 +52,7 @@ class Field:
 
     @property
     def derives(self) -> str:
-        """The suffix of what is derived from the attribute, or nothing."""
+        """The suffix of a derived field, "" for the attribute itself."""
         return self.name[len(self.path) :]
 
     def came_later(self, value: Any) -> bool:
@@ -61,12 +60,12 @@ class Field:
         return bool(self.later) and not set(self.parts(normalise(value, self.path))).isdisjoint(self.later)
 
     def parts(self, text: str) -> tuple[str, ...]:
-        """What a normalised text is to this field: itself, or what is derived from it."""
+        """The values of a normalised text for this field: itself, or the parts derived from it."""
         return derived(text, self.derives) if self.derives else (text,)
 
     @property
     def size(self) -> int:
-        """How many codes the field has."""
+        """The number of codes."""
         if self.kind == "number":
             return FIRST + len(self.edges) + 1
         return FIRST + (1 if self.kind == "presence" else len(self.values))
@@ -74,7 +73,8 @@ class Field:
 
 @dataclass(frozen=True)
 class Schema:
-    """The fields in order, what was set aside and why, and the attributes that say who acts."""
+    """fields: in order; set_aside: other paths, with the reason; actors: attributes that name the actor; events: of
+    training."""
 
     fields: tuple[Field, ...]
     set_aside: dict[str, str]
@@ -106,7 +106,7 @@ class Schema:
 
 
 def _check(schema: Schema) -> None:
-    """What an editing hand may have broken. Raises ValueError."""
+    """Check what an edit may have broken. Raises ValueError."""
     names = [field.name for field in schema.fields]
     if len(set(names)) != len(names):
         raise ValueError("two fields have one name")
@@ -126,7 +126,7 @@ def _check(schema: Schema) -> None:
 
 
 def _field_from_json(raw: dict[str, Any]) -> Field:
-    """Raises KeyError or TypeError where something is missing or of another type."""
+    """Raises KeyError or TypeError where a key is missing or a value has another type."""
     return Field(
         name=str(raw["name"]),
         path=str(raw["path"]),
@@ -151,7 +151,7 @@ ACTORS = (
     "dst_endpoint.svc_name",
     "actor.user.type",
 )
-"""Who or what acts, the first that an event has: the context in which its values are judged."""
+"""Attributes that name the actor; the first that an event has is the context of its other values."""
 
 
 def write_schema(schema: Schema, path: Path) -> None:
@@ -159,4 +159,4 @@ def write_schema(schema: Schema, path: Path) -> None:
 
 
 UNSEEN_PATHS = "#unseen_paths"
-"""The derived field that says how many attribute paths an event has that training had not."""
+"""The derived field that counts the attribute paths of an event that training did not have."""

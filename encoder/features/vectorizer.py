@@ -1,7 +1,7 @@
-"""Events to features: an integer code an event and field, a quantile an event and number, in training and serving.
+"""Turns events into features, in training and serving: integer codes of all fields, and quantiles of numbers.
 
-Promises: never raises on a decoded event, never emits NaN or infinity, and gives the same features in every process and
-in whatever batches the events come. It knows nothing of what the codes are used for.
+Promises: it raises for no decoded event, never emits NaN or infinity, and gives the same features in every process and
+for any batches. It does not know what the codes are used for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from encoder.ocsf.events import Column, EventBatch
 
 _CACHE_LIMIT = 32_768
 _CACHED_LENGTH = 1024
-"""Longer values are worked out again each time: the cache of a path stays under some 40 MB."""
+"""Longer values are not cached, so that the cache of a path stays under about 40 MB."""
 _UNSEEN_STEPS = np.array([1, 2, 4])
 
 
@@ -43,8 +43,8 @@ class FeatureBatch:
         return FeatureBatch(self.codes[rows], self.quantiles[rows], self.actor[rows])
 
     def distinct(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """Rows that stand for all (the first of each kind) and, for every event, which of them is its like: logs repeat
-        themselves, and nothing after the features needs to be computed twice."""
+        """The first row of each distinct event, intp [k], and for every event the index of its distinct row, intp [n].
+        Logs repeat themselves, so later steps compute distinct rows only."""
         columns = np.concatenate([self.codes, self.quantiles.view(np.int32)], axis=1)
         keys = row_hash(columns)
         _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
@@ -52,8 +52,8 @@ class FeatureBatch:
 
 
 def row_hash(rows: NDArray[np.int32]) -> NDArray[np.uint64]:
-    """A 64-bit hash a row: a random odd multiplier a column, mixed (the multiply-shift family of Dietzfelbinger et al.
-    1997); its seed is fixed, so that it is the same in every process. rows: int32 [n, c]."""
+    """uint64 [n], a hash of each row: a random odd multiplier for each column, mixed (multiply-shift, Dietzfelbinger et
+    al. 1997). The seed is fixed, so hashes are equal in every process. rows: int32 [n, c]."""
     drawn = np.random.default_rng(0x0C5F).integers(1, 2**63, rows.shape[1], np.uint64)
     multipliers: NDArray[np.uint64] = drawn | np.uint64(1)
     keys = np.zeros(len(rows), np.uint64)
@@ -70,7 +70,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class _CategoryColumn:
-    """Values of one path to codes of the fields made from it, each distinct raw value worked out once."""
+    """Maps the values of one path to codes of its fields; each distinct raw value is computed once."""
 
     def __init__(self, path: str, fields: list[tuple[int, Field]]) -> None:
         self._path = path
@@ -89,7 +89,7 @@ class _CategoryColumn:
                 known = [vocabulary.get(part, UNKNOWN) for part in field.parts(text)]
                 codes.append(
                     UNKNOWN if UNKNOWN in known else max(known)
-                )  # the rarest: vocabularies begin with the common
+                )  # the rarest: vocabularies are sorted by frequency
         return tuple(codes)
 
     def _remember(self, key: Any, value: Any) -> tuple[int, ...]:
@@ -100,7 +100,7 @@ class _CategoryColumn:
         return codes
 
     def put(self, column: Column, codes: NDArray[np.int32]) -> None:
-        # The type is part of the key: True, 1 and 1.0 are equal in a dict but not in an event.
+        # The type is part of the key: True, 1 and 1.0 are equal as keys but not as values of an event.
         keys = [v if v.__class__ is str else (v.__class__, v) for v in column.values]
         cache = self._cache
         if len(cache) > _CACHE_LIMIT:
@@ -118,7 +118,7 @@ class _CategoryColumn:
 
 
 _Number = tuple[int, int, NDArray[np.float64], NDArray[np.float64]]
-"""Place among the fields and among the quantiles, grid, edges."""
+"""Position among the fields, position among the quantiles, grid, edges."""
 
 
 class Vectorizer:
@@ -148,7 +148,7 @@ class Vectorizer:
 
     @property
     def numbers(self) -> int:
-        """How many fields are numbers."""
+        """The number of fields that are numbers."""
         return len(self._numbers) + len(self._ages)
 
     def __call__(self, events: EventBatch) -> FeatureBatch:
@@ -175,7 +175,7 @@ class Vectorizer:
         return np.where(self._types[at] == type_uid, self._type_codes[at], UNKNOWN).astype(np.int32)
 
     def actors(self, codes: NDArray[np.int32]) -> NDArray[np.int64]:
-        """int64 [n]: who acts in events of these codes."""
+        """int64 [n]: the actor of events with these codes; 0 for none."""
         actor = np.zeros(len(codes), np.int64)
         for rank, position in reversed(list(enumerate(self._actors))):
             present = codes[:, position] != MISSING
@@ -208,11 +208,10 @@ class Vectorizer:
 
 
 def fitted_to(schema: Schema, features: FeatureBatch, rows: NDArray[np.intp]) -> tuple[Schema, FeatureBatch]:
-    """The schema with the vocabulary of these rows alone, and all features by it.
+    """The schema with the vocabulary of these rows (intp) only, and all features by that schema.
 
-    Other values are kept as `Field.later` and count as unknown: what nothing was learned of must look the same when it
-    calibrates as it will when it is new. Words and networks are left as they are: of several, a code tells but the
-    rarest.
+    Other values move to `Field.later` and count as unknown, so that values that only calibration events have look like
+    new values. Words and networks stay as they are, because their code is that of the rarest of several parts.
     """
     codes = features.codes.copy()
     fields = list(schema.fields)
