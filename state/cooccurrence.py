@@ -1,9 +1,8 @@
-"""Who is at two places at once: of an entity, how often each of its partners came within an hour of each other.
+"""Co-occurrence of partners: how often two partners of an entity came within an hour of each other.
 
-Both may be usual, and so may be that they change; what is odd is that they do within the hour. Addresses, hosts,
-services and destinations are places, as `Windows.partners` has them: 256 for each sort, so that two may be one and hide
-what they do; that they are told apart is never the reason for an alarm. Learns of the entities that it is given alone,
-and says nothing of one that training had not, nor of a partner that is not well known of it.
+Both partners may be usual, and alternating between them, too; unusual is both within an hour. Partners (addresses,
+hosts, services, destinations) are hashed into 256 places for each sort (`Windows.partners`), so two may share a place:
+that can hide a pair, never raise one. Promises to judge only entities and partners that are well known from training.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from state.windows import Windows
 
 SPAN_MS = HOUR_MS
 LEAST = 5
-"""Times that training had a partner, from which on it is well known."""
+"""The least events of an entity with a partner that make the partner well known."""
 MAX_COUNTS = 4_000_000
-"""12 bytes each; of more, those of the entities that were seen first are kept."""
+"""12 bytes each; of more, those of the entities seen first are kept."""
 _ANY = PLACES
 _BASE = PLACES + 1
 _NONE = -1
@@ -31,8 +30,8 @@ _Places = NDArray[np.int64] | int
 
 
 def near(windows: Windows) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
-    """Of m entries: their own partners, int16 [m, PARTNERS], and those of the members before them within SPAN_MS, int16
-    [m, W, PARTNERS]; -1 for none, and for an entry that is not a member."""
+    """For m entries: their own partners, int16 [m, PARTNERS], and those of earlier members within SPAN_MS, int16 [m, W,
+    PARTNERS]; -1 for none, and for an entry that is not a member of its window."""
     m, width = windows.times.shape
     rows, own = np.arange(m), windows.own
     before = windows.mask & (np.arange(width) < own[:, None])
@@ -42,9 +41,9 @@ def near(windows: Windows) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
 
 
 class Cooccurrence:
-    """keys: uint64 [e], ascending, entities; events: int32 [e, PARTNERS], how many events of each had a partner of each
-    sort; pairs: int64 [k], ascending, of (entity, sort, place, place before), where the place or that before it may be
-    any; counts: int32 [k], how many events that were."""
+    """The pair counts of e entities. keys: uint64 [e], ascending hashes; events: int32 [e, PARTNERS], events with a
+    partner of each sort; pairs: int64 [k], ascending, packed (entity, sort, place, earlier place), each place may stand
+    for any; counts: int32 [k], the events of each pair."""
 
     def __init__(
         self,
@@ -58,11 +57,11 @@ class Cooccurrence:
     def surprise(
         self, entities: Sequence[str], own: NDArray[np.int16], before: NDArray[np.int16]
     ) -> NDArray[np.float64]:
-        """float64 [m, PARTNERS], nats: how much seldomer than by chance the partner of each sort came with one of
-        those before it, the most of all; 0 where it comes with all. Arrays as `near` has them."""
-        found = np.zeros(own.shape)
+        """float64 [m, PARTNERS], nats: log of expected over observed events of the partner of each sort with one of the
+        earlier ones, the maximum over these; 0 where no pair is rarer than expected. Arrays as from `near`."""
+        surprise = np.zeros(own.shape)
         if not len(self.keys) or not len(self.pairs):
-            return found
+            return surprise
         wanted = hashed(entities)
         at = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
         rows, sort, now, then = _met(own, before)
@@ -75,18 +74,18 @@ class Cooccurrence:
         share_now, share_then = (self._count(entity, sort, _ANY, place) for place in (now, then))
         by_chance = (n_now * share_then + n_then * share_now) / np.maximum(self.events[entity, sort], 1)
         together = self._count(entity, sort, now, then) + self._count(entity, sort, then, now)
-        np.maximum.at(found, (rows, sort), np.log((by_chance + 0.5) / (together + 0.5)))
-        return found
+        np.maximum.at(surprise, (rows, sort), np.log((by_chance + 0.5) / (together + 0.5)))
+        return surprise
 
     def changing(self, entity: str, sort: int) -> tuple[int, int]:
-        """Of the other entities: how many went from one partner of this sort that they know well to another within an
-        hour, and how many had a partner of this sort at all."""
-        others = self.keys != hashed([entity])[0]
-        return int((self._changed[:, sort] & others).sum()), int(((self.events[:, sort] > 0) & others).sum())
+        """The number of other entities that changed between two well known partners of this sort within an hour, and of
+        those that had a partner of this sort."""
+        peers = self.keys != hashed([entity])[0]
+        return int((self._changed[:, sort] & peers).sum()), int(((self.events[:, sort] > 0) & peers).sum())
 
     @cached_property
     def _changed(self) -> NDArray[np.bool_]:
-        """bool [e, PARTNERS]: which entities changed between two partners of a sort."""
+        """bool [e, PARTNERS]: whether the entity changed between two partners of a sort within an hour."""
         base, then = np.divmod(self.pairs, _BASE)
         base, now = np.divmod(base, _BASE)
         changed = np.zeros(self.events.size, np.bool_)
@@ -111,7 +110,7 @@ class CooccurrenceCounts:
         self._held = 0
 
     def add(self, entities: Sequence[str], own: NDArray[np.int16], before: NDArray[np.int16]) -> None:
-        """m events of entities; arrays as `near` has them."""
+        """Add m pairs of event and entity; arrays as from `near`."""
         number = np.array([self._number.setdefault(name, len(self._number)) for name in entities], np.int64)
         rows, sort = np.nonzero(own >= 0)
         now = own[rows, sort].astype(np.int64)
@@ -140,7 +139,7 @@ class CooccurrenceCounts:
         return pairs, counts
 
     def finish(self) -> Cooccurrence:
-        """What was counted, of the partners that are well known."""
+        """The counts of all well known partners."""
         pairs, counts = self._merge()
         base, then = np.divmod(pairs, _BASE)
         base, now = np.divmod(base, _BASE)
@@ -148,11 +147,11 @@ class CooccurrenceCounts:
         events = np.zeros((len(self._number), PARTNERS), np.int32)
         total = (now == _ANY) & (then == _ANY)
         events[entity[total], sort[total]] = counts[total]
-        well = np.zeros((len(self._number) * PARTNERS, _BASE), np.bool_)
+        well_known = np.zeros((len(self._number) * PARTNERS, _BASE), np.bool_)
         of_place = (now != _ANY) & (then == _ANY)
-        well[base[of_place], now[of_place]] = counts[of_place] >= LEAST
-        well[:, _ANY] = True
-        kept = np.flatnonzero(well[base, now] & well[base, then] & ~total)[:MAX_COUNTS]
+        well_known[base[of_place], now[of_place]] = counts[of_place] >= LEAST
+        well_known[:, _ANY] = True
+        kept = np.flatnonzero(well_known[base, now] & well_known[base, then] & ~total)[:MAX_COUNTS]
         keys = hashed(list(self._number))
         order = np.argsort(keys, kind="stable")
         rank = np.empty(len(order), np.int64)
@@ -165,7 +164,7 @@ class CooccurrenceCounts:
 def _met(
     own: NDArray[np.int16], before: NDArray[np.int16]
 ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.int64], NDArray[np.int64]]:
-    """Every partner of an event with every one before it of the same sort: row, sort, place and place before."""
+    """All pairs of an event's partner and an earlier one of the same sort: row, sort, place, earlier place."""
     row, slot, sort = np.nonzero((before >= 0) & (own >= 0)[:, None])
     return row, sort, own[row, sort].astype(np.int64), before[row, slot, sort].astype(np.int64)
 

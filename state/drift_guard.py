@@ -1,10 +1,10 @@
-"""The quarantine: what is new and may become normal, held until it came on enough days from enough sides.
+"""The drift guard: holds new vectors until they occurred on enough days, and keeps drifting entities from teaching the
+baseline.
 
-Promises: nothing that was at or under the alert line on one of the days it is shown gets through, nothing that was not
-seen on MIN_DAYS days, and no entity brings more than CAP new vectors a refresh; an entity that has been moving away
-from what was first learned, a little each day, is named and brings nothing. How far each has come is carried from one
-refresh to the next (`EntityDrifts`). So one machine cannot teach the baseline quickly, and not slowly unnoticed. It
-does not know whether what many entities do on many days is good.
+Promises: a vector with an event at or under the alert threshold is never released, nor one seen on fewer than MIN_DAYS
+days, and no entity adds more than CAP new vectors in a refresh; an entity that drifts away from what was first learned,
+a little each day, is named and adds none. Drift carries over from one refresh to the next (`EntityDrifts`). It does not
+know whether what many entities do on many days is benign.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from numpy.typing import NDArray
 DAY_MS = 86_400_000
 MIN_DAYS = 3
 CAP = 20
-"""New vectors that an entity may bring into one refresh, unless others bring them too."""
+"""New vectors that an entity may add in one refresh, not counting those of SIDES or more entities."""
 SIDES = 3
-"""So many entities that do the same make it nobody's own."""
+"""A vector of this many entities does not count against CAP."""
 FIRST_DAYS = 5
-"""An entity is compared with what it did first."""
+"""The first days of an entity, with which its later days are compared."""
 MARGIN = 1.5
-"""Standard errors by which that may have been more than it seemed."""
+"""Standard errors added to the mean of the first days."""
 ALLOWANCE, ALARM, MOST = 0.5, 8.0, 3.0
-"""Of the cumulated sum (Page 1954), in standard errors of a day's mean: what a day may differ, the sum that alarms, and
-the most that a single day adds, so that one odd day is no slow drift."""
+"""Parameters of the cumulative sum (Page 1954), in standard errors of a day's mean: the allowed difference of a day,
+the sum that raises the alarm, and the most that a single day adds, so that one unusual day is not drift."""
 MOST_SUM = 2 * ALARM
-"""Where the sum ends: who goes back to what they did first is trusted again within about two weeks."""
+"""The largest sum: an entity that returns to its first behaviour is trusted again within about two weeks."""
 ENOUGH = 5
-"""Events of an entity on a day that make a mean."""
+"""The least events of an entity on a day for a mean."""
 MAX_ENTITIES = 1_000_000
-"""56 bytes each in a bundle; of more, those that were seen last are kept."""
+"""56 bytes each in a bundle; of more entities, those seen latest are kept."""
 
 
 @dataclass(frozen=True)
 class Released:
-    """rows: the first event of each vector that is let in; refused: how many vectors are not, by the reason; drifting:
-    the entities that were moving away, each with the day (ms) on which the alarm rose; watch: for the next refresh."""
+    """The result of a refresh. rows: intp, the first event of each released vector; refused: the number of refused
+    vectors by reason; drifting: drifting entities with the day (ms) of the alarm; drifts: for the next refresh."""
 
     rows: NDArray[np.intp]
     refused: dict[str, int]
@@ -51,9 +51,9 @@ class Released:
 
 @dataclass(frozen=True)
 class EntityDrift:
-    """How far an entity has come. days, total, count: of the first days on which it did ENOUGH, how many there were and
-    the sum of their evidence (nats) over so many events; last: the latest day taken in; away: the cumulated sum of how
-    much farther it was than then; since: the day on which that rose over ALARM, -1 where it is not over it."""
+    """The drift of an entity. days, total, count: the number of its first days with ENOUGH events, the sum of their
+    evidence (nats), and their events; last: the latest day included; away: the cumulative sum of later differences;
+    since: the day on which that exceeded ALARM, -1 where it does not."""
 
     days: int = 0
     total: float = 0.0
@@ -63,7 +63,7 @@ class EntityDrift:
     since: int = -1
 
     def after(self, day: int, total: float, count: int) -> EntityDrift:
-        """With another day; itself where that day is taken in already."""
+        """With another day added; unchanged where the day is already included."""
         if day <= self.last or count < ENOUGH:
             return self
         if self.days < FIRST_DAYS:
@@ -77,38 +77,39 @@ class EntityDrift:
 
 
 class EntityDrifts:
-    """The walks of all entities, which are kept as hashes. keys: uint64 [e]; walks: float64 [e, 6], their fields."""
+    """The drifts of all entities, stored by hash. keys: uint64 [e]; drifts: float64 [e, 6], the fields of
+    `EntityDrift`."""
 
-    def __init__(self, keys: NDArray[np.uint64] | None = None, walks: NDArray[np.float64] | None = None) -> None:
-        self._walks: dict[int, EntityDrift] = {}
-        if keys is not None and walks is not None:
-            for key, (days, total, count, last, away, since) in zip(keys.tolist(), walks.tolist(), strict=True):
-                self._walks[key] = EntityDrift(int(days), total, int(count), int(last), away, int(since))
+    def __init__(self, keys: NDArray[np.uint64] | None = None, drifts: NDArray[np.float64] | None = None) -> None:
+        self._drifts: dict[int, EntityDrift] = {}
+        if keys is not None and drifts is not None:
+            for key, (days, total, count, last, away, since) in zip(keys.tolist(), drifts.tolist(), strict=True):
+                self._drifts[key] = EntityDrift(int(days), total, int(count), int(last), away, int(since))
 
     def of(self, entity: str) -> EntityDrift:
-        return self._walks.get(_key(entity), EntityDrift())
+        return self._drifts.get(_key(entity), EntityDrift())
 
     def arrays(self) -> tuple[NDArray[np.uint64], NDArray[np.float64]]:
-        """As it is made of."""
-        latest = sorted(self._walks.items(), key=lambda each: (-each[1].last, each[0]))[:MAX_ENTITIES]
-        walks = np.array([astuple(walk) for _, walk in latest], np.float64).reshape(-1, 6)
-        return np.array([key for key, _ in latest], np.uint64), walks
+        """keys and drifts, from which the same object can be made."""
+        latest = sorted(self._drifts.items(), key=lambda each: (-each[1].last, each[0]))[:MAX_ENTITIES]
+        drifts = np.array([astuple(drift) for _, drift in latest], np.float64).reshape(-1, 6)
+        return np.array([key for key, _ in latest], np.uint64), drifts
 
     def after(self, means: Mapping[str, Mapping[int, Sequence[float]]]) -> tuple[EntityDrifts, dict[str, int]]:
-        """With more days (entity -> day -> sum of its evidence and number of events), and the entities that were over
-        ALARM on any of them, each with the day (ms) on which that began."""
-        drifts, found = EntityDrifts(), {}
-        drifts._walks = {**self._walks}
+        """With more days (entity -> day -> sum of evidence and number of events); and the entities over ALARM on any of
+        them, with the day (ms) on which that began."""
+        drifts, drifting = EntityDrifts(), {}
+        drifts._drifts = {**self._drifts}
         for who, days in means.items():
-            walk = self.of(who)
-            since = walk.since
+            drift = self.of(who)
+            since = drift.since
             for day, (total, count) in sorted(days.items()):
-                walk = walk.after(day, total, int(count))
-                since = walk.since if since < 0 else since
-            drifts._walks[_key(who)] = walk
+                drift = drift.after(day, total, int(count))
+                since = drift.since if since < 0 else since
+            drifts._drifts[_key(who)] = drift
             if since >= 0:
-                found[who] = since * DAY_MS
-        return drifts, found
+                drifting[who] = since * DAY_MS
+        return drifts, drifting
 
 
 def _key(entity: str) -> int:
@@ -117,7 +118,7 @@ def _key(entity: str) -> int:
 
 @dataclass
 class DriftGuard:
-    """Fill it with `hold`, in order of event time, then `release`. watch: as the refresh before left it."""
+    """Call `hold` in order of event time, then `release`. drifts: of the previous refresh."""
 
     drifts: EntityDrifts = field(default_factory=EntityDrifts)
     _first: dict[bytes, int] = field(default_factory=dict)
@@ -136,9 +137,9 @@ class DriftGuard:
         known: NDArray[np.bool_],
         novelty: NDArray[np.float64],
     ) -> None:
-        """n events. time: int64 [n], ms; vectors: float16 [n, d]; alert: bool [n], at or under the line; known: bool
-        [n], in the baseline already; novelty: float64 [n], nats of evidence (1 on average) of how far each lies from
-        what was first learned, whatever was let in since."""
+        """Add n events. time: int64 [n], ms; vectors: float16 [n, d]; alert: bool [n], at or under the threshold;
+        known: bool [n], in the baseline already; novelty: float64 [n], nats (1 on average), the evidence of the
+        distance from what was first learned, without later additions."""
         for row in range(len(time)):
             day, who = int(time[row]) // DAY_MS, entity[row]
             if who:
@@ -157,11 +158,11 @@ class DriftGuard:
         self._held += len(time)
 
     def drifting(self) -> dict[str, int]:
-        """Entities that have been moving away, with the day (ms) of the alarm."""
+        """Drifting entities with the day (ms) of the alarm."""
         return self.drifts.after(self._means)[1]
 
     def release(self) -> Released:
-        """What may become normal."""
+        """The vectors that may join the baseline."""
         drifts, drifting = self.drifts.after(self._means)
         brought: dict[str, int] = defaultdict(int)
         refused: dict[str, int] = defaultdict(int)

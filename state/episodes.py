@@ -1,10 +1,10 @@
-"""Episodes: what is one story is told once, then updated and closed. This is the contract; `state.episode_rules` has
-the rules.
+"""Episodes: related anomalies are published as one alert, then updated and closed. This is the contract;
+`state.episode_rules` has the rules.
 
-Promises: the same coordinates get the same decision again, as long as they are not committed, so that neither a crash
-nor a redelivery doubles or loses one; what is counted is counted once; memory is bounded. Decisions depend on the
-anomalies and their order within each partition, on no clock and no batch. Does not promise that a store that was wiped
-remembers: what was open then begins anew.
+Promises: the same coordinates get the same decision again until they are committed, so that neither a crash nor a
+redelivery doubles or loses one; each anomaly is counted once; memory is bounded. Decisions depend on the anomalies and
+their order within each partition, not on clocks or batches. A store that was wiped forgets: its open episodes begin
+again.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from state.errors import SourcePartition
 
 CREATE, UPDATE, CLOSE = 1, 2, 3
 Place = tuple[int, int, int]
-"""Where something is told within a source: offset, index, and its number among what is told there: 0 for the event
-itself."""
+"""Where an alert is published within a source: offset, index, and its number among the alerts there (0: the event's
+own)."""
 
 
 @dataclass(frozen=True)
 class Anomaly:
-    """An event at or under the line. source, offset, index: its coordinates; time: event ms; entity and cause: as
-    scored; named: all entities of the event; type_uid and what (the value that was odd): what makes the anomalies of
-    two entities the same thing; severity 0 to 100 with its level; shown: the entity as people may see it; clock: the
-    latest event time of its source up to where it is told, where that is later than its own; told: where that is, as
-    (offset, index, number among those told there): of an entity that fell silent the later event of the same source
-    that made it clear; None: it is told where it stands."""
+    """An event at or under the threshold.
+
+    source, offset, index: its coordinates; time: event ms; entity, cause: as scored; named: all entities of the event;
+    type_uid, what (the unusual value): equal for the same anomaly of different entities; severity: 0 to 100, level: of
+    it; shown: the redacted entity; clock: the latest event time (ms) of its source up to `place`, if later than `time`;
+    noticed_at: for an inactive entity, where in the same source that was detected; None: at its own coordinates.
+    """
 
     source: SourcePartition
     offset: int
@@ -48,21 +49,23 @@ class Anomaly:
 
     @property
     def label(self) -> str:
-        """Its coordinates as one text."""
+        """Its coordinates as text."""
         return label(self.source, self.offset, self.index)
 
     @property
     def place(self) -> Place:
-        """Where it is told: what a redelivery and a commit go by."""
+        """Where its alert is published; redelivery and commit are compared with this."""
         return self.noticed_at or (self.offset, self.index, 0)
 
 
 @dataclass(frozen=True)
 class Episode:
-    """One story so far. first, last: coordinates (labels) of its first and latest event; entity, shown, cause: of the
-    first; first_seen, last_seen: event ms; count: events; entities: how many it happened to; severity, level, p_value:
-    of its most unusual event; causes: all, in the order they came; others: further entities, as people may see them,
-    at most MAX_SHARING."""
+    """An episode so far. The field names are keys of the stored JSON.
+
+    first, last: coordinates (labels) of its first and latest event; entity, shown, cause: of the first; first_seen,
+    last_seen: event ms; count: events; entities: the number of affected entities; severity, level, p_value: of its most
+    unusual event; causes: all, in their order; others: further affected entities, redacted, at most MAX_SHARING.
+    """
 
     first: str
     last: str
@@ -82,8 +85,8 @@ class Episode:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to tell, and where: a CREATE or an UPDATE at the `Anomaly.place` that it was caused by, a CLOSE by the
-    passing of time at these coordinates."""
+    """An alert to publish: a CREATE or an UPDATE at the `Anomaly.place` that caused it, or a CLOSE, caused by event
+    time at these coordinates."""
 
     activity: int
     source: SourcePartition
@@ -100,7 +103,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class End:
-    """What a batch holds of a source: its first and last offset and its latest event time (ms)."""
+    """The extent of a batch in a source: first and last offset, and latest event time (ms)."""
 
     first: int
     last: int
@@ -109,13 +112,13 @@ class End:
 
 @dataclass
 class Position:
-    """Where this process stands: the latest event time it saw of each source, and what it knows to be committed."""
+    """The position of this process: the latest event time (ms) and the known committed offset of each source."""
 
     clocks: dict[SourcePartition, int] = field(default_factory=dict)
     committed: dict[SourcePartition, int] = field(default_factory=dict)
 
     def advance(self, ends: Mapping[SourcePartition, End]) -> None:
-        """The batch that ends so is decided."""
+        """Advance the clocks past a decided batch."""
         for source, end in ends.items():
             tick(self.clocks, source, end.time)
 
@@ -126,28 +129,28 @@ class Position:
 
 
 class EpisodeStore(Protocol):
-    """What the flow needs of episodes."""
+    """The interface of episode stores."""
 
     def decide(self, anomalies: Sequence[Anomaly], ends: Mapping[SourcePartition, End]) -> list[Decision]:
-        """What to tell of one batch: by source, in the order of offsets. anomalies: in stream order; ends: of all
-        sources of the batch. Gives also what was decided at these offsets before, so that it is published with them.
-        Raises a `StateError`, and then may be called again with the same."""
+        """The alerts to publish for one batch: by source, in the order of offsets. anomalies: in stream order; ends: of
+        all sources of the batch. Includes earlier decisions at these offsets, so that they are published again with
+        them. Raises a `StateError`; the same call may then be repeated."""
         ...
 
     def committed(self, offsets: Mapping[SourcePartition, int]) -> None:
-        """These offsets are committed, with what was decided before them."""
+        """These offsets are committed, with the decisions before them."""
         ...
 
     def open(self) -> int:
-        """How many episodes are open, as far as this process knows."""
+        """The number of open episodes that this process knows."""
         ...
 
 
 def label(source: SourcePartition, offset: int, index: int) -> str:
-    """Coordinates as one text, as everywhere."""
+    """Coordinates as text."""
     return f"{source[0]}:{source[1]}:{offset}:{index}"
 
 
 def tick(clocks: dict[SourcePartition, int], source: SourcePartition, time: int) -> None:
-    """Move a source's clock on to a time, never back."""
+    """Advance a source's clock to a time, never back."""
     clocks[source] = max(time, clocks.get(source, 0))

@@ -1,7 +1,8 @@
-"""What is much for whom: the highest level of each count that every entity reached in training, and how far beyond it
-an event goes. A server speaks to everybody all day; a workstation that does is worth a look.
+"""Rate profiles: the highest level of each count that each entity reached in training, and how far an event exceeds it.
 
-Entities are kept as hashes. An entity that training had not is measured by what its kind seldom exceeds.
+A server talks to everybody all day; a workstation that does is unusual. An entity that training did not have (a
+stranger) is compared with what its kind seldom exceeds. Promises to store entities as hashes only. It does not weigh
+the excess: `streamer.detection.rate_score` does.
 """
 
 from __future__ import annotations
@@ -18,23 +19,24 @@ from numpy.typing import NDArray
 from state.rolling_counts import LEVELS
 
 MAX_ENTITIES = 1_000_000
-"""16 bytes each; of more, those that reached least are measured by their kind."""
+"""16 bytes each; of more entities, those with the lowest levels are treated as strangers."""
 SELDOM = 0.999
-"""Of the entities of a kind, the share that never exceeds what a stranger is measured by. A newcomer may be like any of
-those that there are, also like the few that do most: a new workstation is no odd address because most addresses are
-visitors. So it is all but the stray one in a thousand. Measured in docs/detection.md."""
+"""The share of the entities of a kind that never exceed the level that strangers are compared with. A new entity may be
+like any other, also like the few most active ones: a new workstation is not unusual because most addresses are
+visitors. Measured in docs/detection.md."""
 BLOCKS = 7
-"""Parts of the training time. Each is judged by the others: by what it reached itself nothing would be much."""
+"""Parts of the training time. Each is judged by the others, because nothing exceeds its own maximum."""
 BANDS = (1, 13, 31)
-"""Own levels where small counts end: none; up to three; up to thirty; more. Twice three is less than twice thirty."""
+"""Borders of own levels: counts of none, up to three, up to thirty, more. Doubling three is less unusual than doubling
+thirty."""
 STRANGER = len(BANDS) + 1
 GROUPS = STRANGER + 1
 
 
 @dataclass(frozen=True)
 class RateExcess:
-    """Of m events of entities and 8 counts: over: float64 [m, 8], levels beyond what was known of the entity, NaN where
-    the event raised nothing; group: int8 [m, 8], how it was known (0 to 3: the band of its own level; STRANGER)."""
+    """The excess of m events over 8 counts. over: float64 [m, 8], levels above the profile, NaN where the event did not
+    raise the count; group: int8 [m, 8], how the entity is known (0 to 3: the band of its own level, or STRANGER)."""
 
     over: NDArray[np.float64]
     group: NDArray[np.int8]
@@ -49,13 +51,13 @@ def _key(entity: str) -> int:
 
 
 def hashed(entities: Sequence[str]) -> NDArray[np.uint64]:
-    """uint64 [m]: entities as they are kept in bundles."""
+    """uint64 [m]: the hashes of entities, as bundles store them."""
     return np.array([_key(name) for name in entities], np.uint64)
 
 
 class RateProfiles:
-    """keys: uint64 [e], ascending; most: uint8 [e, 8], the highest level of each count; usual: uint8 [kinds, 8], what a
-    stranger of each kind is measured by; kinds: int8 [e], of what kind each is."""
+    """The profiles of e entities. keys: uint64 [e], ascending hashes; most: uint8 [e, 8], the highest level of each
+    count; usual: uint8 [kinds, 8], the levels that strangers of each kind are compared with; kinds: int8 [e]."""
 
     def __init__(
         self, keys: NDArray[np.uint64], most: NDArray[np.uint8], usual: NDArray[np.uint8], kinds: NDArray[np.int8]
@@ -72,9 +74,9 @@ class RateProfiles:
         *,
         kinds: int,
     ) -> tuple[RateProfiles, RateExcess]:
-        """Learn from m training events of entities, and judge each block of them by the others.
+        """Learn from m pairs of training event and entity, and judge each block of time by the others.
 
-        kind: int8 [m]; levels: uint8 [m, 8] as `Windows.levels`; time: int64 [m], event ms; kinds: how many there are.
+        kind: int8 [m]; levels: uint8 [m, 8] as `Windows.levels`; time: int64 [m], event ms; kinds: the number of kinds.
         """
         names, entity = np.unique(np.array(entities, object).astype(str), return_inverse=True)
         span = max(int(np.ptp(time)) + 1, 1) if len(time) else 1
@@ -89,7 +91,9 @@ class RateProfiles:
         usual = np.zeros((kinds, len(LEVELS)), np.uint8)
         for k in np.unique(of_kind).tolist():
             usual[k] = np.quantile(most[of_kind == k], SELDOM, axis=0, method="lower")
-        best = reached.argmax(1)  # the block that reached it: without it, the second counts
+        best = reached.argmax(
+            1
+        )  # the block with the maximum; judged without itself, its entity has the second highest level
         without = np.array(reached)
         np.put_along_axis(without, best[:, None], 0, axis=1)
         second = without.max(1, initial=0)
@@ -110,12 +114,12 @@ class RateProfiles:
         return self.most[at], self.keys[at] == wanted
 
     def peers(self, entity: str, kind: int) -> NDArray[np.uint8]:
-        """uint8 [o, 8]: the highest levels of the entities of this kind in training, but for this one."""
-        found: NDArray[np.uint8] = self.most[(self.kinds == kind) & (self.keys != np.uint64(_key(entity)))]
-        return found
+        """uint8 [o, 8]: the highest levels of the other entities of this kind in training."""
+        most: NDArray[np.uint8] = self.most[(self.kinds == kind) & (self.keys != np.uint64(_key(entity)))]
+        return most
 
     def excess(self, entities: Sequence[str], kind: NDArray[np.int8], levels: NDArray[np.uint8]) -> RateExcess:
-        """How far beyond what is known of them m events of entities go; arrays as in `fit`."""
+        """How far m events exceed the profiles of their entities; arrays as in `fit`."""
         own, known = self.own(entities)
         return _excess(levels, own, known, self.usual[kind])
 

@@ -1,12 +1,12 @@
-"""What is counted of an entity beyond its window: events, failures, distinct partners and bytes, over the last hours.
+"""Rolling counts of an entity: events, failures, distinct partners and bytes of the last two hours and the last day.
 
-One bucket for each of the last 24 hours of event time that had events. An event answers for what it *raised*: of each
-count, the level that it lifted it to, 0 if it stayed where it was. A level is a sixth of a doubling, so that an entity
-that is busy all day answers a few dozen times and not at every event. Distinct partners are counted by linear counting
-(Whang et al. 1990) in a bitmap of 256 places. The rules are those of windows.lua, in the same words.
+There is a bucket for each of the last 24 hours of event time that had events. An event is judged by the levels that it
+*raised*: for each count the new level, 0 if the level did not change. A level is a sixth of a doubling, so that an
+entity that is busy all day raises a few dozen levels, not one at every event. Distinct partners are counted by linear
+counting (Whang et al. 1990) in a bitmap of 256 places. The rules equal those of windows.lua.
 
-Promises: any order of the same events gives the same buckets. Does not promise what a level is for events out of order:
-those are counted into their hour and answer for the counts as they are when they come.
+Promises that any order of the same events gives the same buckets. The levels that late events raise depend on their
+order: they are added to their own hour and compared with the counts at that moment.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from numpy.typing import NDArray
 
 HOUR_MS = 3_600_000
 HOURS = 24
-"""Buckets further behind the entity's newest are dropped."""
+"""Buckets kept, back from the entity's newest."""
 NEAR = 2
 """The short span: the hour of the event and the one before it."""
 PLACES = 256
 PARTNERS = 5
-"""Of one entry."""
+"""Partners of one event."""
 MOST = 255
 MOST_BYTES = (1 << 47) - 1
-"""Of a bucket: what comes on top is not counted."""
+"""The largest number of bytes of a bucket; more are not counted."""
 COUNTS = ("events", "failures", "partners", "bytes")
 SPANS = ("hour", "day")
 LEVELS = tuple(f"{count}.{span}" for count in COUNTS for span in SPANS)
-"""What the columns of levels are: uint8 [m, 8], of each count the short span and the day."""
+"""The columns of levels (uint8 [m, 8]): for each count the short span and the day."""
 STEPS = 6
 
 
 class ActivityCounts(Protocol):
-    """What m entries add, as `encoder.ocsf.activity_counts` finds it: counted and failed bool [m], amount int64 [m] in
-    0..2^44, partners int16 [m, PARTNERS], places in 0..255 or -1."""
+    """What m entries add to the counts, as from `encoder.ocsf.activity_counts`. counted, failed: bool [m]; amount:
+    int64 [m] in 0..2^44, bytes; partners: int16 [m, PARTNERS], places in 0..255, -1 for none."""
 
     @property
     def counted(self) -> NDArray[np.bool_]: ...
@@ -68,7 +68,7 @@ def _of_count(count: int) -> int:
 
 
 class _Sums:
-    """Of some buckets together: events, failures, bytes, and the bitmap of partners."""
+    """The sums of several buckets: events, failures, bytes, and the bitmap of partners."""
 
     __slots__ = ("amount", "events", "failures", "partners")
 
@@ -76,7 +76,7 @@ class _Sums:
         self.events = self.failures = self.amount = self.partners = 0
 
     def add(self, events: int, failures: int, amount: int, partners: int) -> tuple[int, int, int, int]:
-        """Returns the levels that this lifted, in the order of `COUNTS`."""
+        """Returns the levels that this raised, in the order of `COUNTS`, 0 for unchanged."""
         before = self.events, self.failures, self.partners, self.amount
         self.events += events
         self.failures += failures
@@ -105,8 +105,8 @@ class RollingCounts:
         self.near, self.day = _Sums(), _Sums()
 
     def add(self, time: int, failed: bool, amount: int, partners: int) -> bytes:
-        """Count an event at `time` (ms); partners: a bitmap. Returns the levels that it raised, as `LEVELS` has them;
-        none for an event more than a day behind."""
+        """Count an event at `time` (ms); partners: a bitmap. Returns the raised levels, a byte for each of `LEVELS`;
+        all 0 for an event more than a day late."""
         hour = time // HOUR_MS
         if hour > self.hour:
             self._move(hour)
@@ -134,5 +134,5 @@ class RollingCounts:
 
 
 def bitmaps(partners: NDArray[np.int16]) -> list[int]:
-    """int16 [m, PARTNERS] places to m bitmaps."""
+    """m bitmaps from places, int16 [m, PARTNERS]."""
     return [sum({1 << place for place in row if place >= 0}) for row in partners.tolist()]

@@ -1,9 +1,8 @@
 """The baseline of normal: a search over deduplicated vectors (HNSW or exact), and the density of one event type's
 reference sample.
 
-Promises: built with one thread, so that the same vectors give the same index; searches refuse NaN; an index file is
-loaded only with the manifest that was written with it, into the space that it was made for. Neither is ever changed in
-place: build another and swap.
+Promises: it is built with one thread, so that the same vectors give the same index; searches refuse NaN; an index file
+loads only with its own manifest and into its own space. An index is never changed in place: build another one and swap.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ from state.baseline.search import EF, BaselineError, Exact, Hnsw, refuse_nan, re
 
 MAX_VECTORS = 50_000
 EXACT_UP_TO = 2_000
-"""Vectors that are searched exactly on a CPU: below, that is as fast as the graph. Measured in docs/performance.md."""
+"""Up to so many vectors, exact search on a CPU is as fast as the graph. Measured in docs/performance.md."""
 CANARY = 1024
-"""One live query of so many is searched exactly, too."""
+"""One in so many live queries is also searched exactly."""
 ENOUGH_QUERIES, MIN_RECALL = 100, 0.9
-"""From so many on, a smaller share of neighbours found turns HNSW off: slow is better than blind."""
+"""After so many queries, a smaller recall switches to exact search, which is slow but right."""
 
 
 @dataclass
 class Recall:
-    """What the canary saw: the live queries that were also searched exactly, the share of their neighbours that HNSW
-    found too, and whether it was too small and exact search has taken over."""
+    """The recall on live queries. queries: also searched exactly; neighbours: of these; found: by HNSW, too;
+    fallen_back: the recall was too small, and exact search is in use."""
 
     queries: int = 0
     neighbours: int = 0
@@ -47,11 +46,11 @@ class Recall:
 
 
 class Baseline:
-    """Distinct normal vectors under L2, with the search that suits their number: exact where there are few or where
-    they lie on a GPU, else HNSW, of whose answers a sample is checked.
+    """Distinct normal vectors under L2. Search is exact for few vectors and on a GPU, else by HNSW, and a sample of its
+    answers is checked.
 
-    members: int64 [count], which of the rows given to `build` each vector is; learned: bool [count], False for those
-    that joined in a refresh, after the first fit.
+    members: int64 [count], the row given to `build` of each vector; learned: bool [count], False for vectors that
+    joined in a refresh after the first fit.
     """
 
     def __init__(self, hnsw: Hnsw, dim: int, members: NDArray[np.int64], device: str = "cpu") -> None:
@@ -75,14 +74,14 @@ class Baseline:
         seed: int,
         sparse: Callable[[NDArray[np.int64]], NDArray[np.bool_]] | None = None,
     ) -> Baseline:
-        """vectors: float16 [n, d], any number of them equal. Of more than MAX_VECTORS distinct ones, a sample that does
-        not mind how often each came, so that what is rare but normal stays in; without those that are `sparse` (asked
-        with int64 [m], places in vectors; answers bool [m]). Raises BaselineError for none."""
+        """vectors: float16 [n, d], with duplicates. Of more than MAX_VECTORS distinct ones a sample is kept that
+        ignores their frequency, so that rare normal vectors stay. sparse: a function from rows, int64 [m], to bool [m],
+        whether to leave each out. Raises BaselineError without vectors."""
         if not len(vectors):
             raise BaselineError("a baseline of no vectors: there is nothing to compare events with")
         refuse_nan(vectors)
         _, members = np.unique(vectors, axis=0, return_index=True)
-        # In a random order: a graph built cluster by cluster has clusters that no search reaches.
+        # Insert in random order: a graph built cluster by cluster has unreachable clusters.
         members = np.random.default_rng(seed).permutation(members)[:MAX_VECTORS].astype(np.int64)
         if sparse is not None:
             members = members[~sparse(members)]
@@ -93,14 +92,14 @@ class Baseline:
         return self._hnsw.vectors().astype(np.float16)
 
     def exact(self) -> Exact:
-        """Exact search over the same vectors; made when first asked for."""
+        """Exact search over the same vectors; made at the first call."""
         if self._exact is None:
             self._exact = Exact(self._hnsw.vectors(), self._device)
         return self._exact
 
     def search(self, vectors: NDArray[np.float16], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """float16 [q, d] to the distances (not squared) and places in `members` of the k nearest, [q, k] each, nearest
-        first; k is at most the number of vectors. Raises BaselineError for a query that is not a number."""
+        first; k is at most the number of vectors. Raises BaselineError for a query with NaN or infinity."""
         refuse_nan(vectors)
         k = min(k, len(self))
         if not len(vectors):
@@ -112,8 +111,8 @@ class Baseline:
         return distances, places
 
     def _check(self, vectors: NDArray[np.float16], distances: NDArray[np.float32], k: int) -> None:
-        """The canary: search one query in CANARY exactly too. Which, its vector says: a query that comes often is one
-        that matters often. Neighbours count by their distance, for several may be equally near."""
+        """The canary: also search one in CANARY queries exactly, chosen by a hash of the vector. Neighbours are
+        compared by distance, because several may be equally near."""
         mixed = vectors.view(np.uint16).sum(1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         rows = np.flatnonzero(mixed >> np.uint64(48) < np.uint64((1 << 16) // CANARY))
         if not len(rows):
@@ -126,8 +125,8 @@ class Baseline:
         seen.fallen_back = seen.queries >= ENOUGH_QUERIES and seen.share < MIN_RECALL
 
     def save(self, path: Path) -> dict[str, Any]:
-        """Write the index and return its manifest. Raises OSError where not all of it could be written: hnswlib
-        itself does not look."""
+        """Write the index and return its manifest. Raises OSError where it was not written completely, which hnswlib
+        does not check."""
         self._hnsw.index.save_index(str(path))
         written, size = path.stat().st_size, self._hnsw.index.index_file_size()
         if written != size:
@@ -144,8 +143,8 @@ class Baseline:
     def load(
         cls, path: Path, manifest: dict[str, Any], members: NDArray[np.int64], *, dim: int, device: str = "cpu"
     ) -> Baseline:
-        """dim: of the encoder whose vectors are searched for. Raises BaselineError: hnswlib itself loads an index of
-        another space or length silently, and forgets ef."""
+        """Load an index. dim: of the encoder's vectors. Raises BaselineError where file, manifest and dim do not belong
+        together: hnswlib loads an index of another space or length silently, and forgets ef."""
         wrong = {
             f"space {manifest.get('space')}, not l2": manifest.get("space") != "l2",
             f"{manifest.get('count')} vectors, not {len(members)}": manifest.get("count") != len(members),

@@ -1,4 +1,7 @@
-"""How far a vector lies from the bulk of events of its type."""
+"""Density: how far a vector lies from the bulk of the events of its type.
+
+Promises distances that do not depend on the batch. It knows event types only, not entities.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,17 @@ import torch
 from numpy.typing import NDArray
 
 MASS = 0.06
-"""The share of the reference that counts as an event's neighbourhood. Wide, because a fold of a few unlabelled attacks
-in training must not vouch for the next."""
+"""The share of the reference that is an event's neighbourhood. It is large, so that a few unlabelled attacks in
+training do not make the next one look normal."""
 TRIM = 0.05
-"""The share of the reference, its loneliest, that is left out."""
+"""The share of the reference that is left out: the vectors farthest from the others."""
 SAMPLE = 4096
 MIN_REFERENCE = 200
 
 
 @dataclass(frozen=True)
 class Density:
-    """Mean distance to the nearest MASS of a reference sample, for one event type each.
+    """The mean distance to the nearest MASS of a reference sample, with one sample for each event type.
 
     vectors: float32 [r, d] and weights: float64 [r], grouped; starts: int64 [types + 1]; types: int64 [types], sorted.
     """
@@ -33,8 +36,8 @@ class Density:
     def fit(
         cls, vectors: NDArray[np.float16], weights: NDArray[np.float64], types: NDArray[np.int64], *, seed: int
     ) -> Density:
-        """vectors: float16 [n, d], distinct; weights: float64 [n], events each stands for (at least 1); types: int64
-        [n]. A type with fewer than MIN_REFERENCE events has no reference."""
+        """vectors: float16 [n, d], distinct; weights: float64 [n], events of each (at least 1); types: int64 [n]. A
+        type with fewer than MIN_REFERENCE events has no reference."""
         generator = np.random.default_rng(seed)
         parts: list[tuple[int, NDArray[np.float32], NDArray[np.float64]]] = []
         for kind in np.unique(types).tolist():
@@ -60,8 +63,8 @@ class Density:
     def sparse(
         self, vectors: NDArray[np.float16], weights: NDArray[np.float64], types: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
-        """bool [n], as for `fit`: the TRIM of each type's weight that lies farthest from its reference. Unlabelled
-        attacks in training are among them, and would be the nearest neighbours of the next."""
+        """bool [n], arguments as in `fit`: the vectors farthest from their reference, TRIM of each type's weight.
+        Unlabelled attacks in training are among them, and would be the nearest neighbours of the next attack."""
         distance, out = self(vectors, types), np.zeros(len(vectors), np.bool_)
         for kind in self.types.tolist():
             rows = np.flatnonzero(types == kind)
@@ -83,8 +86,8 @@ class Density:
 def _mean_distance(
     queries: NDArray[np.float32], reference: NDArray[np.float32], weights: NDArray[np.float64], share: float
 ) -> NDArray[np.float64]:
-    """Mean distance to the nearest `share` of the weight. In float64, where the square root of a small difference of
-    large numbers does not depend on the shape of the matrix."""
+    """float64 [q]: the mean distance to the nearest `share` of the weight. In float64, in which the root of a small
+    difference of large numbers does not depend on the shape of the matrix."""
     b = torch.from_numpy(reference).double()
     w = torch.from_numpy(weights)
     mass = max(share * float(weights.sum()), 1.0)

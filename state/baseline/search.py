@@ -1,4 +1,7 @@
-"""Nearest neighbours, by hnswlib or by exact search, behind one interface."""
+"""Nearest neighbours, by hnswlib or by exact search, with one interface.
+
+Promises the same neighbours from both, except those that HNSW misses. It does not decide which one serves.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ _QUERIES = 256
 
 
 class BaselineError(StateError):
-    """An index that cannot be used: another space or dimension, a changed file, a vector that is not a number."""
+    """An index that cannot be used: another space or dimension, a changed file, a vector with NaN."""
 
 
 class Neighbours(Protocol):
-    """A search over fixed vectors: both implementations give the same neighbours, but for what HNSW misses."""
+    """A search over fixed vectors. Both implementations give the same neighbours, except those that HNSW misses."""
 
     def search(self, vectors: NDArray[np.float16], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """float16 [q, d] to the distances (not squared) and places of the k nearest, [q, k] each, nearest first."""
@@ -28,8 +31,8 @@ class Neighbours(Protocol):
 
 
 class Exact:
-    """Every query against every vector, on any device. In float64, where the square root of a small difference of large
-    numbers does not depend on the shape of the matrix."""
+    """Compares every query with every vector, on any device. In float64, in which the root of a small difference of
+    large numbers does not depend on the shape of the matrix."""
 
     def __init__(self, vectors: NDArray[np.float32], device: str = "cpu") -> None:
         self._vectors = torch.from_numpy(vectors).to(device).double()
@@ -41,14 +44,14 @@ class Exact:
             part = slice(start, start + _QUERIES)
             a = torch.from_numpy(vectors[part].astype(np.float64)).to(self._vectors.device)
             squared = a.square().sum(1, keepdim=True) + self._squares - 2 * a @ self._vectors.T
-            found = torch.topk(squared, k, dim=1, largest=False)
-            distances[part] = found.values.clamp(min=0).sqrt().float().cpu().numpy()
-            places[part] = found.indices.cpu().numpy()
+            nearest = torch.topk(squared, k, dim=1, largest=False)
+            distances[part] = nearest.values.clamp(min=0).sqrt().float().cpu().numpy()
+            places[part] = nearest.indices.cpu().numpy()
         return distances, places
 
 
 class Hnsw:
-    """hnswlib's graph (Malkov and Yashunin 2016): the cost of a query hardly grows with the number of vectors."""
+    """hnswlib's graph (Malkov and Yashunin 2016): the cost of a query grows slowly with the number of vectors."""
 
     def __init__(self, index: Any) -> None:
         self.index = index
@@ -65,8 +68,8 @@ class Hnsw:
 
     def vectors(self) -> NDArray[np.float32]:
         """float32 [count, d], by place."""
-        found: NDArray[np.float32] = np.asarray(self.index.get_items(np.arange(self.index.element_count)), np.float32)
-        return found
+        vectors: NDArray[np.float32] = np.asarray(self.index.get_items(np.arange(self.index.element_count)), np.float32)
+        return vectors
 
     def search(self, vectors: NDArray[np.float16], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         labels, squared = self.index.knn_query(vectors.astype(np.float32), k=k, num_threads=1)
@@ -74,8 +77,8 @@ class Hnsw:
 
 
 def refuse_other_space(path: Path, hnsw: Hnsw, count: int) -> None:
-    """An index file does not say what its distances are. But that of a cosine space holds vectors cut to length one,
-    and not those of float16 that were put in. Raises BaselineError."""
+    """Refuse an index of another space. The file does not name its space, but one of a cosine space holds vectors of
+    length one instead of the float16 values that were added. Raises BaselineError."""
     if hnsw.index.element_count != count:
         raise BaselineError(f"{path} holds {hnsw.index.element_count} vectors, not {count}; fit the bundle again")
     vectors = hnsw.vectors()
