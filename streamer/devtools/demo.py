@@ -1,8 +1,9 @@
-"""`ripcurrent demo`: a week of a small company to learn from, the day after it through real servers, and a scorecard.
+"""`ripcurrent demo`: fits on a week of a simulated company, streams the next day through real servers, and shows a
+scorecard.
 
-Everything is what a user would run: `ripcurrent fit` and `ripcurrent run` as processes of their own, a real Kafka, a
-real Valkey, and a subscriber of the alert topic, which is this process. It knows which events belong to incidents; the
-others do not. Whatever ends it, it leaves no process and no file behind.
+It runs what a user would run: `ripcurrent fit` and `ripcurrent run` as processes, a real Kafka, a real Valkey, and this
+process as subscriber of the alert topic. Only this process knows the labels. Promises to leave no process and no file
+behind, however it ends.
 """
 
 from __future__ import annotations
@@ -39,21 +40,21 @@ from streamer.errors import ConfigurationError, StreamError
 from streamer.settings import PREFIX, variable
 
 BUDGET = 20.0
-"""Alerts a day that the service may spend on what is normal."""
+"""The alert budget of the service per day."""
 WARM_DAYS = 3
-"""Days of the week behind it that the service catches up on first, so that its windows are those of a service that has
-run for a while; how fast it does so is its throughput."""
+"""The last days of the week, which the service scores first, so that its windows are filled; this measures throughput.
+"""
 PRODUCED_FOR_S = 30.0
-"""Seconds into which the eighth day is pressed."""
+"""Seconds in which the eighth day is produced."""
 STARTS_WITHIN_S = 90.0
 SILENT_FOR_S = 60.0
-"""How long the service may make no progress before the demo gives up on it."""
+"""How long the service may make no progress before the demo ends with an error."""
 COMMAND = (sys.executable, "-c", "from streamer.cli import main; main()")
 _SEVERITY = {1: "dim", 2: "cyan", 3: "yellow", 4: "red", 5: "bold red"}
 
 
 class Seen(NamedTuple):
-    """An alert as its subscriber saw it: the finding, the offset of the event it is about, when it came (epoch ms)."""
+    """An alert as received: the finding, the offset of its event, and the time of arrival (epoch ms)."""
 
     finding: dict[str, Any]
     offset: int
@@ -62,7 +63,7 @@ class Seen(NamedTuple):
 
 @dataclass
 class Scorecard:
-    """What the alerts say of the n events of the eighth day, whose first stands at offset `first`.
+    """Compares alerts with the labels of the n events of the eighth day, which begins at offset `first`.
 
     labels: n; times: n event times; appended: epoch ms at which Kafka took each event, by offset.
     """
@@ -76,8 +77,8 @@ class Scorecard:
     latencies: list[int] = field(default_factory=list)
 
     def add(self, seen: Seen) -> str | None:
-        """Count an alert; returns the kind of incident it found, "" for a false alarm, None for what is over and for
-        another day's."""
+        """Count an alert; returns the kind of its incident, "" for a false alarm, None for a Close and for an event of
+        another day."""
         row = seen.offset - self.first
         if not 0 <= row < len(self.labels) or seen.finding.get("activity_id") == CLOSE:
             return None
@@ -91,7 +92,7 @@ class Scorecard:
         return label.attack
 
     def incidents(self) -> list[tuple[str, str, list[int], list[int]]]:
-        """(id, kind, rows of its events, rows alerted on) of each, in the order in which they begin."""
+        """(id, kind, rows of its events, rows with alerts) of each incident, in the order of their beginnings."""
         rows: dict[str, list[int]] = {}
         for row, label in enumerate(self.labels):
             if label.label:
@@ -99,7 +100,7 @@ class Scorecard:
         return [(uid, self.labels[of[0]].attack, of, sorted(self.alerted.get(uid, []))) for uid, of in rows.items()]
 
     def latency(self) -> tuple[float, float]:
-        """p50 and p99 in ms from Kafka's append of the event to the alert in the subscriber's hands; nan without."""
+        """p50 and p99 in ms from Kafka's append of the event to the receipt of the alert; nan without alerts."""
         if not self.latencies:
             return float("nan"), float("nan")
         p50, p99 = np.percentile(self.latencies, [50, 99])
@@ -116,8 +117,8 @@ def demo(
 ) -> int:
     """Run the demo; returns the exit code: 0, or 130 after Ctrl-C or SIGTERM.
 
-    seconds: into how many the eighth day is pressed; command: how `ripcurrent` is started. Raises `RipcurrentError`
-    where a server, `fit` or the service does not do its part.
+    seconds: in which the eighth day is produced; command: starts `ripcurrent`. Raises `RipcurrentError` where a server,
+    `fit` or the service fails.
     """
     console = console or Console(highlight=False, soft_wrap=True)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -192,7 +193,7 @@ def _simulate(folder: Path, seed: int, events_per_day: int) -> tuple[int, Day, l
 
 @contextmanager
 def _child(command: list[str], folder: Path, settings: dict[str, str], log: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A process with these settings and no others, in a session of its own: Ctrl-C reaches it through us alone."""
+    """A process with these settings only, in its own session, so that Ctrl-C reaches it only through this process."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(PREFIX)}
     process = subprocess.Popen(  # noqa: S603 - our own command
         command, cwd=folder, env=inherited | settings, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -212,7 +213,7 @@ def _child(command: list[str], folder: Path, settings: dict[str, str], log: Any)
 
 @contextmanager
 def _topics(bootstrap: str, name: str) -> Iterator[tuple[str, str, str, str]]:
-    """The four topics, of one partition each, with the broker's own clock on every message."""
+    """The four topics, with one partition each and timestamps by the broker's clock."""
     admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
     topics = (f"{name}-events", f"{name}-alerts", f"{name}-dead-letters", f"{name}-ledger")
     config = {"message.timestamp.type": "LogAppendTime"}
@@ -224,7 +225,7 @@ def _topics(bootstrap: str, name: str) -> Iterator[tuple[str, str, str, str]]:
     try:
         yield topics
     finally:
-        # A server of our own is about to go with all its topics; in somebody else's they must not stay.
+        # Our own server is removed with its topics; on another server they must be deleted.
         if os.environ.get("RIPCURRENT_TEST_KAFKA"):
             with suppress(KafkaException):
                 for gone in admin.delete_topics(list(topics)).values():
@@ -232,19 +233,19 @@ def _topics(bootstrap: str, name: str) -> Iterator[tuple[str, str, str, str]]:
 
 
 class _Stream:
-    """Both ends of the stream: events in, alerts out, and how far the service has come in between."""
+    """Produces events, receives alerts, and reads the committed offset of the service."""
 
     def __init__(self, bootstrap: str, group: str, topics: tuple[str, ...]) -> None:
         self.events = topics[0]
         self.sent, self.done = 0, -1
         self.appended: dict[int, int] = {}
-        # A broker that has just started keeps clients waiting, and librdkafka would print a line for each time.
+        # librdkafka would log each retry against a broker that has just started.
         client = {"bootstrap.servers": bootstrap, "log_level": 0}
         self.producer = Producer(client | {"enable.idempotence": True, "linger.ms": 2})
         subscriber = client | {"group.id": f"{group}-subscriber", "enable.auto.commit": False}
         self.subscriber = Consumer(subscriber | {"isolation.level": "read_committed", "auto.offset.reset": "earliest"})
         self.subscriber.assign([TopicPartition(topics[1], 0, 0)])
-        # Uncommitted: the offsets of a transaction that is open do not have to be waited for.
+        # Uncommitted, so that reading does not wait for open transactions.
         self.progress = Consumer(client | {"group.id": group, "isolation.level": "read_uncommitted"})
 
     def produce(self, events: Sequence[bytes]) -> None:
@@ -264,19 +265,19 @@ class _Stream:
         self.appended[message.offset()] = message.timestamp()[1]
 
     def alerts(self) -> list[Seen]:
-        """What has come since the last call; waits a moment."""
-        found = []
+        """The alerts since the last call; waits at most 0.02 s."""
+        seen = []
         for message in self.subscriber.consume(100, timeout=0.02):
             if message.error() is None and message.value() is not None:
                 # topic:partition:offset:index of the event that the alert is about.
                 source = str(dict(message.headers() or [])["ripcurrent.source"], "ascii")  # type: ignore[arg-type]
                 offset = int(source.rsplit(":", 2)[1])
-                found.append(Seen(orjson.loads(message.value() or b""), offset, int(time.time() * 1000)))
-        return found
+                seen.append(Seen(orjson.loads(message.value() or b""), offset, int(time.time() * 1000)))
+        return seen
 
     def scored(self) -> int:
-        """How many events the service has committed; -1 before it has committed where it begins."""
-        # A slow broker is no news; whoever watches knows for how long there has been none.
+        """The number of events that the service has committed; -1 before its first commit."""
+        # A slow broker is no error here: `_Watched` limits the time without progress.
         with suppress(KafkaException):
             (partition,) = self.progress.committed([TopicPartition(self.events, 0)], timeout=5)
             if partition.error is None:
@@ -290,7 +291,7 @@ class _Stream:
 
 @dataclass
 class _Watched:
-    """The service, with an eye on whether it lives and gets on."""
+    """The service, and whether it runs and makes progress."""
 
     process: subprocess.Popen[bytes]
     log: Path
@@ -299,7 +300,7 @@ class _Watched:
     since: float = field(default_factory=time.monotonic)
 
     def scored(self) -> int:
-        """As the stream says. Raises `StreamError` when the service has ended or stands still."""
+        """The number of committed events. Raises `StreamError` when the service has ended or makes no progress."""
         if self.process.poll() is not None:
             raise StreamError(f"the service ended with code {self.process.returncode}: {self._said()}")
         now = self.stream.scored()
@@ -315,7 +316,7 @@ class _Watched:
 
 @contextmanager
 def _bar(console: Console, text: str, total: int) -> Iterator[Any]:
-    """A function that shows how many are done; nothing where no terminal would show it."""
+    """A function that shows the number done on a progress bar, or does nothing without a terminal."""
     if not console.is_terminal:
         yield lambda done: None
         return
@@ -326,7 +327,7 @@ def _bar(console: Console, text: str, total: int) -> Iterator[Any]:
 
 
 def _catch_up(console: Console, watched: _Watched, days: list[Day]) -> float:
-    """Once the service runs, give it these days at once; returns events/s from the first append to the last commit."""
+    """Once the service runs, produce these days at once; returns events/s from the first append to the last commit."""
     while watched.scored() < 0:
         time.sleep(0.05)
     events = sum(map(len, days))
@@ -368,7 +369,7 @@ def _stream_day(console: Console, watched: _Watched, day: Day, card: Scorecard, 
 
 
 def _show(console: Console, card: Scorecard, seen: Seen) -> None:
-    """One line: the event's time, how severe, what the alert says, and whether it was an incident."""
+    """One line: time of the event, severity, title, and whether it belongs to an incident."""
     kind = card.add(seen)
     if kind is None:
         return
@@ -387,11 +388,11 @@ def _clock(ms: int) -> str:
 
 def _report(console: Console, card: Scorecard, rate: float, fitted: float, total: float) -> None:
     rows = []
-    found = {True: [0, 0], False: [0, 0]}
+    detected = {True: [0, 0], False: [0, 0]}
     for _uid, kind, events, alerted in card.incidents():
         incident = KINDS[kind]
-        found[incident.ordinary][0] += bool(alerted)
-        found[incident.ordinary][1] += 1
+        detected[incident.ordinary][0] += bool(alerted)
+        detected[incident.ordinary][1] += 1
         when = f"at {_clock(card.times[alerted[0]])}, its event {events.index(alerted[0]) + 1}" if alerted else ""
         each = "each event ordinary" if incident.ordinary else "an odd event"
         rows.append((kind, incident.summary, each, str(len(events)), "found" if alerted else "missed", when))
@@ -404,11 +405,11 @@ def _report(console: Console, card: Scorecard, rate: float, fitted: float, total
     else:
         for kind, summary, each, many, outcome, when in rows:
             console.print(f"{outcome:6}  {kind}: {summary} ({each}; {many} events) {when}".rstrip())
-    (ordinary, of_ordinary), (odd, of_odd) = found[True], found[False]
+    (ordinary, of_ordinary), (unusual, of_unusual) = detected[True], detected[False]
     p50, p99 = card.latency()
     for name, value in (
-        ("incidents found", f"{ordinary + odd} of {of_ordinary + of_odd} ({ordinary} of {of_ordinary} made of ordinary "
-         f"events alone, {odd} of {of_odd} with an odd one)"),
+        ("incidents found", f"{ordinary + unusual} of {of_ordinary + of_unusual} ({ordinary} of {of_ordinary} made of "
+         f"ordinary events alone, {unusual} of {of_unusual} with an odd one)"),
         ("false alarms", f"{card.false_alarms} in the day (budget {BUDGET:.0f})"),
         ("throughput", f"{rate:,.0f} events/s, catching up"),
         ("latency", f"p50 {p50:,.0f} ms, p99 {p99:,.0f} ms, from Kafka's append of the event to the alert received"),

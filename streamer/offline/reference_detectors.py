@@ -1,7 +1,7 @@
-"""What a user would pick instead of Ripcurrent: simple, strong detectors to be measured on the same events.
+"""Reference detectors: simple, strong detectors that the evaluation runs on the same events.
 
-Each peer is a function from (training events, test events) to one score an event, higher meaning less normal; none sees
-a label. They are here to be compared with, not to be used: everything is held in memory and nothing is streamed.
+Each is a function from (training events, test events) to one score for each event, higher meaning less normal; none
+sees a label. They are for comparison only: they hold all events in memory and do not stream.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _IDENTITY = frozenset({"time", "metadata.uid", "metadata.correlation_uid"})
 _NUMBERS_THAT_NAME = ("_id", "_uid", "port", "pid")
 
 
-class PeerUnavailableError(Exception):
-    """The peer cannot run here: an optional package is absent, or the events are not of its kind."""
+class ReferenceUnavailableError(Exception):
+    """A reference detector cannot run: an optional package is missing, or the events are not of its kind."""
 
 
 def flatten(record: Record) -> Flat:
@@ -55,11 +55,11 @@ def flatten(record: Record) -> Flat:
 
 @dataclass(frozen=True)
 class Table:
-    """Events as numbers, the preprocessing that the distance-based peers share.
+    """Events as numbers, the shared preprocessing of the distance-based detectors.
 
     train: float32 [n, d], test: float32 [m, d]: log-scaled standardised numbers, unscaled one-hots of the 30 most
-    common values of each category, one rarity column an attribute; rarity: float64 [m, categories], -log of how often
-    a test event's value was seen in training.
+    common values of each category, one rarity column for each attribute; rarity: float64 [m, categories], -log of
+    the frequency in training of a test event's value.
     """
 
     train: NDArray[np.float32]
@@ -77,8 +77,8 @@ def _is_quantity(path: str, values: Sequence[Any]) -> bool:
 
 def _quantities(path: str, events: Sequence[Flat]) -> Scores:
     """Signed logarithms, float64 [n]; nan where the attribute is absent or (in a test set) not a number."""
-    found = (event.get(path) for event in events)
-    raw = np.array([v if type(v) is int or type(v) is float else np.nan for v in found], np.float64)
+    values = (event.get(path) for event in events)
+    raw = np.array([v if type(v) is int or type(v) is float else np.nan for v in values], np.float64)
     return np.asarray(np.sign(raw) * np.log1p(np.abs(raw)))
 
 
@@ -88,19 +88,19 @@ def _category(event: Flat, path: str) -> Any:
 
 
 def tabulate(train: Sequence[Record], test: Sequence[Record]) -> Table:
-    """Turn events into a `Table`; what is a quantity and what is a category is learned from the training events."""
+    """Turn events into a `Table`; the training events decide which attributes are quantities and which categories."""
     old, new = [flatten(r) for r in train], [flatten(r) for r in test]
     paths = [path for path, _ in Counter(k for e in old for k in e).most_common() if path not in _IDENTITY]
     quantities = {p for p in paths if _is_quantity(p, [e[p] for e in old if p in e])}
-    left: list[Scores] = []
-    right: list[Scores] = []
+    train_columns: list[Scores] = []
+    test_columns: list[Scores] = []
     for path in (p for p in paths if p in quantities):
         a, b = _quantities(path, old), _quantities(path, new)
         mean, spread = np.nanmean(a), np.nanstd(a) + 1e-6
-        left.append(np.nan_to_num((a - mean) / spread).clip(-10, 10))
-        right.append(np.nan_to_num((b - mean) / spread).clip(-10, 10))
-    rare_left: list[Scores] = []
-    rare_right: list[Scores] = []
+        train_columns.append(np.nan_to_num((a - mean) / spread).clip(-10, 10))
+        test_columns.append(np.nan_to_num((b - mean) / spread).clip(-10, 10))
+    rare_train_columns: list[Scores] = []
+    rare_test_columns: list[Scores] = []
     for path in (p for p in paths if p not in quantities):
         values = [_category(e, path) for e in old]
         common = Counter(values).most_common()
@@ -109,24 +109,24 @@ def tabulate(train: Sequence[Record], test: Sequence[Record]) -> Table:
         b_codes = np.array([code.get(_category(e, path), len(code)) for e in new], np.intp)
         counts = np.array([count for _, count in common] + [0])
         rarity = -np.log((counts + 0.5) / (len(old) + 1))
-        rare_left.append(rarity[a_codes])
-        rare_right.append(rarity[b_codes])
+        rare_train_columns.append(rarity[a_codes])
+        rare_test_columns.append(rarity[b_codes])
         if len(common) > 1:
             for i in range(min(30, int((counts >= 5).sum()))):
-                left.append((a_codes == i).astype(np.float64))
-                right.append((b_codes == i).astype(np.float64))
-    rare_train = _columns(rare_left, len(old))
-    rare_test = _columns(rare_right, len(new))
+                train_columns.append((a_codes == i).astype(np.float64))
+                test_columns.append((b_codes == i).astype(np.float64))
+    rare_train = _columns(rare_train_columns, len(old))
+    rare_test = _columns(rare_test_columns, len(new))
     scale = (rare_train.std() if rare_train.size else 0.0) + 1e-6
     return Table(
-        np.hstack([_columns(left, len(old)), rare_train / scale]).astype(np.float32),
-        np.hstack([_columns(right, len(new)), rare_test / scale]).astype(np.float32),
+        np.hstack([_columns(train_columns, len(old)), rare_train / scale]).astype(np.float32),
+        np.hstack([_columns(test_columns, len(new)), rare_test / scale]).astype(np.float32),
         rare_test,
     )
 
 
 def _columns(columns: list[Scores], rows: int) -> Scores:
-    """Columns side by side, each contiguous: variances are then summed alike for columns that hold the same numbers."""
+    """Columns side by side, each contiguous, so that equal columns have exactly equal variances."""
     return np.array(columns).T if columns else np.zeros((rows, 0))
 
 
@@ -136,7 +136,7 @@ def _sample(table: Table, seed: int) -> NDArray[np.float32]:
 
 
 def rarity_sum(table: Table, seed: int = 0) -> Scores:
-    """How rare each value of the event is by itself, summed over attributes."""
+    """The rarity of each value of the event, summed over attributes."""
     return np.asarray(table.rarity.sum(1))
 
 
@@ -157,7 +157,7 @@ def local_outlier_factor(table: Table, seed: int = 0) -> Scores:
     """Breunig et al. 2000, 20 neighbours among the distinct training rows."""
     rows = np.unique(_sample(table, seed), axis=0)
     if len(rows) < 2:
-        raise PeerUnavailableError("the training events are all alike")
+        raise ReferenceUnavailableError("the training events are all alike")
     factor = LocalOutlierFactor(min(20, len(rows) - 1), novelty=True, n_jobs=-1).fit(rows)
     return np.asarray(-factor.score_samples(table.test), np.float64)
 
@@ -167,7 +167,7 @@ def half_space_trees(table: Table, seed: int = 0) -> Scores:
     try:
         from river import anomaly
     except ImportError as error:
-        raise PeerUnavailableError("river is not installed") from error
+        raise ReferenceUnavailableError("river is not installed") from error
     low, high = table.train.min(0), table.train.max(0) + 1e-6
     keep = np.argsort(-table.train.var(0))[:20]
     trees: Any = anomaly.HalfSpaceTrees(n_trees=25, height=10, window_size=250, seed=seed + 1)
@@ -224,18 +224,18 @@ def trigram(train: Sequence[Record], test: Sequence[Record]) -> Scores:
 
     def steps(records: Sequence[Record]) -> list[tuple[tuple[str, str], str]]:
         last: dict[str, tuple[str, str]] = {}
-        found = []
+        steps_ = []
         for record in records:
             metadata = record.get("metadata")
             metadata = metadata if isinstance(metadata, dict) else {}
             sequence, code = str(metadata.get("correlation_uid")), str(metadata.get("event_code"))
             before = last.get(sequence, ("^", "^"))
-            found.append((before, code))
+            steps_.append((before, code))
             last[sequence] = (before[1], code)
-        return found
+        return steps_
 
     if not _has_sequences(train):
-        raise PeerUnavailableError("the events name no sequences (metadata.correlation_uid and event_code)")
+        raise ReferenceUnavailableError("the events name no sequences (metadata.correlation_uid and event_code)")
     for before, code in steps(train):
         seen[before, code] += 1
         contexts[before] += 1

@@ -1,8 +1,8 @@
-"""A generator of behaviour: days of an imaginary company as OCSF events, with labelled incidents on chosen days.
+"""Generates days of a simulated company as OCSF events, with labelled incidents on chosen days.
 
-For the demo, tests and measurement where no recording has what is needed. Promises: the same arguments give the same
-bytes in every process; every event is valid OCSF 1.5 of one of seven classes; events come in time order; no more than
-two days are held at a time. Does not promise that your company behaves like this one.
+For the demo, tests and measurements. Promises: the same arguments give the same bytes in every process; every event is
+valid OCSF 1.5 of one of seven classes; events are in time order; at most two days are in memory. It does not claim that
+real companies behave so.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from streamer.devtools.simulator.workday import DAY, HEAD, Journal, Today, peopl
 from streamer.errors import ConfigurationError
 
 MONDAY = 1_767_571_200_000
-"""2026-01-05T00:00:00Z, where simulated time begins unless told otherwise."""
+"""2026-01-05T00:00:00Z, the default begin of simulated time."""
 EVENTS_PER_DAY = 18_000
 """The small company of the demo."""
 
 
 class Label(NamedTuple):
-    """What an event is: `label` 1 and the incident's kind and id, or 0 and nothing. A row of a `.labels.csv`."""
+    """The label of an event, a row of a `.labels.csv`: 1 with kind and id of the incident, or 0 with "" for both."""
 
     uid: str
     label: int
@@ -42,7 +42,7 @@ class Day:
     """The n events of a simulated day in time order.
 
     index: from 0; start: its midnight UTC in epoch ms; times: n epoch ms, ascending; events: n JSON objects; labels: n,
-    in the same order. What a night shift does past midnight belongs to the next day.
+    in the same order. Events of a night shift after midnight belong to the next day.
     """
 
     index: int
@@ -91,7 +91,7 @@ def write(days: Iterable[Day], events: Path, labels: Path | None = None) -> int:
     """Write days to an NDJSON file (.gz: compressed) and their labels to a CSV; returns how many events."""
     written = 0
     with ExitStack() as stack:
-        # A file name or time in the gzip header would make equal days unequal files.
+        # A file name or time in the gzip header would make files of equal days differ.
         raw = stack.enter_context(events.open("wb"))
         packed = gzip.GzipFile("", "wb", 6, raw, mtime=0) if events.suffix == ".gz" else None
         out = cast(IO[bytes], stack.enter_context(packed) if packed is not None else raw)

@@ -1,7 +1,7 @@
-"""What goes wrong at the simulated company: twelve kinds of incident, each a few acts among everybody's ordinary ones.
+"""The incidents of the simulated company: twelve kinds, each a few actions among ordinary ones.
 
-Eight are made of ordinary events alone: the same acts, by people who do them, from places where they are done, at hours
-when they are at work; only order, number, pace or absence is wrong. Four have a single event that is odd in itself.
+Eight kinds consist of ordinary events only: usual actions of usual people at usual places and hours, in which order,
+number, pace or absence is wrong. Four kinds have one event that is unusual by itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from streamer.devtools.simulator.workday import HOUR, MINUTE, PHONE_AGENT, Shift
 
 
 class Scene(NamedTuple):
-    """Where an incident takes place: the day, the routines planned for it, random numbers, and the incident's id."""
+    """The context of an incident: the day, its planned routines, random numbers, and the incident's id."""
 
     today: Today
     runs: list[Run]
@@ -26,7 +26,8 @@ class Scene(NamedTuple):
 
 
 class Incident(NamedTuple):
-    """How a kind of incident is carried out, whether each of its events is ordinary, and what it is in one line."""
+    """A kind of incident: the function that makes it, whether each of its events is ordinary, and a summary in one
+    line."""
 
     carry_out: Callable[[Scene], None]
     ordinary: bool
@@ -34,8 +35,8 @@ class Incident(NamedTuple):
 
 
 def _somebody(scene: Scene, *roles: str, hours: float = 6.0, travels: bool = False) -> tuple[Person, int, int]:
-    """Somebody with habits of their own already, at work for at least so long if there is such a one, whom no other
-    incident uses if possible; with the begin and end of their work. If all are off, one of them comes in after all."""
+    """A person with an established routine, with begin and end of their work: at work for at least so long, and not
+    part of another incident, where possible. If nobody works, one person is called in."""
     today = scene.today
     staff = [
         person
@@ -58,7 +59,7 @@ def _length(today: Today, person: Person) -> int:
 
 
 def _acting(today: Today, person: Person, rng: Random, now: int) -> Shift:
-    """Their shift with everything running already: an incident during the day does not begin with a logon."""
+    """The person's shift with all programs running, because an incident during the day does not begin with a logon."""
     shift = Shift(today, person, rng, now)
     for name in ("explorer", "outlook", "chrome", "winword"):
         shift.programs[name] = Running(PROGRAMS[name], shift.number())
@@ -166,7 +167,7 @@ def _wrong_order(scene: Scene) -> None:
 
 
 def _silent_routine(scene: Scene) -> None:
-    """The service stops half-way and says nothing more of this run; the next one is well."""
+    """The service stops half-way through a run; the next run is complete."""
     run = _spoiled_run(scene)
     del run.steps[scene.rng.choice((3, 4)) :]
 
@@ -230,4 +231,4 @@ KINDS: dict[str, Incident] = {
     "night_deletion": Incident(_night_deletion, False, "files deleted in bulk at night"),
 }
 ORDINARY = tuple(kind for kind, incident in KINDS.items() if incident.ordinary)
-"""The kinds of which every single event is ordinary."""
+"""The kinds whose events are all ordinary."""

@@ -1,7 +1,7 @@
-"""The cast of the simulator: people, hosts, programs and services of an imaginary company, and the events they make.
+"""The people, hosts, programs and services of the simulated company, and the events that they make.
 
-Promises: the same seed and size give the same company in every process, whoever joins it later included; every event
-built here is valid OCSF 1.5. Does not decide who does what when: that is `simulate`.
+Promises: the same seed and size give the same company in every process, including people who join later; every event is
+valid OCSF 1.5. It does not decide who does what when: `workday`, `routines` and `incidents` do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EVENTS_PER_PERSON = 270
 EVENTS_OF_MACHINES = 2_000
 """What each person adds to a working day, and what the machines do without them (measured; they size the company)."""
 SMALLEST = 12
-"""People in the smallest company: fewer leave no colleagues to be ordinary among."""
+"""People in the smallest company: with fewer there are no colleagues to compare with."""
 
 _FIRST = """
 anna ben carla david elena felix grace hugo ines jonas karin leo maria nils olga paul quinn rosa simon
@@ -70,7 +70,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Running:
-    """A program that runs; `number` tells this run of it from all others."""
+    """A running program; `number` identifies this run."""
 
     program: Program
     number: int
@@ -126,8 +126,8 @@ class Host:
 
 @dataclass(frozen=True)
 class Person:
-    """Somebody with a job, a workstation and habits. `joined`: the day they started, 0 for those who were there before;
-    `starts`: usual start of work in hours UTC; `pace`: how much they do against the others; `travels`: works at the
+    """A person with a job, a workstation and a routine. `joined`: the day they started, 0 for founders;
+    `starts`: usual start of work in hours UTC; `pace`: their activity relative to others; `travels`: works at the
     other site every other two days; `user` is their OCSF object."""
 
     index: int
@@ -182,11 +182,11 @@ def _servers(copies: int) -> list[Host]:
 
 
 class Organisation:
-    """A company that makes about `events_per_day` events on a working day; people join it as days go by.
+    """A company that makes about `events_per_day` events on a working day; people join over time.
 
-    people: all who ever work there, in the order of joining, `founders` of them from the beginning; servers; services;
+    people: all, in the order of joining, `founders` of them from the beginning; servers; services;
     domains: the sites on the internet that its people visit, most popular first, with their cumulative `popularity`;
-    odd_tools: programs that somebody needs once in a while.
+    odd_tools: programs that somebody needs rarely.
     """
 
     def __init__(self, *, seed: int, events_per_day: int, days: int) -> None:
@@ -236,7 +236,7 @@ class Organisation:
         return [Service(f"svc-{kind}{suffix}", kind, host, db) for kind, host in kinds]
 
     def staff(self, day: int, *roles: str) -> list[Person]:
-        """Who works there on that day, of these roles or of all."""
+        """The people who work there on that day, of these roles or of all."""
         return [p for p in self.people if p.joined <= day and (not roles or p.role in roles)]
 
 

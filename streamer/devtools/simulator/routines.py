@@ -1,8 +1,7 @@
-"""What runs by itself at the simulated company: the routines of its service accounts, the web site, the health checks.
+"""The automatic activity of the simulated company: routines of service accounts, the web site, health checks.
 
-Promises: every run of a routine takes all its steps in order, a few of them more than once, with jitter; each run has
-an id of its own, in `metadata.correlation_uid`. Runs are planned before they are written down, so that an incident may
-change one.
+Promises: every run of a routine takes all its steps in order, some more than once, with jitter; each run has its own id
+in `metadata.correlation_uid`. Runs are planned before their events are made, so that an incident can change one.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ ROUTINES: dict[str, tuple[str, ...]] = {
     "builds": ("checkout", "compile", "test", "package", "write", "store"),
     "backup": ("logon", "snapshot", "copy", "write", "verify", "rotate", "logoff"),
 }
-"""The steps of each service's routine. Some are taken more than once (see `Run.write_down`); none is ever left out."""
+"""The steps of each service's routine. Some are taken more than once (`Run.write_down`); none is skipped."""
 
 _REPEATED = {"transform": 0.45, "render": 0.5, "test": 0.12, "copy": 0.3}
 _SECONDS = {"transform": 25.0, "compile": 60.0, "test": 90.0, "copy": 45.0, "load": 15.0, "render": 20.0}

@@ -1,8 +1,8 @@
-"""What an ordinary day at the simulated company looks like: what people do at work, act by act.
+"""An ordinary working day at the simulated company: the actions of people.
 
-Promises: a day depends on seed, size and its number alone, so any day can be made again without those before it; what
-is rare but normal (typing errors, new files and names, odd tools, late evenings, newcomers) happens every day. Knows
-nothing of incidents; those use the same acts, so that what they do is what everybody does.
+Promises: a day depends on seed, size and its number only, so any day can be made without earlier ones; rare but normal
+actions (typing errors, new files and names, rare tools, late evenings, new people) happen every day. It does not know
+incidents; they use the same actions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HOUR = 3_600_000
 DAY = 24 * HOUR
 MINUTE = 60_000
 HEAD = b'{"metadata":{"uid":"'
-"""How every event begins: what comes next is its uid, which is known once the day is in order."""
+"""The beginning of every event; its uid follows, which is known once the day is sorted."""
 STORAGE = ("files.cloudbox.example", "198.51.100.250")
 SYSTEM = {"name": "SYSTEM", "uid": "S-1-5-18", "type_id": 3}
 DESKTOP_AGENT = "Mozilla/5.0 (Windows NT 10.0; Win64; x64) Chrome/{}.0"
@@ -133,7 +133,7 @@ class Shift:
         user, session = self.person.user, self.session()
         self.add(ocsf.logon(self.wait(4), host, user, kind, source, session, success=success, off=off))
 
-    # Acts. Each is a handful of events that belong together.
+    # Actions. Each is a few related events.
 
     def connect(self, target: dict[str, Any], port: int, sent: int, received: int, *, answered: bool = True) -> None:
         lasted = self.size(900, 1.2) if answered else 21_000
@@ -350,16 +350,16 @@ class Shift:
         self.connect(host.endpoint, 7680, sent, received, answered=has_it)
 
     def odd_job(self) -> None:
-        """What somebody does once in a while: a tool that nobody else has, or one fresh from a download."""
+        """A rare action: a tool that nobody else has, or one that was just downloaded."""
         name = f"setup-{self.rng.getrandbits(16):04x}.exe"
         fresh = Program(name, f"C:\\Users\\{self.person.name}\\Downloads\\{name}")
         tool = self.rng.choice(self.company.odd_tools) if self.rng.random() < 0.7 else fresh
         self.launch(self.running("explorer"), Running(tool, self.number()), tool.path)
 
     def work(self, until: int) -> None:
-        """A stretch of the day, one act after another, thinner around noon."""
+        """A part of the day, one action after another, fewer around noon."""
         role = ROLES[self.person.role]
-        acts, weights = list(role), list(role.values())
+        actions, weights = list(role), list(role.values())
         span = until - self.now
         expected = span / HOUR * ACTS_PER_HOUR * self.person.pace * self.company.pace
         begun = sorted(self.now + self.rng.random() * span for _ in range(round(expected)))
@@ -367,7 +367,7 @@ class Shift:
             noon = 11.4 < (time - self.today.start) / HOUR < 12.4
             if not (noon and self.rng.random() < 0.65):
                 self.now = max(self.now, int(time))
-                self.rng.choices(acts, weights)[0](self)
+                self.rng.choices(actions, weights)[0](self)
 
 
 ACTS_PER_HOUR = 8.2
@@ -385,7 +385,7 @@ ROLES: dict[str, dict[Callable[[Shift], None], float]] = {
 
 
 def people(today: Today) -> None:
-    """Everybody's day: work, phones also on days off, and now and then a late evening."""
+    """The day of all people: work, phones also on days off, and sometimes a late evening."""
     for person in today.company.staff(today.index):
         rng = today.rng("person", person.index)
         for _ in range(int(rng.random() * 3.4)):
