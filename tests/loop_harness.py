@@ -29,6 +29,7 @@ from state.redis.episodes import RedisEpisodes
 from state.windows import WindowEntries, Windows, WindowStore
 from streamer.alerting.finding_frame import Alert
 from streamer.alerting.pipeline import AlertPipeline
+from streamer.alerting.threshold_ledger import ThresholdLedger
 from streamer.detection.batches import ScoredBatch
 from streamer.explain.attribution import Explanation
 from streamer.service.loop import Service
@@ -313,10 +314,14 @@ class Dying:
 
 def main() -> None:
     arguments = json.loads(sys.argv[1])
-    delay, redis_url, dies_at = (arguments.pop(name, 0) for name in ("delay", "episodes", "dies_at"))
+    delay, redis_url, dies_at, events_per_day = (
+        arguments.pop(name, 0) for name in ("delay", "episodes", "dies_at", "events_per_day")
+    )
     detector = HashDetector(lambda _: time.sleep(delay))
     alerting = Dying(findings(detector, redis_url, arguments["kafka.group_id"]), dies_at) if redis_url else EachRow()
-    service = Service(load(arguments), detector, alerting, threshold=LINE)
+    settings = load(arguments)
+    ledger = ThresholdLedger(settings, settings.kafka.instance_id, events_per_day) if events_per_day else None
+    service = Service(settings, detector, alerting, threshold=ledger or LINE)
     signal.signal(signal.SIGTERM, lambda *_: service.stop())
     service.run()
 

@@ -3,22 +3,30 @@ a group, and there for a replay."""
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import loop_harness
 import numpy as np
 import orjson
 import pytest
+from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 from loop_harness import EVENT, EachRow, HashDetector, Topics, create, p_value, running, until
 
 from encoder.ocsf.events import Message
-from streamer.alerting.threshold import HOUR_MS, MovingThreshold
+from streamer.alerting.threshold import HOUR_MS, MovingThreshold, threshold_at
 from streamer.alerting.threshold_ledger import RecordedThresholds, ThresholdLedger
-from streamer.detection.batches import ScoredBatch
 from streamer.devtools.servers import KafkaServer
 from streamer.errors import ConfigurationError
 from streamer.service.loop import Service
@@ -37,20 +45,12 @@ def produce_hours(topics: Topics, first: int, n: int) -> None:
     topics.produce([orjson.dumps(EVENT | {"time": START + i * HOUR_MS // 200}) for i in range(first, first + n)])
 
 
-class Alone(HashDetector):
-    """One whose alerts are about nothing that goes on."""
-
-    def judge(self, prepared: tuple[HashDetector, Sequence[Message]]) -> ScoredBatch:
-        scored = super().judge(prepared)
-        return replace(scored, entity=np.full(len(scored), "", object))
-
-
 def service_for(
     topics: Topics, instance: str = "one", before: Callable[[Sequence[Message]], None] = lambda _: None, **more: Any
 ) -> Service:
     settings = topics.settings(**({"alerts_per_day": 60, "kafka.instance_id": instance} | more))
     ledger = ThresholdLedger(settings, instance, RATE)
-    return Service(settings, Alone(before), EachRow(), threshold=ledger, instance=instance)
+    return Service(settings, HashDetector(before), EachRow(), threshold=ledger, instance=instance)
 
 
 def expected(topics: Topics, n: int) -> tuple[list[str], MovingThreshold]:
@@ -58,7 +58,8 @@ def expected(topics: Topics, n: int) -> tuple[list[str], MovingThreshold]:
     budget = MovingThreshold(60, RATE)
     labels = [f"{topics.events}:0:{i}:0" for i in range(n)]
     p = np.array([p_value(label) for label in labels])
-    threshold = budget.judge(START + np.arange(n) * HOUR_MS // 200, p)
+    episode = [f"record:cause.{i % 5} user:{i % 5}" for i in range(n)]
+    threshold = budget.judge(START + np.arange(n) * HOUR_MS // 200, p, episode_key=episode.__getitem__)
     return sorted(label for label, alert in zip(labels, p <= threshold, strict=True) if alert), budget
 
 
@@ -82,16 +83,103 @@ def test_lines_are_recorded_with_the_alerts_and_give_the_same_alerts_again(topic
     assert service.metrics.threshold._value.get() == budget.thresholds[-1].in_force
 
 
-def test_a_process_that_is_started_again_goes_on_with_what_was_spent(topics: Topics) -> None:
+def assert_undisturbed(topics: Topics, n: int) -> None:
+    """Alerts and recorded thresholds are those of an undisturbed run over `produce_hours(topics, 0, n)`."""
+    alerts, budget = expected(topics, n)
+    assert topics.alerts() == alerts != []
+    times = START + np.arange(n) * HOUR_MS // 200
+    recorded = RecordedThresholds.read(topics.settings(alerts_per_day=60))
+    assert recorded.at(times).tolist() == threshold_at(budget.thresholds, times).tolist()
+
+
+@pytest.mark.parametrize("names", [["one"], ["one", "two"]], ids=["the same", "another"])
+def test_a_process_that_is_started_again_goes_on_with_what_was_spent_and_by_which_episodes(
+    topics: Topics, names: list[str]
+) -> None:
+    n, parts = 4000, 5
+    for part in range(parts):
+        produce_hours(topics, part * n // parts, n // parts)
+        with running(service_for(topics, names[part % len(names)])) as raised:
+            topics.wait_until_read((part + 1) * n // parts)
+        assert raised == []
+    assert_undisturbed(topics, n)
+
+
+def test_a_process_that_is_killed_and_started_again_has_the_thresholds_of_an_undisturbed_run(topics: Topics) -> None:
     n = 4000
-    produce_hours(topics, 0, n // 2)
-    with running(service_for(topics)):
-        topics.wait_until_read(n // 2)
-    produce_hours(topics, n // 2, n // 2)
-    with running(service_for(topics)) as raised:
-        topics.wait_until_read(n)
-    assert raised == []
-    assert topics.alerts() == expected(topics, n)[0]
+    produce_hours(topics, 0, n)
+    flags = json.loads(topics.settings(alerts_per_day=60, batches_per_transaction=3).model_dump_json())
+    arguments = {k: v for k, v in flags.items() if k not in ("kafka", "redis", "threshold", "events")}
+    arguments |= {"kafka.bootstrap_servers": topics.bootstrap, "kafka.group_id": topics.name, "events": topics.events}
+    arguments |= {"kafka.instance_id": "one", "kafka.properties": {"session.timeout.ms": 6000}}
+    arguments |= {"delay": 0.02, "events_per_day": RATE}
+    command = [sys.executable, loop_harness.__file__, json.dumps(arguments)]
+    done = lambda: sum(max(offset, 0) for offset in topics.committed().values())  # noqa: E731
+    for part in range(1, 4):
+        with subprocess.Popen(command) as process:
+            until(lambda part=part: done() >= part * n // 5 or process.poll() is not None, 60)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+    assert done() < n
+    with subprocess.Popen(command) as process:
+        until(lambda: done() >= n or process.poll() is not None, 60)
+        process.terminate()
+    assert process.returncode == 0
+    assert_undisturbed(topics, n)
+
+
+def test_the_new_owner_of_a_partition_knows_the_episodes_of_the_one_before(topics: Topics) -> None:
+    settings = topics.settings(alerts_per_day=60)
+    before, after = (ThresholdLedger(settings, name, RATE) for name in ("before", "after"))
+    producer = Producer({"bootstrap.servers": topics.bootstrap})
+    scored = HashDetector().score([Message(topics.events, 1, i, -1, orjson.dumps(EVENT)) for i in range(3)])
+    alerted = replace(scored, p_value=np.full(3, 0.5 * 60 / RATE))
+    for ledger in (before, after):
+        ledger.open()
+    after.judge(HashDetector().score([]), {(topics.events, 0): 0})
+    before.judge(alerted, {(topics.events, 1): 0})
+    for output in before.outputs(0):
+        producer.produce(output.topic, output.value, output.key)
+    assert producer.flush(10) == 0
+    after.judge(alerted, {(topics.events, 0): 0, (topics.events, 1): 3})
+    counted = [orjson.loads(output.value or b"") for output in after.outputs(0) if b":tally:" in (output.key or b"")]
+    for ledger in (before, after):
+        ledger.close()
+    assert [tally["events"] for tally in counted] == [3]
+    assert [tally["spent"] for tally in counted] == [0]
+
+
+def test_episodes_that_are_over_leave_the_ledger_also_those_of_a_process_that_is_gone(topics: Topics) -> None:
+    produce_hours(topics, 0, 1000)
+    with running(service_for(topics, "gone")) as raised:
+        topics.wait_until_read(1000)
+    produce_hours(topics, 1000, 3000)
+    with running(service_for(topics, "here")) as raised_too:
+        topics.wait_until_read(4000)
+    assert raised == raised_too == []
+    kept: dict[str, bytes | None] = {message.key().decode(): message.value() for message in topics.read("ledger")}
+    episodes = [key for key, value in kept.items() if ":episode:" in key and value is not None]
+    assert {key.rsplit(":", 1)[1] for key in episodes} == {"here"}
+    assert len(episodes) <= 5
+    assert any(":episode:" in key and key.endswith(":gone") for key in kept)
+
+
+def test_the_ledger_of_the_release_before_is_read(topics: Topics) -> None:
+    folder = Path(__file__).parent / "fixtures" / "release-0.1.0" / "half"
+    newest, in_force = -1, 0.0
+    producer = Producer({"bootstrap.servers": topics.bootstrap})
+    with gzip.open(folder / "ledger.ndjson.gz") as file:
+        for record in map(orjson.loads, file):
+            key, value = (record[name] and base64.b64decode(record[name]) for name in ("key", "value"))
+            producer.produce(f"{topics.name}-ledger", value, key)
+            _, kind, number = key.decode().split(":")[:3]
+            if kind == "line" and int(number) > newest:
+                newest, in_force = int(number), orjson.loads(value)["in_force"]
+    assert producer.flush(10) == 0
+    ledger = ThresholdLedger(topics.settings(tenant="release"), "one", RATE)
+    ledger.open()
+    ledger.close()
+    assert ledger.threshold == in_force > 0
 
 
 def test_what_was_judged_in_an_aborted_transaction_is_not_spent(topics: Topics) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +29,11 @@ PRIOR_DAYS = 1.0
 """Days of alerts as promised that are added to what was seen, so that the first few alerts move the line little."""
 EPISODE_MS = HOUR_MS
 """What goes on about the same thing within this spends nothing: it is told as one alert that is updated."""
+MAX_EPISODES = 10_000
+"""Episodes remembered. Of more, the half that was alerted on longest ago is forgotten and may spend again."""
 MAX_LINE = 0.5
 _KEPT_H = WEEK_H + BURST_H
+_NEVER = -(1 << 62)
 _RECENT = 16
 """Lines that nearly every event is held against one of."""
 
@@ -75,6 +79,11 @@ class HourCounts:
         )
 
 
+def is_over(last: int, now: int) -> bool:
+    """Whether an episode that was alerted on last at this event time (ms) can no longer go on: late events count."""
+    return last < now - 2 * EPISODE_MS
+
+
 def threshold_at(thresholds: Sequence[Threshold], time: NDArray[np.int64]) -> NDArray[np.float64]:
     """The line in force at each event time, float64 [n]. lines: at least one, by start; before the first, the first."""
     place = np.searchsorted([threshold.start for threshold in thresholds], time, side="right") - 1
@@ -91,7 +100,8 @@ class MovingThreshold:
         lines: the recorded ones, by start; at least the last.
         tallies: of the hours (event time over HOUR_MS) of this process's part of the stream.
         elsewhere: the same, of what others judge.
-        stories: the latest event time of each thing that was alerted on, as long as it may go on.
+        episodes: the latest event time (ms) of each episode that was alerted on and may go on, by its digest.
+        episodes_elsewhere: the same, of what others judge.
     """
 
     alerts_per_day: float
@@ -100,6 +110,7 @@ class MovingThreshold:
     tallies: dict[int, HourCounts] = field(default_factory=dict)
     elsewhere: dict[int, HourCounts] = field(default_factory=dict)
     episodes: dict[str, int] = field(default_factory=dict)
+    episodes_elsewhere: dict[str, int] = field(default_factory=dict)
 
     def copy(self) -> MovingThreshold:
         """One that may go its own way."""
@@ -137,10 +148,14 @@ class MovingThreshold:
         if self.elsewhere:  # What others have let through was judged by the line before.
             start = max(start, 1 + max(tally.latest for tally in self.elsewhere.values()))
         self.thresholds.append(Threshold(start, *self._decide(hour), self._share(hour)))
+        self.forget(start)
+
+    def forget(self, now: int) -> None:
+        """Drop what no decision needs from this event time (ms) on."""
         for counted in (self.tallies, self.elsewhere):
-            for old in [old for old in counted if old < hour - _KEPT_H]:
+            for old in [old for old in counted if old < now // HOUR_MS - _KEPT_H]:
                 del counted[old]
-        self.episodes = {about: last for about, last in self.episodes.items() if last >= start - 2 * EPISODE_MS}
+        self.episodes = {digest: last for digest, last in self.episodes.items() if not is_over(last, now)}
 
     def at(self, time: NDArray[np.int64]) -> NDArray[np.float64]:
         """The line in force at each event time, float64 [n]; before the first, the first."""
@@ -192,9 +207,13 @@ class MovingThreshold:
         """Whether this was alerted on a short time ago; takes note of it."""
         if not about:
             return False
-        last = self.episodes.get(about)
-        self.episodes[about] = moment if last is None else max(moment, last)
-        return last is not None and abs(moment - last) <= EPISODE_MS
+        digest = blake2b(about.encode("utf-8", "replace"), digest_size=8).hexdigest()
+        last = max(self.episodes.get(digest, _NEVER), self.episodes_elsewhere.get(digest, _NEVER))
+        self.episodes[digest] = max(moment, last)
+        if len(self.episodes) > MAX_EPISODES:
+            latest = sorted(self.episodes.items(), key=lambda episode: (episode[1], episode[0]))
+            self.episodes = dict(latest[len(latest) // 2 :])
+        return abs(moment - last) <= EPISODE_MS
 
     def _threshold_at(self, moment: int) -> Threshold:
         """The line in force at an event time, or the one that is promised where there is none yet."""

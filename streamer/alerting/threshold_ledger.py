@@ -1,10 +1,11 @@
-"""The ledger: a compacted topic that holds every alert line of a tenant and what was spent, and the `MovingThreshold`
-over it.
+"""The ledger: a compacted topic that holds every alert line of a tenant, what was spent and which episodes may go on,
+and the `MovingThreshold` over it.
 
-Promises: lines and counts are written in the transaction of the alerts that they are about, so that after a crash or an
-abort the stream is judged by what subscribers were shown; one process of the group decides lines, the one that reads
-partition 0 of the first topic, and a process that lost it cannot commit any. With several processes, one may still use
-the line before for the moment until it has read a new one: every alert names the line that it crossed.
+Promises: all of it is written in the transaction of the alerts that it is about, so that after a crash or an abort the
+stream is judged by what subscribers were shown, and whoever takes over a partition knows what was spent on it; one
+process of the group decides lines, the one that reads partition 0 of the first topic, and a process that lost it cannot
+commit any. With several processes, one may still use the line before for the moment until it has read a new one: every
+alert names the line that it crossed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import structlog
 from numpy.typing import NDArray
 
 from state.errors import SourcePartition
-from streamer.alerting.threshold import HourCounts, MovingThreshold, Threshold, threshold_at
+from streamer.alerting.threshold import HourCounts, MovingThreshold, Threshold, is_over, threshold_at
 from streamer.detection.batches import ScoredBatch
 from streamer.errors import ConfigurationError
 from streamer.kafka.client import Offsets, partition_counts, topic_settings
@@ -53,6 +54,7 @@ class ThresholdLedger:
         self._budget = self._committed.copy()
         self._read_at = 0.0
         self._owner = False
+        self._partitions: set[SourcePartition] = set()
 
     @property
     def decider(self) -> SourcePartition:
@@ -98,7 +100,7 @@ class ThresholdLedger:
         return len(self._budget.thresholds) > 0 and self._budget.thresholds[-1:] != self._committed.thresholds[-1:]
 
     def outputs(self, now_ms: int) -> list[Output]:
-        """What the next transaction must carry: lines decided and hours counted since the last."""
+        """What the next transaction must carry: lines decided, hours counted and episodes alerted on since the last."""
         known, tenant = set(self._committed.thresholds), self._settings.tenant
         records: dict[str, dict[str, Any] | None] = {}
         for threshold in self._budget.thresholds:
@@ -113,6 +115,14 @@ class ThresholdLedger:
         for hour, tally in after.items():
             if before.get(hour) != tally:
                 records[f"{tenant}:tally:{hour}:{self._instance}"] = asdict(tally)
+        episodes = self._budget.episodes
+        for digest in self._committed.episodes.keys() - episodes.keys():
+            records[f"{tenant}:episode:{digest}:{self._instance}"] = None
+        for digest, last in episodes.items():
+            if self._committed.episodes.get(digest) != last:
+                records[f"{tenant}:episode:{digest}:{self._instance}"] = {"last": last}
+        for digest, instance in self._over_elsewhere():
+            records[f"{tenant}:episode:{digest}:{instance}"] = None
         return [
             Output(self._settings.ledger, key.encode(), orjson.dumps(value) if value else None, [], now_ms, key)
             for key, value in records.items()
@@ -126,16 +136,27 @@ class ThresholdLedger:
         """It was not: what was judged since the last commit will be judged again."""
         self._budget = self._committed.copy()
 
+    def _over_elsewhere(self) -> list[tuple[str, str]]:
+        """Digest and instance of the episodes of others that are over: theirs to remove, but an instance may be gone.
+        The one who decides does it when a line moves."""
+        newest, known = self._budget.thresholds[-1:], self._committed.thresholds[-1:]
+        if not self._owner or newest == known:
+            return []
+        over = (place for place, last in self._records.episodes.items() if is_over(last, newest[0].start))
+        return [(digest, instance) for digest, instance in over if instance != self._instance]
+
     def _follow(self, owned: Offsets) -> None:
-        """Take note of what others have recorded, all of it before the first decision as the one who decides."""
+        """Take note of what others have recorded: all of it before the first event of a partition that was another's,
+        and before the first decision as the one who decides."""
         assert self._follower is not None, "call open() first"
         owner = self.decider in owned
-        if owner != self._owner:
+        if owner != self._owner or not self._partitions.issuperset(owned):
             self._take(self._follower.catch_up())
-            _log.info("this process decides the alert line" if owner else "another process decides the alert line")
+            if owner != self._owner:
+                _log.info("this process decides the alert line" if owner else "another process decides the alert line")
         elif time.monotonic() - self._read_at >= REFRESH_S:
             self._take(self._follower.new_records())
-        self._owner = owner
+        self._owner, self._partitions = owner, set(owned)
 
     def _take(self, records: Iterable[KeyedRecord]) -> None:
         for record in records:
@@ -149,9 +170,18 @@ class ThresholdLedger:
             for (hour, instance), tally in self._records.tallies.items():
                 if instance != self._instance:
                     budget.elsewhere[hour] = budget.elsewhere.get(hour, HourCounts()) + tally
+            budget.episodes_elsewhere = {}
+            for (digest, instance), last in self._records.episodes.items():
+                if instance != self._instance:
+                    known_last = budget.episodes_elsewhere.get(digest, last)
+                    budget.episodes_elsewhere[digest] = max(last, known_last)
         own = {hour: tally for (hour, name), tally in self._records.tallies.items() if name == self._instance}
+        if self._budget.thresholds and not self._owner:  # The one who decides does it as it moves the line.
+            self._budget.forget(self._budget.thresholds[-1].start)
         if not self._committed.tallies:
             self._committed.tallies = own
+            episodes = self._records.episodes.items()
+            self._committed.episodes = {digest: last for (digest, name), last in episodes if name == self._instance}
 
 
 class RecordedThresholds:
@@ -193,6 +223,7 @@ class _Records:
         self.thresholds: dict[int, Threshold] = {}
         self.budgets: dict[int, float] = {}
         self.tallies: dict[tuple[int, str], HourCounts] = {}
+        self.episodes: dict[tuple[str, str], int] = {}
         self._tenant = tenant
 
     def take(self, record: KeyedRecord) -> None:
@@ -211,6 +242,12 @@ class _Records:
                 self.tallies.pop(place, None)
             else:
                 self.tallies[place] = HourCounts(**body)
+        elif kind == "episode":
+            episode = number, "".join(instance)
+            if body is None:
+                self.episodes.pop(episode, None)
+            else:
+                self.episodes[episode] = body["last"]
 
 
 def check_compacted(settings: Settings) -> None:

@@ -10,10 +10,19 @@ from collections.abc import Iterable
 from typing import Any
 
 import structlog
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
 from state.errors import SourcePartition
-from streamer.kafka.client import Offsets, build, consumer_properties, label, topic_partitions, unavailable
+from streamer.kafka.client import (
+    Offsets,
+    build,
+    client_properties,
+    consumer_properties,
+    label,
+    topic_partitions,
+    unavailable,
+)
 from streamer.kafka.offset_ranges import KAFKA_S, Range, bounds_of, offsets_for_times
 from streamer.settings import Settings
 
@@ -34,6 +43,7 @@ class PartitionReader:
         """Partitions that were read up to what was their end then."""
         own = {"group.id": group, "enable.partition.eof": True, "auto.offset.reset": "earliest"}
         self._consumer = build(Consumer, consumer_properties(settings) | own)
+        self._admin = build(AdminClient, client_properties(settings))
 
     def assign(self, offsets: Offsets) -> None:
         """Read these partitions, from these offsets on, and no others."""
@@ -78,6 +88,15 @@ class PartitionReader:
         """The first offset that each partition still has, and the one after its last."""
         with unavailable():
             return bounds_of(self._consumer, sources)
+
+    def written(self, sources: Iterable[SourcePartition]) -> Offsets:
+        """The offset after the last of each partition, open transactions included; `bounds` ends before them."""
+        latest: Any = OffsetSpec.latest()  # type: ignore[no-untyped-call]
+        asked = {TopicPartition(*source): latest for source in sources}
+        isolation, seconds = IsolationLevel.READ_UNCOMMITTED, KAFKA_S
+        with unavailable():
+            answers = self._admin.list_offsets(asked, isolation_level=isolation, request_timeout=seconds)
+            return {(p.topic, p.partition): answer.result(seconds + 2).offset for p, answer in answers.items()}
 
     def offsets_for_times(self, times: dict[SourcePartition, int]) -> Offsets:
         """The first offset with a timestamp of at least this (epoch ms); -1 where there is none."""

@@ -6,6 +6,7 @@ Promises: `catch_up` leaves out nothing that was committed when it was called, a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import structlog
@@ -17,6 +18,9 @@ from streamer.kafka.range_reader import KeyedRecord, RangeReader, record_of
 from streamer.settings import Settings
 
 CHUNK = 1000
+MARKERS_S = 2.0
+"""How long transactions that are open are waited for: Kafka says that one is committed before every topic of it shows
+that. One that a killed process left open lasts longer, and nothing of it counts."""
 
 _log = structlog.get_logger("ripcurrent.follower")
 
@@ -65,5 +69,11 @@ class TopicFollower:
         self._reader.close()
 
     def _unread(self) -> Range:
-        bounds = self._reader.bounds(self._reader.partitions([self._topic]))
+        sources = self._reader.partitions([self._topic])
+        written = self._reader.written(sources)
+        deadline = time.monotonic() + MARKERS_S
+        bounds = self._reader.bounds(sources)
+        while any(bounds[source][1] < written[source] for source in sources) and time.monotonic() < deadline:
+            time.sleep(0.02)
+            bounds = self._reader.bounds(sources)
         return {source: (max(self._positions.get(source, low), low), high) for source, (low, high) in bounds.items()}
