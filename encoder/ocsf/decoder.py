@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from encoder.ocsf.events import Column, Coordinates, EventBatch, Message, Reject
+from encoder.ocsf.events import WHOLE, Column, Coordinates, EventBatch, Message, Reject
 from encoder.ocsf.repairs import json_text, load_json, repair
 
 MAX_DEPTH = 24
@@ -203,6 +203,12 @@ def _members(
     return members
 
 
+def members(message: Message) -> list[tuple[int, bytes]]:
+    """The events of one message that can be read and are not skipped: the index of each, and its JSON."""
+    found = _members(0, message.value, Counter(), [])
+    return [(index, orjson.dumps(record)) for index, record in found if not {index, WHOLE} & message.skipped]
+
+
 def decode(messages: Sequence[Message]) -> tuple[EventBatch, list[Reject]]:
     """Decode messages to one columnar batch, in the order given, with the list of what could not be read. Never raises
     on bad data."""
@@ -238,7 +244,11 @@ def _decode(messages: Sequence[Message]) -> tuple[EventBatch, list[Reject]]:
     index: list[int] = []
     for position, message in enumerate(messages):
         source_id = source_ids.setdefault((message.topic, message.partition), len(source_ids))
+        if WHOLE in message.skipped:
+            continue
         for member, record in _members(position, message.value, repairs, rejects):
+            if member in message.skipped:
+                continue
             time, class_uid, type_uid = repair(record, message.timestamp, repairs)
             flattener.add(len(records), record)
             records.append(record)

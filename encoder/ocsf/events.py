@@ -14,14 +14,20 @@ class EncoderError(Exception):
     """Base of the errors of this package; the message names the value, the place and the way out."""
 
 
+WHOLE = -1
+"""The index that stands for a whole message."""
+
+
 class Message(NamedTuple):
-    """One Kafka message or one line of a file. `timestamp` in epoch ms, -1 where the source has none."""
+    """One Kafka message or one line of a file. `timestamp` in epoch ms, -1 where the source has none; skipped: indexes
+    of its members that are not decoded, or WHOLE."""
 
     topic: str
     partition: int
     offset: int
     timestamp: int
     value: bytes | None
+    skipped: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,11 @@ def list_letters(
 
     starts, ends = ends_of(since, until, last)
     wanted = range_of(settings, starts, ends, int(time.time() * 1000))
-    counts: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str, str]] = Counter()
     latest: list[DeadLetter] = []
     for batch in letters(settings, wanted):
         chosen = [letter for letter in batch if exception in (None, letter.exception)]
-        counts.update((letter.exception, letter.source[0]) for letter in chosen)
+        counts.update((letter.stage, letter.exception, letter.source[0]) for letter in chosen)
         latest = [*latest, *chosen][-max(most, 0) :] if most > 0 else []
         if as_json:
             for letter in chosen:
@@ -107,7 +107,8 @@ def redrive(
         found = letters(settings, unsent(settings, sent, int(time.time() * 1000)))
     if dry_run:
         letters_found = [letter for batch in found for letter in batch if exception in (None, letter.exception)]
-        _print_letters(Counter((x.exception, to or x.source[0]) for x in letters_found), letters_found[-20:], "to send")
+        kinds = Counter((letter.stage, letter.exception, to or letter.source[0]) for letter in letters_found)
+        _print_letters(kinds, letters_found[-20:], "to send")
         return
     result = run(settings, found, sent, to=to, exception=exception, remember=not where)
     sent.close()
@@ -134,17 +135,17 @@ def _described(letter: DeadLetter) -> dict[str, Any]:
     }
 
 
-def _print_letters(counts: Counter[tuple[str, str]], latest: list[DeadLetter], title: str) -> None:
+def _print_letters(counts: Counter[tuple[str, str, str]], latest: list[DeadLetter], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console()
     kinds = Table(title=f"{sum(counts.values()):,} letters: {title}", title_justify="left")
-    for name in ("exception", "topic", "letters"):
+    for name in ("stage", "exception", "topic", "letters"):
         kinds.add_column(name, justify="right" if name == "letters" else "left")
-    for (exception, topic), count in counts.most_common():
-        kinds.add_row(Text(exception or "unknown"), Text(topic or "unknown"), f"{count:,}")
+    for kind, count in counts.most_common():
+        kinds.add_row(*(Text(name or "unknown") for name in kind), f"{count:,}")
     console.print(kinds)
     if not latest:
         return

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from encoder.ocsf.entities import Entities
 from encoder.ocsf.events import Coordinates, EventBatch, Reject
-from state.windows import Windows
+from state.windows import WindowEntries, Windows
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,16 @@ class ScoredBatch:
 class PreparedBatch:
     """n events with all results that do not depend on earlier events.
 
-    codes: int32 [n, fields]; anonymised: float16 [n, d], the vectors that windows keep; record: float64 [n], nats, the
-    evidence against each event by itself; cause: str object [n], the attribute it rests on; rejects, seconds: as in
-    `ScoredBatch`.
+    codes: int32 [n, fields]; entities, entries: the entities of each event, and what their windows append; record:
+    float64 [n], nats, the evidence against each event by itself; cause: str object [n], the attribute it rests on;
+    rejects, seconds: as in `ScoredBatch`.
     """
 
     events: EventBatch
     rejects: list[Reject]
     codes: NDArray[np.int32]
-    anonymised: NDArray[np.float16]
+    entities: Entities
+    entries: WindowEntries
     record: NDArray[np.float64]
     cause: NDArray[np.object_]
     seconds: Mapping[str, float]

@@ -83,7 +83,8 @@ class Detector:
 
     def prepare(self, messages: Sequence[Message]) -> PreparedBatch:
         """Decode and encode a batch, and score each event by itself. Neither reads nor changes state, so it may run
-        ahead in another thread, and its result may be discarded."""
+        ahead in another thread, and its result may be discarded. All that depends on the content of an event is done
+        here: one that makes this fail leaves nothing in the windows."""
         timer = StageTimer()
         events, rejects = decode(messages)
         timer.end("decode")
@@ -99,16 +100,17 @@ class Detector:
         parts = scorer.record.parts(scorer.record.raw(encoded, types), types)
         record = scorer.record.evidence(parts)[like]
         cause = self._causes[_causal_field(encoded, parts)][like]
+        entities = find_entities(events)
+        entries = window_entries(events, entities, anonymised)
         timer.end("compare")
-        return PreparedBatch(events, rejects, features.codes, anonymised, record, cause, timer.seconds)
+        return PreparedBatch(events, rejects, features.codes, entities, entries, record, cause, timer.seconds)
 
     def judge(self, prepared: PreparedBatch) -> ScoredBatch:
         """Append a prepared batch to the windows of its entities and score it."""
         timer = StageTimer(prepared.seconds)
         events, record, cause = prepared.events, prepared.record, prepared.cause
-        entities = find_entities(events)
-        entity = np.array(entities.primary, object)
-        history = self._judge_windows(events, entities, prepared.anonymised, timer)
+        entity = np.array(prepared.entities.primary, object)
+        history = self._judge_windows(events, prepared.entities, prepared.entries, timer)
         by_history = history.evidence > record
         p_value = self.bundle.scorer.p_value(record, history.evidence)
         in_sequence = np.flatnonzero(by_history & np.isin(history.cause, (ORDER, MISSING)))
@@ -147,7 +149,7 @@ class Detector:
             self._monitor.advance(events, entities, ending, windows, raw)
 
     def _judge_windows(
-        self, events: EventBatch, entities: Entities, vectors: NDArray[np.float16], timer: StageTimer
+        self, events: EventBatch, entities: Entities, entries: WindowEntries, timer: StageTimer
     ) -> _History:
         """Append the events to the windows of their entities; judge each event by these windows and counts."""
         n, kind, row = len(events), entities.kind, entities.row
@@ -159,7 +161,7 @@ class Detector:
             if self._monitor is not None:
                 history.silent.extend(self._monitor.advance(events, entities, self._monitor.ending(entities), None, {}))
             return history
-        windows = self.windows.append(window_entries(events, entities, vectors))
+        windows = self.windows.append(entries)
         history = replace(history, windows=windows)
         timer.end("windows")
         np.logical_and.at(history.complete, row, windows.complete)

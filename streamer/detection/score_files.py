@@ -16,6 +16,7 @@ from streamer.detection.batches import ScoredBatch
 from streamer.detection.bundle import Bundle
 from streamer.detection.combine import severity
 from streamer.detection.detector import Detector
+from streamer.detection.isolation import EventIsolation
 from streamer.event_files import Unread, batches, event_uid
 
 
@@ -43,12 +44,13 @@ def score_files(paths: Sequence[Path], bundle: Bundle, progress: Callable[[int],
     windows = MemoryWindows(dim=bundle.dim)
     timers = MemoryTimers(keeps_events=False)
     detector = Detector(bundle, windows, timers=timers)
+    isolation = EventIsolation()
     inactive: list[ScoredBatch] = []
     uids: list[str] = []
     parts: list[ScoredBatch] = []
     unread = Unread()
     for batch in batches(paths, lost=unread.in_file):
-        scored = detector.score(batch)
+        scored = isolation.score(detector, batch)
         offsets = scored.coordinates.offset.tolist()
         uids.extend(event_uid(record, index + 1) for record, index in zip(scored.records, offsets, strict=True))
         for reject in scored.rejects:

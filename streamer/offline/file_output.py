@@ -22,6 +22,7 @@ from streamer.alerting.pipeline import AlertPipeline
 from streamer.detection.batches import ScoredBatch
 from streamer.detection.bundle import Bundle
 from streamer.detection.detector import Detector
+from streamer.detection.isolation import EventIsolation
 from streamer.detection.score_files import ScoredFile, score_files
 from streamer.event_files import batches
 from streamer.explain.attribution import Explainer
@@ -42,12 +43,13 @@ def write_alerts(
     scores: of these files; thresholds: float64 [n], of each event; progress: called with the number of events done."""
     windows = MemoryWindows(dim=bundle.dim)
     detector = Detector(bundle, windows)
+    isolation = EventIsolation()
     findings = AlertPipeline(Explainer(bundle, windows), MemoryEpisodes(), bundle_version=bundle.version)
     creates = done = 0
     ends: dict[str, int] = {}
     with out.open("wb") as file:
         for batch in batches(paths):
-            seen = detector.score(batch)
+            seen = isolation.score(detector, batch)
             here = slice(done, done + len(seen))
             scored = _as_scored(seen, scores, here, thresholds)
             alerts = findings.alerts(scored, np.flatnonzero(scores.p_value[here] <= thresholds[here]))

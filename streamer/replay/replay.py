@@ -30,6 +30,7 @@ from streamer.bundles.bundle_files import load
 from streamer.detection.batches import ScoredBatch
 from streamer.detection.bundle import Bundle
 from streamer.detection.detector import Detector
+from streamer.detection.isolation import EventIsolation
 from streamer.detection.score_records import score_lines
 from streamer.explain.attribution import Explainer
 from streamer.kafka.client import Offsets
@@ -160,6 +161,7 @@ class ReplayDetector:
         self._windows = MemoryWindows(dim=bundle.dim, max_entities=MAX_ENTITIES)
         self._timers = MemoryTimers()
         self._detector = Detector(bundle, self._windows, tenant=tenant, timers=self._timers)
+        self._isolation = EventIsolation()
         redactor = Redactor(redact)
         self._findings = AlertPipeline(
             Explainer(bundle, self._windows),
@@ -190,27 +192,28 @@ class ReplayDetector:
 
     def fill(self, batch: Sequence[Message]) -> None:
         """Append to the windows without scoring."""
-        self._detector.remember(batch)
+        self._isolation.remember(self._detector, batch)
         self.forget(batch)
 
     def remember(self, batch: Sequence[Message]) -> None:
         """Append to the windows, and note what is part of a story already."""
-        self._findings.note(*self._lined(self._detector.score(batch)))
+        self._findings.note(*self._lined(batch))
         self.forget(batch)
 
-    def _lined(self, scored: ScoredBatch) -> tuple[ScoredBatch, NDArray[np.intp]]:
-        """With the line that each event is held against; and the rows that cross it."""
+    def _lined(self, batch: Sequence[Message]) -> tuple[ScoredBatch, NDArray[np.intp]]:
+        """Scored, with the line that each event is held against; and the rows that cross it."""
+        scored = self._isolation.score(self._detector, batch)
         return with_threshold(scored, lambda batch: self._thresholds(batch.time))
 
     def score(self, batch: Sequence[Message], positions: Offsets) -> tuple[ScoredBatch, NDArray[np.intp]]:
         """Score a batch, with lines; also the rows from the positions on that cross them. `forget` it when it is
         done."""
-        scored, rows = self._lined(self._detector.score(batch))
+        scored, rows = self._lined(batch)
         return scored, rows[wanted_rows(scored.coordinates, positions)[rows]]
 
     def judge(self, batch: Sequence[Message], positions: Offsets) -> Judged:
         """Alerts and scores of a batch."""
-        scored, rows = self._lined(self._detector.score(batch))
+        scored, rows = self._lined(batch)
         wanted = wanted_rows(scored.coordinates, positions)
         alerts = [alert for alert in self._findings.alerts(scored, rows) if alert.row < 0 or wanted[alert.row]]
         values = [value for (_, value), kept in zip(score_lines(scored), wanted.tolist(), strict=True) if kept]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ import structlog
 
 from state.errors import StateError, StateLostError
 from streamer.bundles.manifest import BundleError, resolve
+from streamer.detection.isolation import EventIsolation
 from streamer.errors import RipcurrentError
 from streamer.kafka.client import Offsets
 from streamer.service.metrics import Metrics
@@ -53,6 +55,7 @@ class BundlePreparation:
         self._settings = settings
         self._opening = opening
         self._owned = owned
+        self._isolation = EventIsolation()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="succession", daemon=True)
         self._thread.start()
@@ -76,7 +79,7 @@ class BundlePreparation:
                 return
             except StateLostError as lost:
                 now_ms = int(time.time() * 1000)
-                remember = self.opened.detector.remember
+                remember = partial(self._isolation.remember, self.opened.detector)
                 rebuild = Rebuild(self._settings, windows, remember, lost, self._owned(), now_ms=now_ms)
                 try:
                     while not rebuild.step(self._owned()) and not self._stop.is_set():

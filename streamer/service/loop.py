@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import structlog
@@ -26,6 +27,7 @@ from state.errors import SourcePartition, StateLostError, StoreFullError, StoreU
 from streamer.alerting.pipeline import with_threshold
 from streamer.alerting.threshold_ledger import ThresholdLedger
 from streamer.detection.batches import ScoredBatch
+from streamer.detection.isolation import STAGES, EventIsolation, Prepared, without
 from streamer.detection.score_records import score_lines
 from streamer.errors import StreamError
 from streamer.kafka.client import Offsets, TransactionAbortedError, claim_instance
@@ -65,7 +67,7 @@ class _Group:
     messages: int = 0
     outputs: list[Output] = field(default_factory=list)
     offsets: Offsets = field(default_factory=dict)
-    rejects: list[str] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
     alert_times: list[tuple[int, int]] = field(default_factory=list)  # (event time, Kafka timestamp), ms
     appended: list[int] = field(default_factory=list)  # Kafka timestamp of the oldest message of each batch, ms
 
@@ -84,6 +86,7 @@ class Service:
         instance: the name of this process in the group; by default the one that it can claim.
         windows: is told what is committed; None where the detector remembers nothing outside this process.
         bundles: where a bundle that is promoted while this runs comes from, and the shadow; None: there are none.
+        workers_problem: what is wrong with workers beside this one, or an empty string; /readyz says so.
         clock: seconds since the epoch.
     """
 
@@ -97,16 +100,19 @@ class Service:
         windows: EntityStore | None = None,
         instance: str = "",
         bundles: Bundles | None = None,
+        workers_problem: Callable[[], str] = str,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.metrics = Metrics()
         self.metrics.promised.set(settings.alerts_per_day)
         self._settings = settings
         self._detector = detector
+        self._isolation = EventIsolation()
         self._alerting = alerting
         self._line = threshold
         self._ledger = threshold if isinstance(threshold, ThresholdLedger) else None
         self._windows = windows
+        self._workers_problem = workers_problem
         self._clock = clock
         self._stop = threading.Event()
         self._group = _Group()
@@ -178,7 +184,7 @@ class Service:
             scored, rows = with_threshold(scored, self._line_for)
             alerts = self._alerts(scored, rows)
             if self._shadow is not None and scored.threshold is not None:
-                self._shadow.compare(batch.messages, scored, scored.threshold)
+                self._shadow.compare(without(batch.messages, scored.rejects), scored, scored.threshold)
             self._add(batch, scored, alerts)
         if self._due():
             self._commit()
@@ -281,7 +287,7 @@ class Service:
         self._source.rewind()
         self._watched_at = time.monotonic()
         targets, now_ms = self._source.owned(), int(self._clock() * 1000)
-        remember = self._detector.remember
+        remember = partial(self._isolation.remember, self._detector)
         self._rebuild = Rebuild(self._settings, self._windows, remember, lost, targets, now_ms=now_ms)
 
     def _fill_windows(self, rebuild: Rebuild) -> None:
@@ -294,16 +300,16 @@ class Service:
         else:
             self._check_windows()
 
-    def _prepare(self, messages: Sequence[Message]) -> tuple[BatchScorer, Any]:
+    def _prepare(self, messages: Sequence[Message]) -> tuple[BatchScorer, Prepared]:
         """What is done ahead, in a thread of its own, and by whom: another may serve once it is taken."""
         detector = self._detector
-        return detector, detector.prepare(messages)
+        return detector, self._isolation.prepare(detector, messages)
 
     def _score(self, batch: Batch) -> ScoredBatch:
         detector, prepared = batch.prepared.result()
         if detector is not self._detector:
             _, prepared = self._prepare(batch.messages)
-        scored = self._waiting("score", lambda: self._detector.judge(prepared))
+        scored = self._waiting("score", lambda: self._isolation.judge(self._detector, prepared))
         for stage, seconds in scored.seconds.items():
             self.metrics.stage.labels(stage).observe(seconds)
         self.metrics.batches.inc()
@@ -352,7 +358,7 @@ class Service:
                 group.updates.append(alert.activity)
         for reject in rejects:
             group.outputs.append(dead_letter(batch.raw[reject.message], reject, settings.dead_letters, refused))
-            group.rejects.append(reject.exception)
+            group.rejects.append(reject)
         if settings.scores:
             group.outputs.extend(_scores(scored, settings.scores, now_ms))
         group.offsets |= batch.offsets
@@ -406,8 +412,10 @@ class Service:
             self.metrics.suppressed.labels(suppression[:8]).inc(events)
         for activity in done.updates:
             self.metrics.updates.labels("close" if activity == CLOSE else "update").inc()
-        for exception in done.rejects:
-            self.metrics.rejects.labels(exception).inc()
+        for reject in done.rejects:
+            self.metrics.rejects.labels(reject.exception).inc()
+            if reject.stage in STAGES:
+                self.metrics.crashes.labels(reject.stage).inc()
         now = self._clock() * 1000
         for histogram, times in (
             (self.metrics.latency, [appended for _, appended in done.alert_times]),
@@ -487,7 +495,7 @@ class Service:
             return "no broker is connected"
         if self._rebuild is not None:
             return self._waiting_for or f"windows are filled again, {self._rebuild.left} messages are left"
-        return self._waiting_for
+        return self._waiting_for or self._workers_problem()
 
 
 def _output(topic: str, alert: Written, now_ms: int) -> Output:

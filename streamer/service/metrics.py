@@ -51,6 +51,9 @@ class Metrics:
         self.rejects = counter(
             "rejects", "Messages or members of bundles that went to the dead-letter topic", "exception"
         )
+        self.crashes = counter(
+            "crashing_events", "Events that crashed the detector and went to the dead-letter topic, by stage", "stage"
+        )
         self.repairs = counter("repairs", "Repairs of events, by kind", "kind")
         self.transactions = counter("transactions", "Groups of batches by how they ended", "outcome")
         self.waits = counter("redis_waits", "Times that a batch had to wait for Redis")
