@@ -7,13 +7,19 @@ import signal
 import subprocess
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fragile_worker import DIES_OF, fragile
 from loop_harness import Topics, create, until
 from service_process import Service, alerts_of, lines
+
+from streamer.devtools.servers import _free_port
+from streamer.service import workers
 
 
 @pytest.fixture
@@ -83,6 +89,68 @@ def test_a_worker_that_ends_with_an_error_ends_all_with_it(topics: Topics, folde
     assert done.returncode == 1
     assert "ripcurrent: no such topic" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+class Watched:
+    """Two workers of the `fragile` service, watched from a thread."""
+
+    def __init__(self, topics: Topics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_of: str) -> None:
+        (tmp_path / "dies").write_text(dies_of)
+        monkeypatch.setenv(DIES_OF, str(tmp_path / "dies"))
+        self.port = _free_port()
+        self.workers = workers.Workers(topics.settings(metrics_port=self.port), 2, fragile)
+        self.code: int | None = None
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def run(self) -> None:
+        self.code = self.workers.run()
+
+    def ready(self, number: int) -> str:
+        """What /readyz of a worker says."""
+        try:
+            with urllib.request.urlopen(f"http://localhost:{self.port + number}/readyz", timeout=5) as answer:
+                return answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.read().decode()
+        except OSError:
+            return "nothing answers"
+
+    def end(self) -> int | None:
+        self.workers.stop()
+        self.thread.join(60)
+        return self.code
+
+
+def test_a_worker_that_dies_again_and_again_is_named_while_the_others_go_on(
+    topics: Topics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "FIRST_PAUSE_S", 0.2)
+    monkeypatch.setattr(workers, "STEADY_S", 20.0)
+    watched = Watched(topics, tmp_path, monkeypatch, "crash\n" * 3)
+    try:
+        topics.produce_events(600)
+        until(lambda: watched.ready(0) == "worker 1 died 3 times in a row\n", 90)
+        topics.wait_until_read(600)
+        until(lambda: watched.ready(1) == "ok\n", 90)
+        until(lambda: watched.ready(0) == "ok\n", 90)
+        topics.produce_events(600)
+        topics.wait_until_read(1200)
+    finally:
+        assert watched.end() == 0
+    labels = Counter(message.key() for message in topics.read("scores"))
+    assert (len(labels), set(labels.values())) == (1200, {1})
+
+
+def test_a_worker_that_comes_up_with_wrong_settings_after_a_crash_ends_all(
+    topics: Topics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    watched = Watched(topics, tmp_path, monkeypatch, "crash\nperson")
+    try:
+        until(lambda: watched.code is not None, 60)
+    finally:
+        assert watched.end() == 1
+    assert "ripcurrent: no such setting\n" in capfd.readouterr().err
 
 
 @pytest.mark.slow

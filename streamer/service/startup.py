@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -16,8 +17,9 @@ GIVE_BACK_S = 60.0
 """How often memory that is free goes back to the system. It takes milliseconds."""
 
 
-def serve(settings: Settings, stop: threading.Event) -> None:
-    """The service, until `stop` is set. Raises ConfigurationError before anything is read, StreamError after."""
+def serve(settings: Settings, stop: threading.Event, workers_problem: Callable[[], str] = str) -> None:
+    """The service, until `stop` is set. workers_problem: as in `Service`. Raises ConfigurationError before anything is
+    read, StreamError after."""
     configure_logging(settings)
     _check_bundle(settings)
     check_redis(settings)
@@ -58,6 +60,7 @@ def serve(settings: Settings, stop: threading.Event) -> None:
         windows=first.windows,
         instance=instance,
         bundles=Bundles(serving, opening),
+        workers_problem=workers_problem,
     )
     service.metrics.bundle.labels(first.version).set(1)
 
