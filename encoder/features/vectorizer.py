@@ -7,6 +7,7 @@ for any batches. It does not know what the codes are used for.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from sys import getsizeof
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,12 @@ from encoder.features.normalization import AGE, FOLDER, ages, normalise, number
 from encoder.features.schema import FIRST, MISSING, UNKNOWN, UNSEEN_PATHS, Field, Schema
 from encoder.ocsf.events import Column, EventBatch
 
-_CACHE_LIMIT = 32_768
+CACHE_BYTES = 64 << 20
+"""What the values that a vectorizer remembers take at most, over all paths."""
 _CACHED_LENGTH = 1024
-"""Longer values are not cached, so that the cache of a path stays under about 40 MB."""
+"""Longer values are not cached."""
+_SLOT_BYTES = 100
+"""What a dict takes for an entry, beside key and value: 24 to 90."""
 _UNSEEN_STEPS = np.array([1, 2, 4])
 
 
@@ -69,10 +73,32 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
+class _Caches:
+    """What the columns of a vectorizer remember: CACHE_BYTES at most. Where it would be more, the column that holds
+    most forgets all, which is that of the most varied values: those come again least."""
+
+    def __init__(self) -> None:
+        self._columns: list[_CategoryColumn] = []
+        self._bytes = 0
+
+    def join(self, column: _CategoryColumn) -> None:
+        self._columns.append(column)
+
+    def grow(self, column: _CategoryColumn, size: int) -> None:
+        column.cached_bytes += size
+        self._bytes += size
+        if self._bytes > CACHE_BYTES:
+            max(self._columns, key=lambda each: each.cached_bytes).forget()
+            self._bytes = sum(each.cached_bytes for each in self._columns)
+
+
 class _CategoryColumn:
     """Maps the values of one path to codes of its fields; each distinct raw value is computed once."""
 
-    def __init__(self, path: str, fields: list[tuple[int, Field]]) -> None:
+    def __init__(self, path: str, fields: list[tuple[int, Field]], caches: _Caches) -> None:
+        self.cached_bytes = 0
+        self._caches = caches
+        caches.join(self)
         self._path = path
         self._fields = [
             (position, field, {value: FIRST + i for i, value in enumerate(field.values)}) for position, field in fields
@@ -97,14 +123,18 @@ class _CategoryColumn:
         text = key if key.__class__ is str else key[1] if key[0] == "json" else ""
         if len(text) <= _CACHED_LENGTH:
             self._cache[key] = codes
+            size = getsizeof(key) + getsizeof(codes) + _SLOT_BYTES
+            self._caches.grow(self, size if key.__class__ is str else size + getsizeof(key[1]))
         return codes
+
+    def forget(self) -> None:
+        self._cache.clear()
+        self.cached_bytes = 0
 
     def put(self, column: Column, codes: NDArray[np.int32]) -> None:
         # The type is part of the key: True, 1 and 1.0 are equal as keys but not as values of an event.
         keys = [v if v.__class__ is str else (v.__class__, v) for v in column.values]
         cache = self._cache
-        if len(cache) > _CACHE_LIMIT:
-            cache.clear()
         try:
             rows = [cache.get(key) for key in keys]
         except TypeError:
@@ -137,7 +167,8 @@ class Vectorizer:
                 (self._ages if field.derives == AGE else self._numbers)[field.path] = entry
             elif field.name not in ("type_uid", UNSEEN_PATHS):
                 by_path.setdefault(field.path, []).append((position, field))
-        self._columns = {path: _CategoryColumn(path, fields) for path, fields in by_path.items()}
+        caches = _Caches()
+        self._columns = {path: _CategoryColumn(path, fields, caches) for path, fields in by_path.items()}
         types = schema.fields[0].values
         self._types = np.array(sorted(int(value) for value in types), np.int64)
         self._type_codes = np.array(
