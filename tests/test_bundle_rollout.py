@@ -61,14 +61,19 @@ def point(store: Path, name: str) -> None:
     (store / "new").replace(store / "current")
 
 
-def service_for(topics: Topics, valkey: ValkeyServer, store: Path, **more: object) -> Service:
-    """A service whose bundles are called NAME_ENCODER: the scores of a name, the windows of an encoder."""
+def service_for(
+    topics: Topics, valkey: ValkeyServer, store: Path, held: list[RedisWindows] | None = None, **more: object
+) -> Service:
+    """A service whose bundles are called NAME_ENCODER: the scores of a name, the windows of an encoder. held: gets all
+    windows that were opened."""
 
     def opening(path: Path) -> Opened:
         name, _, encoder = path.name.partition("_")
         if name == "broken":
             raise RipcurrentError(f"{path} is not whole")
         windows = RedisWindows(valkey.url, encoder=encoder, dim=4, timeout_s=1.0, retries=1)
+        if held is not None:
+            held.append(windows)
         detector = Judge(windows, lambda _: time.sleep(0.01))
         detector.name = name
         return Opened(path.name, detector, EachRow(), windows)
@@ -153,6 +158,27 @@ def test_back_again_and_one_that_cannot_be_opened(topics: Topics, valkey: Valkey
     assert raised == []
     assert service.metrics.bundles_refused._value.get() == 1
     assert assert_taken_over(topics, 800, "one", "two", "one") == [200, 600, 800]
+
+
+def test_bundles_that_were_replaced_hold_no_connections(topics: Topics, valkey: ValkeyServer, tmp_path: Path) -> None:
+    point(tmp_path, "one_a")
+    held: list[RedisWindows] = []
+    beside = str(tmp_path / "versions" / "two_b")
+    service = service_for(topics, valkey, tmp_path, held, shadow=beside)
+    client = redis.from_url(valkey.url)
+    others = len(client.client_list())
+    with running(service) as raised:
+        for swaps, name in enumerate(["two_a", "three_b", "one_c", "two_b"], 1):
+            topics.produce_events_from(swaps * 50, 50)
+            topics.wait_until_read(swaps * 50)
+            point(tmp_path, name)
+            until(lambda swaps=swaps: service.metrics.swaps._value.get() == swaps)
+        topics.produce_events_from(250, 50)
+        topics.wait_until_read(250)
+        until(lambda: bool(service._shadow and service._shadow._prepared))
+        until(lambda: len(client.client_list()) == others + 2)  # the one that serves and the one beside
+    assert raised == []
+    assert len(held) >= 6
 
 
 def test_a_candidate_beside_is_compared_and_changes_nothing(

@@ -30,13 +30,13 @@ def make(request: pytest.FixtureRequest) -> Iterator[Make]:
     """Builds stores; those of one test share what they remember, as the processes of a tenant do."""
     opened: list[RedisTimers] = []
     tenant = uuid.uuid4().hex
-    memory = MemoryTimers(max_open=50)
+    memory = MemoryTimers(max_open=50, max_events=30)
 
     def build() -> TimerStore:
         if request.param == "memory":
             return memory
         url = request.getfixturevalue("redis_url")
-        opened.append(RedisTimers(url, space="abc", tenant=tenant, idle_ms=0, max_open=50))
+        opened.append(RedisTimers(url, space="abc", tenant=tenant, idle_ms=0, max_open=50, max_events=30))
         return opened[-1]
 
     yield build
@@ -132,6 +132,15 @@ def test_who_is_too_many_is_not_waited_for(make: Make) -> None:
     store = make()
     advance(store, [(f"run:{i}", i // 10) for i in range(60)])
     assert len(advance(store, [("", 900)], 60)) == 50
+
+
+def test_of_many_only_so_many_are_kept_with_their_events(make: Make) -> None:
+    store = make()
+    advance(store, [(f"run:{i}", 0) for i in range(40)])
+    advance(store, [(f"run:{i}", 1) for i in range(0, 40, 2)], 40)
+    silent = advance(store, [("", 900)], 60)
+    assert {silence.last.entity for silence in silent} == {f"run:{i}" for i in range(40)}
+    assert {silence.last.entity for silence in silent if silence.last.event} == {f"run:{i}" for i in range(1, 30, 2)}
 
 
 @st.composite

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from state.errors import SourcePartition, StateLostError
-from state.timers import AFTER, MAX_OPEN, Activity, ClockAdvance, Inactivity, Span
+from state.timers import AFTER, MAX_EVENTS, MAX_OPEN, Activity, ClockAdvance, Inactivity, Span
 
 
 @dataclass
@@ -32,9 +32,9 @@ class MemoryTimers:
     keeps_events: whether whoever asks needs `Activity.event`.
     """
 
-    def __init__(self, *, keeps_events: bool = True, max_open: int = MAX_OPEN) -> None:
+    def __init__(self, *, keeps_events: bool = True, max_open: int = MAX_OPEN, max_events: int = MAX_EVENTS) -> None:
         self.keeps_events = keeps_events
-        self._max_open = max_open
+        self._max_open, self._max_events = max_open, max_events
         self._open: dict[str, _Timer] = {}
         self._sources: dict[SourcePartition, _PartitionClock] = {}
 
@@ -90,7 +90,8 @@ class MemoryTimers:
             if not heard.newest:
                 timer.last = replace(timer.last, p_value=heard.p_value, complete=heard.complete)
         elif heard.newest and (timer is not None or len(self._open) < self._max_open):
-            self._open[heard.entity] = _Timer(heard, due)
+            kept = heard if len(self._open) < self._max_events else replace(heard, event=b"")
+            self._open[heard.entity] = _Timer(kept, due)
             if timer is None or timer.last.source != heard.source:
                 heapq.heappush(source.due, (due, heard.entity))
 

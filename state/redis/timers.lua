@@ -59,16 +59,18 @@ local function keep_told(key, id, committed, first, last, fresh)
 end
 
 -- Take the steps of a batch. keys: open, sources, due of each source of the batch. args: ttl, ms after which a source
--- that does nothing is idle, most open, how many sources; of each source its id, the progress that it must have,
--- progress now, committed, first and last offset of the batch; then of each step STEP, entity, event. Returns id and
--- progress of the sources that have less than they must, and what was told, of each source as one string.
+-- that does nothing is idle, most open, most open while events are kept, how many sources; of each source its id, the
+-- progress that it must have, progress now, committed, first and last offset of the batch; then of each step STEP,
+-- entity, event. Returns id and progress of the sources that have less than they must, and what was told, of each
+-- source as one string.
 local function advance(keys, args)
   local pack, unpack, sub = struct.pack, struct.unpack, string.sub
   local open, sources_key = keys[1], keys[2]
-  local ttl, idle, most, n = tonumber(args[1]), tonumber(args[2]), tonumber(args[3]), tonumber(args[4])
+  local ttl, idle, most = tonumber(args[1]), tonumber(args[2]), tonumber(args[3])
+  local most_events, n = tonumber(args[4]), tonumber(args[5])
   local known, now, here, behind = read_sources(sources_key), now_ms(), {}, {}
   for i = 1, n do
-    local id, least, progress, committed, first, last = unpack('<c6I6I6I6I6I6', args[4 + i])
+    local id, least, progress, committed, first, last = unpack('<c6I6I6I6I6I6', args[5 + i])
     local s = known[id] or { progress = 0, offset = -1, index = 0, clock = -1, committed = 0, touched = 0 }
     if s.progress < least then behind[#behind + 1] = id .. pack('<I6', s.progress) end
     known[id], here[i] = s, { id = id, s = s, first = first, last = last, told = {}, due = keys[2 + i] }
@@ -134,11 +136,12 @@ local function advance(keys, args)
     elseif late or redis.call('HLEN', open) >= most then
       return
     end
+    if redis.call('HLEN', open) >= most_events then event = '' end
     redis.call('HSET', open, entity, pack(TIMER, due, time, source.number, offset, index, p, complete) .. event)
     redis.call('ZADD', source.due, string.format('%.0f', due), entity)
   end
 
-  for i = 5 + n, #args, 3 do
+  for i = 6 + n, #args, 3 do
     local kind, place, offset, index, time, quiet, p, complete = unpack(STEP, args[i])
     local source = here[place]
     local s = source.s

@@ -16,7 +16,7 @@ from typing import Any
 from state.errors import SourcePartition, StateLostError
 from state.redis import formats
 from state.redis.client import RedisServer
-from state.timers import MAX_OPEN, Activity, ClockAdvance, Inactivity, Span
+from state.timers import MAX_EVENTS, MAX_OPEN, Activity, ClockAdvance, Inactivity, Span
 from state.windows import DAY_MS, source_id
 
 _FUNCTIONS = files("state.redis").joinpath("timers.lua").read_text()
@@ -49,6 +49,7 @@ class RedisTimers:
         tenant: str = "default",
         idle_ms: int = IDLE_MS,
         max_open: int = MAX_OPEN,
+        max_events: int = MAX_EVENTS,
         timeout_s: float = 5.0,
         retries: int = 3,
         **connection: Any,
@@ -59,7 +60,7 @@ class RedisTimers:
                     f"{name} {value!r} would not make a key: it must be non-empty, without '{{', '}}' and ':'"
                 )
         self._key = f"{{{tenant}}}:timers:{space}" + formats.suffix("timers", formats.TIMERS)
-        self._idle_ms, self._max_open = idle_ms, max_open
+        self._idle_ms, self._max_open, self._max_events = idle_ms, max_open, max_events
         self._server = RedisServer(url, _FUNCTIONS, timeout_s=timeout_s, retries=retries, depth=1, **connection)
         self._progress: dict[SourcePartition, int] = {}
         self._committed: dict[SourcePartition, int] = {}
@@ -75,7 +76,7 @@ class RedisTimers:
             return []
         sources = list(spans)
         places = {source: number for number, source in enumerate(sources, 1)}
-        arguments: list[Any] = [TTL_MS, self._idle_ms, self._max_open, len(sources)]
+        arguments: list[Any] = [TTL_MS, self._idle_ms, self._max_open, self._max_events, len(sources)]
         for source, span in spans.items():
             marks = self._mark(source, span.last + 1)
             arguments.append(marks + _six(span.first) + _six(span.last))

@@ -24,7 +24,7 @@ from streamer.detection.combine import HISTORY_TRUST, EventScorer, discounted
 from streamer.detection.sequence_score import SequenceScorer
 
 CAUSE = "sequence:silence"
-MAX_EVENT = 16 * 1024
+MAX_EVENT = 8 * 1024
 """Bytes of a packed event in its timer; a larger one keeps only attributes of at most MAX_ATTRIBUTE bytes of JSON."""
 MAX_ATTRIBUTE = 512
 

@@ -57,6 +57,8 @@ class BundlePreparation:
         self._owned = owned
         self._isolation = EventIsolation()
         self._stop = threading.Event()
+        self._ending = threading.Lock()
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name="succession", daemon=True)
         self._thread.start()
 
@@ -66,8 +68,15 @@ class BundlePreparation:
         return not self._thread.is_alive()
 
     def close(self) -> None:
-        """Give up."""
-        self._stop.set()
+        """Give up, and let the connections of its windows go: now, or when the thread that uses them ends."""
+        with self._ending:
+            self._stop.set()
+            if self._ended:
+                self._let_go()
+
+    def _let_go(self) -> None:
+        if self.opened is not None and self.opened.windows is not None:
+            self.opened.windows.close()
 
     def catch_up(self) -> None:
         """Fill the windows up to the commit as it is now: few events, if it was done. Between two transactions, this
@@ -99,6 +108,11 @@ class BundlePreparation:
                     self._stop.wait(AGAIN_S)
         except Exception as error:
             self.error = error
+        finally:
+            with self._ending:
+                self._ended = True
+                if self._stop.is_set():
+                    self._let_go()
 
 
 class BundleRollout:
@@ -125,6 +139,7 @@ class BundleRollout:
         if preparation.error is not None:
             self._metrics.bundles_refused.inc()
             self._refused, self._preparation = preparation.path, None
+            preparation.close()
             known = isinstance(preparation.error, (RipcurrentError, StateError))
             _log.error(
                 "the promoted bundle cannot serve, the one before goes on",

@@ -12,8 +12,6 @@ from typing import Any
 from state.errors import SourcePartition, StateLostError
 from state.redis.timers import RedisTimers
 from state.redis.windows import RedisWindows
-from state.timers import TimerStore
-from state.windows import WindowStore
 from streamer.bundles.bundle_files import load
 from streamer.detection.detector import Detector
 from streamer.settings import Settings, device_of
@@ -22,9 +20,14 @@ from streamer.settings import Settings, device_of
 class EntityState:
     """What the service needs of a `WindowStore`, and the timers beside it."""
 
-    def __init__(self, windows: WindowStore, timers: TimerStore) -> None:
+    def __init__(self, windows: RedisWindows, timers: RedisTimers) -> None:
         self.age_ms = windows.age_ms
         self._windows, self._timers = windows, timers
+
+    def close(self) -> None:
+        """Close the connections; what is stored stays."""
+        self._windows.close()
+        self._timers.close()
 
     def prepare(self, offsets: Mapping[SourcePartition, int]) -> None:
         self._windows.prepare(offsets)

@@ -227,11 +227,13 @@ class Service:
             self._commit()
             self._waiting("another bundle", preparation.catch_up)
             assert preparation.opened is not None
-            opened = preparation.opened
+            opened, replaced = preparation.opened, self._windows
             self._detector, self._alerting, self._windows = opened.detector, opened.alerting, opened.windows
             self._show_bundle(opened.version)
             assert self._succession is not None
             self._succession.done(preparation)
+            if replaced is not None:
+                replaced.close()
         if self._shadow is not None and not self._group.batches:
             self._shadow.between_transactions()
 

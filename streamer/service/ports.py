@@ -45,6 +45,8 @@ class EntityStore(Rebuildable, Protocol):
 
     def check_epoch(self, offsets: Mapping[SourcePartition, int]) -> None: ...
 
+    def close(self) -> None: ...
+
 
 class EmittedAlert(Written, Protocol):
     """What the loop needs of an `Alert`."""
