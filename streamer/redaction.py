@@ -125,9 +125,13 @@ _mask_again = lru_cache(maxsize=8192)(_mask)
 """Hosts, users and programs come again in every alert."""
 
 
-@lru_cache(maxsize=8192)
 def names_a_secret(name: str) -> bool:
     """Whether an attribute, header or variable of this name holds a secret: `DB_PASSWORD`, `accessToken`, `Cookie`."""
+    return _ends_like_a_secret(name[-256:])  # The cache holds it.
+
+
+@lru_cache(maxsize=8192)
+def _ends_like_a_secret(name: str) -> bool:
     plain = name.lower().replace("_", "").replace("-", "").replace(" ", "")
     return plain.endswith(_SECRET_ENDINGS)
 

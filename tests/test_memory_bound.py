@@ -11,7 +11,9 @@ import orjson
 from encoder.features.schema import Field, Schema
 from encoder.features.vectorizer import CACHE_BYTES, Vectorizer
 from encoder.ocsf.decoder import decode
+from encoder.ocsf.entities import entities
 from encoder.ocsf.events import Message
+from streamer.redaction import Redactor
 
 PATHS = 200
 
@@ -45,3 +47,21 @@ def test_values_that_never_come_again_in_200_paths_are_not_kept_without_a_bound(
     finally:
         tracemalloc.stop()
     assert 0.5 * CACHE_BYTES < most < 1.1 * CACHE_BYTES, "what is remembered is as much as is counted"
+
+
+def test_long_names_times_and_keys_are_not_kept() -> None:
+    """Each of 400 events has a user, a time and a key of 100 kB that no other has: 120 MB in all."""
+    tracemalloc.start()
+    try:
+        for i in range(400):
+            text = f"{i}-" + "x" * 100_000
+            value = {"class_uid": 3002, "time": text, "actor": {"user": {"name": text}}, "unmapped": {text: "secret"}}
+            events, _ = decode([Message("t", 0, i, 0, orjson.dumps(value))])
+            found = entities(events)
+            Redactor().record(events.records[0])
+            assert len(found.entity) == 1
+        del events, found, value, text
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 10e6
+    finally:
+        tracemalloc.stop()

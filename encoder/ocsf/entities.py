@@ -89,7 +89,6 @@ class Entities:
         return len(self.entity)
 
 
-@lru_cache(maxsize=16_384)
 def _clean(text: str) -> str:
     """Text as a name, "" for a placeholder."""
     text = text.strip().lower()
@@ -98,6 +97,10 @@ def _clean(text: str) -> str:
     if len(text) > MAX_LENGTH:
         return f"{text[: MAX_LENGTH - 17]}#{blake2b(text.encode('utf-8', 'replace'), digest_size=8).hexdigest()}"
     return text
+
+
+_clean_again = lru_cache(maxsize=16_384)(_clean)
+"""For texts of a name's length: the cache holds them whole."""
 
 
 @lru_cache(maxsize=16_384)
@@ -184,7 +187,8 @@ def _launched(events: EventBatch) -> NDArray[np.object_]:
 def _cleaned(values: list[Any]) -> NDArray[np.object_]:
     """Numbers are ids; of a list (of a path with []) the first member stands for it."""
     texts = [v if type(v) is str else str(next(iter(v), "")) if type(v) is list else str(v) for v in values]
-    return np.array([_clean(text) for text in texts], object)
+    cleaned = [_clean_again(text) if len(text) <= 2 * MAX_LENGTH else _clean(text) for text in texts]
+    return np.array(cleaned, object)
 
 
 def _qualified(kind: str, names: NDArray[np.object_], hosts: NDArray[np.object_]) -> NDArray[np.object_]:

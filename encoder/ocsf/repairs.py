@@ -10,6 +10,8 @@ from typing import Any
 
 import orjson
 
+MAX_ISO = 128
+"""Characters of a timestamp as text."""
 MAX_NESTING = 200
 """What is nested deeper than this is emptied, so that a record can be written as JSON again (orjson writes 254 levels
 and reads 1024)."""
@@ -25,8 +27,13 @@ def json_text(value: Any) -> str:
     return orjson.dumps(value)[:256].decode("utf-8", "replace")
 
 
-@lru_cache(maxsize=16_384)
 def _parse_iso(text: str) -> int | None:
+    """A longer text is no time, and the cache would hold it whole."""
+    return _parse_iso_again(text) if len(text) <= MAX_ISO else None
+
+
+@lru_cache(maxsize=16_384)
+def _parse_iso_again(text: str) -> int | None:
     try:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:
