@@ -27,8 +27,8 @@ TICK_MS = 1000
 MAX_OPEN = 1_000_000
 """Entities waited for at once. Of more the newest are not waited for, and nothing is said of their silence."""
 MAX_EVENTS = 65_536
-"""Entities waited for with their last event. While more are open, what is heard is kept without it: the silence is found
-all the same, and its alert shows less."""
+"""Entities waited for with their last event. While more are open, what is heard is kept without it: silence is found
+all the same, and the alert shows less."""
 AFTER = 1 << 23
 """An index in a message that comes after all of them."""
 
