@@ -78,13 +78,13 @@ def alerts(
     **changes: Any,
 ) -> list[Alert]:
     chosen: Json = {"threshold": 1e-4, "bundle_version": "lab-3f2a", "tenant": "default", "now_ms": NOW, **changes}
-    told = explanations or [explanation(PORT)] * len(batch)
-    return build_alerts(batch, np.arange(len(batch)) if rows is None else rows, told, **chosen)
+    given = explanations or [explanation(PORT)] * len(batch)
+    return build_alerts(batch, np.arange(len(batch)) if rows is None else rows, given, **chosen)
 
 
-def one(record: Json = WORD, told: Explanation | None = None, **changes: Any) -> Json:
+def one(record: Json = WORD, why: Explanation | None = None, **changes: Any) -> Json:
     batch = scored([record], **{k: changes.pop(k) for k in ("cause", "entity") if k in changes})
-    (alert,) = alerts(batch, [told or explanation(PORT)], **changes)
+    (alert,) = alerts(batch, [why or explanation(PORT)], **changes)
     return check(alert)
 
 

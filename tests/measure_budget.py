@@ -82,8 +82,8 @@ def held_out(path: Path) -> None:
 
 def _scored(events: Path, kept: Path, bundle: Path) -> ScoredFile:
     if not kept.exists():
-        told = lambda done: print(f"\r{done:,}", end="", file=sys.stderr)  # noqa: E731
-        fresh = score_files([events], load(bundle), told)
+        progress = lambda done: print(f"\r{done:,}", end="", file=sys.stderr)  # noqa: E731
+        fresh = score_files([events], load(bundle), progress)
         columns = {name: getattr(fresh, name).astype(str) for name in ("entity", "cause")}
         np.savez(kept, uids=fresh.uids, time=fresh.time, p_value=fresh.p_value, severity=fresh.severity, **columns)
     found = np.load(kept)

@@ -34,8 +34,8 @@ def added(*events: Json) -> tuple[Entities, ActivityCounts]:
     return named, activity_counts(batch, named)
 
 
-def partners(named: Entities, found: ActivityCounts, entity: str) -> set[int]:
-    return {int(place) for place in found.partners[named.entity.index(entity)] if place != NOBODY}
+def partners(named: Entities, counts: ActivityCounts, entity: str) -> set[int]:
+    return {int(place) for place in counts.partners[named.entity.index(entity)] if place != NOBODY}
 
 
 def test_store_and_encoder_agree_on_how_many_partners_an_event_has() -> None:
@@ -43,17 +43,17 @@ def test_store_and_encoder_agree_on_how_many_partners_an_event_has() -> None:
 
 
 def test_those_that_an_event_names_are_each_others_partners_and_nobody_is_their_own() -> None:
-    named, found = added(LOGON, {**LOGON, "device": {"hostname": "PC-8"}})
-    bob, address, host = (partners(named, found, name) for name in ("user:bob", "address:10.0.0.5", "host:pc-7"))
+    named, counts = added(LOGON, {**LOGON, "device": {"hostname": "PC-8"}})
+    bob, address, host = (partners(named, counts, name) for name in ("user:bob", "address:10.0.0.5", "host:pc-7"))
     assert len(bob) == len(address) == len(host) == 2
     assert len(bob & host) == 1  # the address
     assert len(bob | address | host) == 3
-    assert found.partners.dtype == np.int16
+    assert counts.partners.dtype == np.int16
 
 
 def test_what_lives_for_one_run_has_no_habits() -> None:
-    named, found = added(LOGON)
-    counted = {KINDS[kind]: bool(yes) for kind, yes in zip(named.kind.tolist(), found.counted.tolist(), strict=True)}
+    named, counts = added(LOGON)
+    counted = {KINDS[kind]: bool(yes) for kind, yes in zip(named.kind.tolist(), counts.counted.tolist(), strict=True)}
     assert counted == {"correlation": False, "user": True, "address": True, "host": True}
 
 
@@ -71,8 +71,8 @@ def test_what_lives_for_one_run_has_no_habits() -> None:
     ],
 )
 def test_a_failure_is_what_ocsf_says_is_one(changes: Json, failed: bool) -> None:
-    _, found = added({**LOGON, **changes})
-    assert found.failed.tolist() == [failed] * len(found)
+    _, counts = added({**LOGON, **changes})
+    assert counts.failed.tolist() == [failed] * len(counts)
 
 
 @pytest.mark.parametrize(
@@ -87,5 +87,5 @@ def test_a_failure_is_what_ocsf_says_is_one(changes: Json, failed: bool) -> None
     ],
 )
 def test_bytes_that_leave_count_before_all_bytes_and_nonsense_not_at_all(traffic: Json, amount: int) -> None:
-    _, found = added({**LOGON, "class_uid": 4001, "activity_id": 6, "traffic": traffic})
-    assert set(found.amount.tolist()) == {amount}
+    _, counts = added({**LOGON, "class_uid": 4001, "activity_id": 6, "traffic": traffic})
+    assert set(counts.amount.tolist()) == {amount}

@@ -21,10 +21,10 @@ def learned(jobs: int, without: int = 0, kind: int = HOST) -> Antecedents:
     return Antecedents.fit([(kinds, code, before), noise], OTHER + 1)
 
 
-def missing(found: Antecedents, *before: int, kind: int = HOST) -> float:
+def missing(antecedents: Antecedents, *before: int, kind: int = HOST) -> float:
     pair = np.array([kind], np.int64), np.array([JOB], np.int64)
-    assert found.has_usual(*pair).all()
-    nats, which = found.missing(*pair, np.array([before], np.int64))
+    assert antecedents.has_usual(*pair).all()
+    nats, which = antecedents.missing(*pair, np.array([before], np.int64))
     assert which.tolist() == [INSTALLER if nats[0] else -1], "what did not come is named"
     return float(nats[0])
 
@@ -37,10 +37,10 @@ def test_a_job_without_its_installer_is_as_odd_as_jobs_without_it_are_rare() -> 
 
 
 def test_what_has_no_usual_predecessor_and_what_was_seldom_seen_is_not_asked() -> None:
-    found, kind = learned(100), np.array([HOST], np.int64)
-    assert not found.has_usual(kind, np.array([NOISE])).any()
-    assert not found.has_usual(np.array([RUN]), np.array([JOB])).any()  # each kind of entity by itself
-    assert not found.has_usual(kind, np.array([OTHER])).any()
+    antecedents, kind = learned(100), np.array([HOST], np.int64)
+    assert not antecedents.has_usual(kind, np.array([NOISE])).any()
+    assert not antecedents.has_usual(np.array([RUN]), np.array([JOB])).any()  # each kind of entity by itself
+    assert not antecedents.has_usual(kind, np.array([OTHER])).any()
     assert not learned(LEAST - 1).has_usual(kind, np.array([JOB])).any()
     assert not learned(100, without=60).has_usual(kind, np.array([JOB])).any()
 

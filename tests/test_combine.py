@@ -40,9 +40,9 @@ def p_values(held_out: NDArray[np.float64], evidence: NDArray[np.float64]) -> ND
 def test_what_is_stronger_than_the_sample_is_at_first_no_rarer_than_its_strongest_story() -> None:
     """Seventeen events of one story are one thing that was seen, and the next story may have as many."""
     common = np.random.default_rng(0).exponential(0.6, 10_000).clip(max=4.4)
-    story = np.full(17, 5.3)
+    episode = np.full(17, 5.3)
     evidence = np.array([5.31, 5.8, 6.2, 8.0, 12.0])
-    alone, together = (p_values(np.concatenate([common, s]), evidence) for s in (story[:1], story))
+    alone, together = (p_values(np.concatenate([common, s]), evidence) for s in (episode[:1], episode))
     assert np.all(together[:3] > 17 / 10_017) and np.all(together[:3] < 19 / 10_017)
     assert np.all(alone[:3] < together[:3])
     assert together[3:] == pytest.approx(np.exp(-evidence[3:]))  # As the evidence says by itself.

@@ -63,20 +63,20 @@ def learn(visits: list[Visit], *cuts: int) -> Cooccurrence:
     return counts.finish()
 
 
-def surprise(overlaps: Cooccurrence, visits: list[Visit]) -> NDArray[np.float64]:
+def surprise(cooccurrence: Cooccurrence, visits: list[Visit]) -> NDArray[np.float64]:
     """Of the last of these visits."""
     mine, before = near(windows_at(visits))
-    found: NDArray[np.float64] = overlaps.surprise([visits[-1][0]], mine[-1:], before[-1:])[0]
-    return found
+    nats: NDArray[np.float64] = cooccurrence.surprise([visits[-1][0]], mine[-1:], before[-1:])[0]
+    return nats
 
 
 def test_a_flip_within_the_hour_between_places_that_were_days_apart_is_odd() -> None:
     learned = learn(weeks())
     flip = [("user:ann", 30 * DAY, HERE), ("user:ann", 30 * DAY + 60_000, -1), ("user:ann", 30 * DAY + SPAN_MS, THERE)]
-    found = surprise(learned, flip)
+    nats = surprise(learned, flip)
     # Nine of twelve visits a day are no phone's, on ten days each: so many meetings were to be expected by chance.
-    assert found[ADDRESS] > np.log(20)
-    assert found[np.arange(PARTNERS) != ADDRESS].tolist() == [0.0] * (PARTNERS - 1)
+    assert nats[ADDRESS] > np.log(20)
+    assert nats[np.arange(PARTNERS) != ADDRESS].tolist() == [0.0] * (PARTNERS - 1)
     assert surprise(learned, [flip[-1], ("user:ann", 31 * DAY, HERE)])[ADDRESS] == 0.0  # a day later
     late = [*flip[:2], ("user:ann", 30 * DAY + SPAN_MS + 1, THERE)]
     assert surprise(learned, late)[ADDRESS] == 0.0

@@ -118,7 +118,7 @@ PEERS = PeerComparison("value", "dst_endpoint.port", "host", 2, 211, ("pc-9", "b
 def test_the_documented_alert_is_the_one_that_comes_out() -> None:
     page = (Path(__file__).parent.parent / "docs" / "alerts.md").read_text()
     neighbours = ({"dst_endpoint.port": "443", "actor.process.name": "winword.exe"},)
-    finding = one(told=explanation(PORT, neighbours=neighbours, peers=PEERS))
+    finding = one(why=explanation(PORT, neighbours=neighbours, peers=PEERS))
     finding["metadata"]["product"]["version"] = "0.1.0"
     assert json.loads(page.split("```json\n")[1].split("```")[0]) == finding
     undocumented = [name for name in finding if f"`{name}" not in page]
@@ -151,7 +151,7 @@ def test_ids_never_change_and_tell_events_entities_causes_and_bundles_apart() ->
     assert one(bundle_version="other")["finding_info"]["uid"] == one()["finding_info"]["uid"]
 
 
-STORY = Episode(
+EPISODE = Episode(
     *("events:3:7:0", "events:3:100:0", "host:PC-7", "host:PC-7", "record:dst_endpoint.port"),
     *(1_779_999_400_000, 1_780_000_000_000, 12, 3, 95.0, 5, 1e-9),
     ("record:dst_endpoint.port", "sequence:order"),
@@ -160,34 +160,36 @@ STORY = Episode(
 
 
 def test_an_episode_keeps_its_finding_and_only_its_create_is_an_alert() -> None:
-    story = [Decision(activity, ("events", 3), 100, 0, STORY) for activity in (CREATE, UPDATE)]
-    made = alerts(scored([WORD] * 2), decisions=story)
-    made.append(close_alert(STORY, threshold=1e-4, bundle_version="lab-3f2a", tenant="default", now_ms=NOW))
-    found = [check(alert) for alert in made]
-    assert len({f["finding_info"]["uid"] for f in found}) == 1
-    assert len({f["metadata"]["uid"] for f in found}) == 3
+    decisions = [Decision(activity, ("events", 3), 100, 0, EPISODE) for activity in (CREATE, UPDATE)]
+    made = alerts(scored([WORD] * 2), decisions=decisions)
+    made.append(close_alert(EPISODE, threshold=1e-4, bundle_version="lab-3f2a", tenant="default", now_ms=NOW))
+    findings = [check(alert) for alert in made]
+    assert len({f["finding_info"]["uid"] for f in findings}) == 1
+    assert len({f["metadata"]["uid"] for f in findings}) == 3
     assert len({alert.key for alert in made}) == 1
-    assert [f.get("is_alert") for f in found] == [True, None, None]
-    assert [f["type_uid"] for f in found] == [200401, 200402, 200403]
-    assert [f["status"] for f in found] == ["New", "New", "Resolved"]
-    assert {(f["count"], f["start_time"], f["end_time"]) for f in found} == {(12, STORY.first_seen, STORY.last_seen)}
-    assert {f["severity"] for f in found} == {"Critical"}, "the worst of the episode, not the last"
-    assert [f["unmapped"]["episode"]["events"] for f in found] == [12] * 3
+    assert [f.get("is_alert") for f in findings] == [True, None, None]
+    assert [f["type_uid"] for f in findings] == [200401, 200402, 200403]
+    assert [f["status"] for f in findings] == ["New", "New", "Resolved"]
+    assert {(f["count"], f["start_time"], f["end_time"]) for f in findings} == {
+        (12, EPISODE.first_seen, EPISODE.last_seen)
+    }
+    assert {f["severity"] for f in findings} == {"Critical"}, "the worst of the episode, not the last"
+    assert [f["unmapped"]["episode"]["events"] for f in findings] == [12] * 3
 
 
 def test_an_episode_says_how_many_where_and_that_it_is_over() -> None:
-    (made,) = alerts(scored([WORD]), decisions=[Decision(UPDATE, ("events", 3), 100, 0, STORY)])
+    (made,) = alerts(scored([WORD]), decisions=[Decision(UPDATE, ("events", 3), 100, 0, EPISODE)])
     info = check(made)["finding_info"]
     assert info["title"].endswith("; usually 443 (92 %); the same at 2 others")
     assert (
         "So far 12 such events in 10 min, the first at events:3:7:0 (destination port, order of events). "
         "Also at host:PC-8, host:PC-9."
     ) in info["desc"]
-    closed = close_alert(STORY, threshold=1e-4, bundle_version="b", tenant="t", now_ms=NOW)
+    closed = close_alert(EPISODE, threshold=1e-4, bundle_version="b", tenant="t", now_ms=NOW)
     info = check(closed)["finding_info"]
     assert info["title"] == "Over: unusual destination port of host PC-7 and at 2 others; 12 events in 10 min"
     assert {event["uid"] for event in info["related_events"]} == {"events:3:7:0", "events:3:100:0"}
-    single = replace(STORY, last=STORY.first, last_seen=STORY.first_seen, count=1, entities=1, others=())
+    single = replace(EPISODE, last=EPISODE.first, last_seen=EPISODE.first_seen, count=1, entities=1, others=())
     (alone,) = [check(close_alert(single, threshold=1e-4, bundle_version="b", tenant="t", now_ms=NOW))["finding_info"]]
     assert alone["title"] == "Over: unusual destination port of host PC-7; 1 event"
 
@@ -224,24 +226,24 @@ def explained(bundle: Bundle, lines: Sequence[bytes], each: int) -> tuple[Detect
     """The most unusual of each batch, by record and by sequence, explained as the service does: right after scoring."""
     detector = Detector(bundle, MemoryWindows(dim=bundle.dim))
     stream = [Message("events", 0, i, NOW, line) for i, line in enumerate(lines)]
-    found: ExplainedRows = []
+    explained_rows: ExplainedRows = []
     for start in range(0, len(stream), 256):
         batch = detector.score(stream[start : start + 256])
         by_sequence = np.array([cause.startswith("sequence:") for cause in batch.cause])
         for kind in (by_sequence, ~by_sequence):
             rows = np.flatnonzero(kind)
             rows = rows[np.argsort(batch.p_value[rows], kind="stable")[:each]]
-            found += [
+            explained_rows += [
                 (batch, int(r), e)
                 for r, e in zip(rows, Explainer(detector.bundle, detector.windows).explain(batch, rows), strict=True)
             ]
-    return detector, found
+    return detector, explained_rows
 
 
 def test_a_fitted_detector_explains_in_words(day: tuple[Detector, ExplainedRows]) -> None:
-    _, told = day
-    assert {batch.cause[row].partition(":")[0] for batch, row, _ in told} >= {"record", "sequence"}
-    for batch, row, why in told:
+    _, explanations = day
+    assert {batch.cause[row].partition(":")[0] for batch, row, _ in explanations} >= {"record", "sequence"}
+    for batch, row, why in explanations:
         (alert,) = alerts(batch, [why], np.array([row]))
         info = check(alert)["finding_info"]
         assert why.fields or why.window
@@ -252,8 +254,8 @@ def test_a_fitted_detector_explains_in_words(day: tuple[Detector, ExplainedRows]
         assert why.peers is None or why.peers.names == tuple(check(alert)["unmapped"]["peers"]["names"])
         assert len(info["title"]) < 400
         assert not why.window or batch.cause[row].startswith("sequence:")
-    assert any(why.window for _, _, why in told)
-    assert sum(why.peers is not None for _, _, why in told) > len(told) / 4
+    assert any(why.window for _, _, why in explanations)
+    assert sum(why.peers is not None for _, _, why in explanations) > len(explanations) / 4
 
 
 def test_explaining_an_alert_takes_milliseconds(day: tuple[Detector, ExplainedRows]) -> None:
@@ -268,8 +270,8 @@ def test_explaining_an_alert_takes_milliseconds(day: tuple[Detector, ExplainedRo
 
 
 def test_explaining_a_sequence_that_comes_alone_takes_milliseconds(day: tuple[Detector, ExplainedRows]) -> None:
-    detector, told = day
-    rows = [(batch, row) for batch, row, why in told if why.window]
+    detector, explanations = day
+    rows = [(batch, row) for batch, row, why in explanations if why.window]
     Explainer(detector.bundle, detector.windows).explain(rows[0][0], np.array([rows[0][1]]))
     took = []
     for batch, row in rows[:10]:
@@ -286,22 +288,22 @@ def test_no_secret_leaves_in_an_alert() -> None:
         "api": {"operation": "x", "token": {"value": "hunter2"}},
         "unmapped": {"note": "postgres://bob:hunter2@db/x", "password": "hunter2"},
     }
-    told = explanation(
+    why = explanation(
         FieldFinding("actor.process.cmd_line", "winword.exe --password hunter2", (("a --password hunter2", 0.9),), 5),
         FieldFinding("unmapped.password", "hunter2", (("hunter2", 0.5),), 5),
         neighbours=({"actor.process.cmd_line": "x --password hunter2", "unmapped.password": "hunter2"},),
         window=((WORD["time"], "events:3:1:0", {"process.cmd_line": "run --password hunter2"}, 0.5),),
     )
     for cause in ("record:actor.process.cmd_line", "sequence:order"):
-        (alert,) = alerts(scored([record], cause), [told])
+        (alert,) = alerts(scored([record], cause), [why])
         check(alert)
         assert b"hunter2" not in alert.value
 
 
 def test_listed_attributes_are_nowhere_in_the_alert_nor_its_key() -> None:
-    told = explanation(FieldFinding("actor.user.name", "bob", (("alice", 0.9),), 5))
+    why = explanation(FieldFinding("actor.user.name", "bob", (("alice", 0.9),), 5))
     batch = scored([WORD], cause="record:actor.user.name", entity="user:bob")
-    (alert,) = alerts(batch, [told], redactor=Redactor(["actor.user.name"]))
+    (alert,) = alerts(batch, [why], redactor=Redactor(["actor.user.name"]))
     check(alert)
     assert alert.key == b"user:[masked]"
     assert b"bob" not in alert.value
@@ -310,11 +312,9 @@ def test_listed_attributes_are_nowhere_in_the_alert_nor_its_key() -> None:
 
 def test_listed_attributes_are_masked_in_a_timeline_too() -> None:
     before = {"type_uid": 100701, "process.cmd_line": "transform --model v3", "process.file.name": "transform"}
-    told = explanation(
-        window=((WORD["time"] - 1, "events:3:1:0", before, 0.5), (WORD["time"], "events:3:100:0", {}, 0))
-    )
+    why = explanation(window=((WORD["time"] - 1, "events:3:1:0", before, 0.5), (WORD["time"], "events:3:100:0", {}, 0)))
     batch = scored([WORD], cause="sequence:order", entity="user:bob")
-    shown, hidden = (alerts(batch, [told], redactor=Redactor(listed))[0] for listed in ([], ["process.cmd_line"]))
+    shown, hidden = (alerts(batch, [why], redactor=Redactor(listed))[0] for listed in ([], ["process.cmd_line"]))
     assert b"process launch transform --model v3" in shown.value
     check(hidden)
     assert b"--model" not in hidden.value
@@ -412,13 +412,13 @@ EXPLANATIONS = st.builds(
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(EVENTS, EXPLANATIONS, NAMES, NAMES, st.floats(0, 1), st.floats())
 def test_any_event_and_any_explanation_make_a_valid_alert(
-    record: Json, told: Explanation, entity: str, cause: str, p_value: float, severity: float
+    record: Json, why: Explanation, entity: str, cause: str, p_value: float, severity: float
 ) -> None:
     batch = scored([record], cause, entity)
     batch.p_value[:] = p_value
     with np.errstate(over="ignore"):
         batch.severity[:] = severity
-    (alert,) = alerts(batch, [told])
+    (alert,) = alerts(batch, [why])
     check(alert)
 
 
@@ -430,13 +430,13 @@ def read(path: Path, limit: int) -> list[Json]:
 def guessed(records: list[Json]) -> list[Explanation]:
     """Explanations in the form of the real ones: a few values of each event, and another event as its neighbour."""
     flat = [{k: str(v) for k, v in flatten(record).items()} for record in records]
-    told = []
+    explanations = []
     for row, event in enumerate(flat):
         paths = sorted(event)[row % 7 :: 5][:5]
         other = flat[row // 2]
         fields = [FieldFinding(p, event[p], ((other.get(p, ""), 0.7), ("0", 0.2)), 7.5) for p in paths]
-        told.append(explanation(*fields, neighbours=(dict(list(other.items())[:12]),)))
-    return told
+        explanations.append(explanation(*fields, neighbours=(dict(list(other.items())[:12]),)))
+    return explanations
 
 
 @pytest.mark.skipif(not DATA, reason="RIPCURRENT_EVAL_DATA names no folder")
@@ -447,10 +447,10 @@ def test_real_events_make_valid_alerts_quickly(name: str) -> None:
         Path(DATA or "") / (f"{name}.ndjson" if examples else f"{name}.test.ndjson.gz"), 0 if examples else 97
     )
     batch = scored(records)
-    told = guessed(batch.records)
-    alerts(batch, told)
+    explanations = guessed(batch.records)
+    alerts(batch, explanations)
     started = time.perf_counter()
-    made = alerts(batch, told)
+    made = alerts(batch, explanations)
     per_alert = (time.perf_counter() - started) / len(made)
     for alert in made:
         check(alert)
@@ -468,6 +468,6 @@ def test_every_stream_makes_valid_alerts_with_a_fitted_detector(
     monkeypatch.setattr(encoder.training.sequence, "STEPS", 100)
     bundle = fit([Path(DATA or "") / f"{name}.train.ndjson.gz"], tmp_path / "bundle").bundle
     with gzip.open(Path(DATA or "") / f"{name}.test.ndjson.gz") as lines:
-        _, told = explained(bundle, list(lines), each=2)
-    for batch, row, why in told:
+        _, explanations = explained(bundle, list(lines), each=2)
+    for batch, row, why in explanations:
         check(alerts(batch, [why], np.array([row]))[0])

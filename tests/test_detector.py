@@ -138,9 +138,9 @@ def test_a_sequence_is_explained_by_its_window_as_it_was(fitted: tuple[Bundle, P
     (scored,) = score(fitted[0], [messages(days[1], 3000)])
     rows = np.flatnonzero(np.isin(scored.cause, ("sequence:order", "sequence:missing")))
     nothing = MemoryWindows(dim=fitted[0].dim)
-    told = Explainer(fitted[0], nothing).explain(scored, rows)
+    explanations = Explainer(fitted[0], nothing).explain(scored, rows)
     assert len(rows) > 5
-    for row, why in zip(rows.tolist(), told, strict=True):
+    for row, why in zip(rows.tolist(), explanations, strict=True):
         assert scored.coordinates.label(row) in [where for _, where, _, _ in why.window]
 
 
@@ -256,8 +256,8 @@ def test_a_folder_that_is_no_bundle_is_not_replaced(days: tuple[Path, Path], qui
 
 def test_exemplars_hold_listed_attributes_masked(days: tuple[Path, Path], quick: None, tmp_path: Path) -> None:
     bundle = fit([days[0]], tmp_path / "b", redact=["process.cmd_line"]).bundle
-    for told in (bundle.exemplars, bundle.anonymised):
-        lines = {orjson.loads(each).get("process.cmd_line") for each in told}
+    for examples in (bundle.exemplars, bundle.anonymised):
+        lines = {orjson.loads(each).get("process.cmd_line") for each in examples}
         assert lines == {None, MASK}
 
 

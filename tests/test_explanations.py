@@ -47,7 +47,7 @@ def named(cause: str, why: Explanation) -> list[str]:
 def first_alerts(detector: Detector, days: list[Day], before: int) -> Iterator[tuple[Label, str, Explanation]]:
     """Of each incident that is found at 20 alerts a day, the event that told it first, or the silence after it. before:
     events of the days that were fitted on."""
-    found: set[str] = set()
+    detected: set[str] = set()
     labels = [label for day in days for label in day.labels]
     offset = before
     for day in days:
@@ -60,8 +60,8 @@ def first_alerts(detector: Detector, days: list[Day], before: int) -> Iterator[t
             for scored in filter(None, (batch, batch.inactive)):
                 for row in np.flatnonzero(scored.p_value <= line).tolist():
                     label = labels[int(scored.coordinates.offset[row]) - before]
-                    if label.attack and label.sequence not in found:
-                        found.add(label.sequence)
+                    if label.attack and label.sequence not in detected:
+                        detected.add(label.sequence)
                         yield (
                             label,
                             str(scored.cause[row]),
@@ -77,12 +77,12 @@ def test_what_was_odd_about_an_incident_is_named_first(tmp_path: Path) -> None:
     write(days[:7], tmp_path / "week.ndjson")
     bundle = fit([tmp_path / "week.ndjson"], tmp_path / "bundle").bundle
     detector = Detector(bundle, MemoryWindows(dim=bundle.dim), timers=MemoryTimers())
-    told = list(first_alerts(detector, days[7:], sum(len(day.events) for day in days[:7])))
+    alerts = list(first_alerts(detector, days[7:], sum(len(day.events) for day in days[:7])))
     wrong = [
         (label.sequence, cause)
-        for label, cause, why in told
+        for label, cause, why in alerts
         if not any(name.startswith(CAUSES[label.attack]) for name in named(cause, why))
     ]
-    print(f"{len(told) - len(wrong)} of {len(told)} incidents; not: {wrong}")
-    assert len(told) > 30
-    assert len(wrong) <= 0.1 * len(told)
+    print(f"{len(alerts) - len(wrong)} of {len(alerts)} incidents; not: {wrong}")
+    assert len(alerts) > 30
+    assert len(wrong) <= 0.1 * len(alerts)

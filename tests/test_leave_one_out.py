@@ -41,19 +41,19 @@ class Adding:
 
 def test_a_record_weighs_what_the_statistic_that_fired_loses_without_it() -> None:
     two, model = windows([1, 8, 2], [1, 3, 4]), Adding()
-    found = weights(model, two, np.zeros(2, np.int8), ["order", "ending"])  # type: ignore[arg-type]
-    np.testing.assert_allclose(found[0, -3:], [0, 0.75, 0])
-    np.testing.assert_allclose(found[1, -3:], [1 / 8, 3 / 8, 4 / 8])
-    assert not found[:, :-3].any()
+    losses = weights(model, two, np.zeros(2, np.int8), ["order", "ending"])  # type: ignore[arg-type]
+    np.testing.assert_allclose(losses[0, -3:], [0, 0.75, 0])
+    np.testing.assert_allclose(losses[1, -3:], [1 / 8, 3 / 8, 4 / 8])
+    assert not losses[:, :-3].any()
     assert model.asked == [2 + 3 + 3], "one pass for all"
 
 
 def test_full_windows_lose_their_records_too() -> None:
     full = windows(list(range(1, W + 1)))
-    found = weights(Adding(), full, np.zeros(1, np.int8), ["ending"])  # type: ignore[arg-type]
+    losses = weights(Adding(), full, np.zeros(1, np.int8), ["ending"])  # type: ignore[arg-type]
     share = np.arange(1, W + 1) / (W * (W + 1) / 2)
-    np.testing.assert_allclose(found[0, -LATEST:], share[-LATEST:])
-    assert not found[0, :-LATEST].any(), "what is not told is not weighed"
+    np.testing.assert_allclose(losses[0, -LATEST:], share[-LATEST:])
+    assert not losses[0, :-LATEST].any(), "what is not told is not weighed"
 
 
 def test_a_window_is_cut_where_the_event_was() -> None:

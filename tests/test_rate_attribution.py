@@ -34,8 +34,8 @@ def store(times: list[int], failed: list[bool]) -> MemoryWindows:
 
 
 def reached(windows: MemoryWindows, time: int) -> dict[str, int]:
-    found = levels(windows.latest(["user:bob"]), np.array([time]))
-    return {name: level for name, level in zip(LEVELS, found[0].tolist(), strict=True) if level}
+    highest = levels(windows.latest(["user:bob"]), np.array([time]))
+    return {name: level for name, level in zip(LEVELS, highest[0].tolist(), strict=True) if level}
 
 
 def test_a_count_is_what_it_was_last_raised_to_within_its_span() -> None:
@@ -58,11 +58,11 @@ def test_the_cause_is_named_first_and_then_what_else_is_beyond_the_habits() -> N
     windows = store([MINUTE * i for i in range(30)], [i % 2 == 0 for i in range(30)])
     at = levels(windows.latest(["user:bob"]), np.array([30 * MINUTE]))
     for cause in ("events.hour", "failures.day"):
-        (told,) = findings(rates, ["user:bob"], at, [LEVELS.index(cause)])
-        assert f"{told[0].count}.{told[0].span}" == cause
-        assert {rate.count for rate in told} == {"events", "failures"}, "partners and bytes were not raised"
-        assert all(rate.own and rate.observed > rate.usual for rate in told)
-        assert all(rate.among == 0 for rate in told), "there is nobody else"
+        (named,) = findings(rates, ["user:bob"], at, [LEVELS.index(cause)])
+        assert f"{named[0].count}.{named[0].span}" == cause
+        assert {rate.count for rate in named} == {"events", "failures"}, "partners and bytes were not raised"
+        assert all(rate.own and rate.observed > rate.usual for rate in named)
+        assert all(rate.among == 0 for rate in named), "there is nobody else"
 
 
 def test_of_those_of_its_kind_it_is_told_how_many_reached_as_much() -> None:
@@ -75,5 +75,5 @@ def test_of_those_of_its_kind_it_is_told_how_many_reached_as_much() -> None:
     rates = RateScorer(profiles)
     now = np.full((1, len(LEVELS)), level_of(30), np.uint8)
     for who, count, among in (("user:bob", 1, 3), ("user:new", 1, 4), ("user:ann", 0, 3)):
-        (told,) = findings(rates, [who], now, [LEVELS.index("failures.hour")])
-        assert (told[0].reached, told[0].among) == (count, among), who
+        (named,) = findings(rates, [who], now, [LEVELS.index("failures.hour")])
+        assert (named[0].reached, named[0].among) == (count, among), who

@@ -133,9 +133,9 @@ def test_what_is_in_unused_slots_does_not_matter(model: SequenceModel) -> None:
 
 
 def test_a_record_like_nothing_in_training_has_the_outcome_other() -> None:
-    book = Codebook.fit(np.repeat(VECTORS[:6], 50, axis=0), seed=0)
-    assert book.other == 6
-    codes = book(VECTORS)
+    codebook = Codebook.fit(np.repeat(VECTORS[:6], 50, axis=0), seed=0)
+    assert codebook.other == 6
+    codes = codebook(VECTORS)
     assert len(set(codes[:6].tolist())) == 6
     assert codes[6:].tolist() == [6, 6]
 
@@ -165,11 +165,11 @@ def test_events_that_name_nobody_teach_no_sequences() -> None:
 def test_nothing_is_learned_from_what_is_withheld() -> None:
     vectors, times, pairs = routines(60)
     late = times > 30_000
-    told = [
+    models = [
         fit_sequences(v, times, pairs, withheld=late, seed=0, device=CPU)[0] for v in (vectors, _jumbled(vectors, late))
     ]
-    counts = [model.counts for model in told]
-    assert torch.equal(told[0].codebook.centres, told[1].codebook.centres)
+    counts = [model.counts for model in models]
+    assert torch.equal(models[0].codebook.centres, models[1].codebook.centres)
     np.testing.assert_array_equal(counts[0].keys, counts[1].keys)
     np.testing.assert_array_equal(counts[0].counts, counts[1].counts)
 

@@ -18,7 +18,7 @@ def test_a_sequence_tells_what_came_after_what_and_what_was_expected_instead() -
     steps = [{"type_uid": 300201}, {"type_uid": 600302, "api.operation": "ListOpen"}, launched]
     window = tuple((start - 60_000 * (3 - i), f"events:3:{i}:0", step, 0.3 * i) for i, step in enumerate(steps))
     instead = (({"type_uid": 100701, "process.file.name": "reconcile"}, 0.81), ({"type_uid": 300202}, 0.1), ({}, 0.9))
-    finding = one(told=explanation(window=window, instead=instead), cause="sequence:order", entity="user:bob")
+    finding = one(why=explanation(window=window, instead=instead), cause="sequence:order", entity="user:bob")
     who = "process winword.exe of user bob on host PC-7"
     title = f"Unusual order of events of {who}: process launch render after API call ListOpen; "
     assert finding["finding_info"]["title"] == f"{title}usually process launch reconcile (81 %)"
@@ -26,7 +26,7 @@ def test_a_sequence_tells_what_came_after_what_and_what_was_expected_instead() -
     assert finding["start_time"] == start - 3 * 60_000
     assert len(finding["finding_info"]["related_events"]) == 4
     assert finding["unmapped"]["timeline"][2]["share"] == pytest.approx(0.6)
-    silent = one(told=explanation(window=window, instead=instead), cause="sequence:silence", entity="user:bob")
+    silent = one(why=explanation(window=window, instead=instead), cause="sequence:silence", entity="user:bob")
     last = "nothing after process launch render, the last of 3 events in 2 min; usually process launch reconcile (81 %)"
     assert silent["finding_info"]["title"] == f"Unusual silence of {who}: {last}"
 
@@ -37,15 +37,15 @@ def test_what_did_not_come_is_named() -> None:
         (WORD["time"], "events:3:1:0", {"type_uid": 100601}, 0.9),
     )
     instead = (({"type_uid": 100701, "process.file.name": "msiexec.exe"}, 0.99),)
-    finding = one(told=explanation(window=window, instead=instead), cause="sequence:missing", entity="host:PC-7")
+    finding = one(why=explanation(window=window, instead=instead), cause="sequence:missing", entity="host:PC-7")
     who = "process winword.exe of user bob on host PC-7"
     title = f"Missing step before scheduled job activity by {who}: "
     came = "no process launch msiexec.exe, which comes shortly before in 99 % of cases"
     assert finding["finding_info"]["title"] == title + came
     assert "\nShortly before the last, usual is process launch msiexec.exe (99 %).\n" in finding["finding_info"]["desc"]
-    alone = one(told=explanation(), cause="sequence:missing", entity="host:PC-7")["finding_info"]["title"]
-    told = "connection to 203.0.113.9 port 4444"
-    assert alone == f"Missing step before {told} by {who}: what usually comes shortly before did not"
+    alone = one(why=explanation(), cause="sequence:missing", entity="host:PC-7")["finding_info"]["title"]
+    action = "connection to 203.0.113.9 port 4444"
+    assert alone == f"Missing step before {action} by {who}: what usually comes shortly before did not"
 
 
 def test_the_earlier_event_that_is_named_is_the_one_that_made_the_newest_odd() -> None:
@@ -53,29 +53,29 @@ def test_the_earlier_event_that_is_named_is_the_one_that_made_the_newest_odd() -
         (WORD["time"] - 4 + i, f"events:3:{i}:0", {"type_uid": 300201, "dst_endpoint.hostname": f"PC-{i}"}, share)
         for i, share in enumerate((0.1, 0.5, 0.0, 0.9))
     )
-    title = one(told=explanation(window=window), cause="sequence:order", entity="user:bob")["finding_info"]["title"]
+    title = one(why=explanation(window=window), cause="sequence:order", entity="user:bob")["finding_info"]["title"]
     assert title.endswith(": logon to PC-3 after logon to PC-1")
 
 
 def test_a_rate_is_told_with_its_number_and_what_was_usual() -> None:
-    def told(cause: str, entity: str, *rates: RateFinding) -> Json:
+    def alert(cause: str, entity: str, *rates: RateFinding) -> Json:
         explained = [replace(explanation(PORT), rates=rates)]
         return check(alerts(scored([WORD], cause, entity), explained)[0])
 
-    failures = told("rate:failures.day", "user:bob", RateFinding("failures", "day", 23.4, 3.0, own=True))
+    failures = alert("rate:failures.day", "user:bob", RateFinding("failures", "day", 23.4, 3.0, own=True))
     title = "Unusually many failures of user bob: about 23 within a day, never more than 3 before"
     assert failures["finding_info"]["title"] == title
     assert failures["finding_info"]["analytic"]["uid"] == "ripcurrent-rate"
     first = failures["anomaly_analyses"][0]["anomalies"][0]
     assert (first["observation_parameter"], first["observations"]) == ("failures.day", [{"value": "23"}])
-    sent = told("rate:bytes.hour", "host:PC-7", RateFinding("bytes", "hour", 41_200_000.0, 0.0, own=False))
-    much = "Unusually much data of host PC-7: about 41.2 MB sent within two hours, others like it seldom have any"
-    assert sent["finding_info"]["title"] == much
+    sent = alert("rate:bytes.hour", "host:PC-7", RateFinding("bytes", "hour", 41_200_000.0, 0.0, own=False))
+    data = "Unusually much data of host PC-7: about 41.2 MB sent within two hours, others like it seldom have any"
+    assert sent["finding_info"]["title"] == data
     events, failed = (
         RateFinding("events", "hour", 255.0, 26.5, own=True),
         RateFinding("failures", "day", 40, 3, own=True),
     )
-    spray = told("rate:events.hour", "address:192.0.2.1", events, failed)["finding_info"]
+    spray = alert("rate:events.hour", "address:192.0.2.1", events, failed)["finding_info"]
     assert spray["title"].endswith(
         "about 255 within two hours, never more than 26 before; also 40 failures within a day (never more than 3)"
     )
@@ -84,7 +84,7 @@ def test_a_rate_is_told_with_its_number_and_what_was_usual() -> None:
 
 def test_the_nearest_normal_event_and_what_differs() -> None:
     neighbour = {"dst_endpoint.port": "443", "actor.process.name": "winword.exe", "metadata.uid": "other"}
-    desc = one(told=explanation(PORT, neighbours=(neighbour,)))["finding_info"]["desc"]
+    desc = one(why=explanation(PORT, neighbours=(neighbour,)))["finding_info"]["desc"]
     assert "The nearest normal event differs in destination port (4444 here, 443 there)." in desc
 
 
@@ -148,10 +148,10 @@ DOINGS = [
 ]
 
 
-@pytest.mark.parametrize(("field", "event", "told"), DOINGS)
-def test_titles_say_what_was_done(field: FieldFinding, event: Json, told: str) -> None:
+@pytest.mark.parametrize(("field", "event", "action"), DOINGS)
+def test_titles_say_what_was_done(field: FieldFinding, event: Json, action: str) -> None:
     title = one({**WORD, **event}, explanation(field), cause=f"record:{field.path}")["finding_info"]["title"]
-    assert f" in {told}" in title
+    assert f" in {action}" in title
 
 
 MORE_TITLES = [
@@ -188,7 +188,7 @@ MORE_TITLES = [
 
 @pytest.mark.parametrize(("field", "begins"), MORE_TITLES)
 def test_titles_say_whether_it_is_new_high_low_or_odd_for_whom(field: FieldFinding, begins: str) -> None:
-    assert one(told=explanation(field), cause=f"record:{field.path}")["finding_info"]["title"].startswith(begins)
+    assert one(why=explanation(field), cause=f"record:{field.path}")["finding_info"]["title"].startswith(begins)
 
 
 def test_numbers_have_units_and_names_stay_as_they_are() -> None:
@@ -199,8 +199,8 @@ def test_numbers_have_units_and_names_stay_as_they_are() -> None:
     assert wording.value("process.pid", "12345", {}) == "12345"
     assert wording.value("unmapped.rate", "0.333333", {}) == "0.333"
     assert wording.value("privileges", '["SeDebug","SeLoad"]', {}) == "SeDebug, SeLoad"
-    told = {"type_uid": 300201, "status_id": 2, "dst_endpoint.hostname": "WS-7"}
-    assert wording.summary(told) == "failed logon to WS-7"
+    logon = {"type_uid": 300201, "status_id": 2, "dst_endpoint.hostname": "WS-7"}
+    assert wording.summary(logon) == "failed logon to WS-7"
     assert wording.summary({"type_uid": 400101, "dst_endpoint.ip": "192.0.2.1", "dst_endpoint.port": 443}) == (
         "connection to 192.0.2.1 port 443"
     )
@@ -271,8 +271,8 @@ def test_what_is_known_of_others_is_one_sentence() -> None:
 def test_how_many_others_is_told_of_counts_and_changes() -> None:
     rate = RateFinding("failures", "day", 23.4, 3.0, own=True, reached=3, among=211)
     peers = PeerComparison("count", "failures.day", "user", 3, 211)
-    told = replace(explanation(PORT, peers=peers), rates=(rate, replace(rate, count="events", reached=0)))
-    finding = check(alerts(scored([WORD], "rate:failures.day", "user:bob"), [told])[0])
+    why = replace(explanation(PORT, peers=peers), rates=(rate, replace(rate, count="events", reached=0)))
+    finding = check(alerts(scored([WORD], "rate:failures.day", "user:bob"), [why])[0])
     desc = finding["finding_info"]["desc"]
     assert "never more than 3 before; reached in training by 3 of 211 other users.\n" in desc
     assert "events within a day; never more than 3 before; reached in training by none of 211 other users.\n" in desc

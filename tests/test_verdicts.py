@@ -56,9 +56,9 @@ def test_a_verdict_is_a_valid_update_of_the_finding(verdict: str, ids: tuple[int
 
 
 def test_a_suppression_is_of_one_entity_class_and_cause_and_of_the_time_after_its_verdict() -> None:
-    book = Suppressions()
-    book.add(say("benign"))
-    assert book.covering(ODD) is not None
+    suppressions = Suppressions()
+    suppressions.add(say("benign"))
+    assert suppressions.covering(ODD) is not None
     for other in (
         {"shown": "host:PC-8"},
         {"cause": "record:src_endpoint.port"},
@@ -66,19 +66,19 @@ def test_a_suppression_is_of_one_entity_class_and_cause_and_of_the_time_after_it
         {"time": NOW - 1},
         {"time": NOW + 30 * DAY_MS},
     ):
-        assert book.covering(replace(ODD, **other)) is None, other
-    assert book.covering(replace(ODD, time=NOW + 30 * DAY_MS - 1)) is not None
+        assert suppressions.covering(replace(ODD, **other)) is None, other
+    assert suppressions.covering(replace(ODD, time=NOW + 30 * DAY_MS - 1)) is not None
 
 
 def test_a_later_verdict_on_the_same_takes_the_place_of_the_earlier_and_a_true_positive_lifts_it() -> None:
-    book = Suppressions()
-    book.add(say("ignore", until_ms=NOW + DAY_MS))
-    book.add(say("ignore", NOW + 1000, until_ms=NOW + 2 * DAY_MS))
-    assert book.covering(replace(ODD, time=NOW + DAY_MS + 1)) is not None
-    book.add(say("true-positive", NOW + 5000))
-    assert book.covering(replace(ODD, time=NOW + 4999)) is not None
-    assert book.covering(replace(ODD, time=NOW + 5000)) is None
-    assert [(s.since, s.until) for s in book.all] == [(NOW, NOW + 1000), (NOW + 1000, NOW + 5000)]
+    suppressions = Suppressions()
+    suppressions.add(say("ignore", until_ms=NOW + DAY_MS))
+    suppressions.add(say("ignore", NOW + 1000, until_ms=NOW + 2 * DAY_MS))
+    assert suppressions.covering(replace(ODD, time=NOW + DAY_MS + 1)) is not None
+    suppressions.add(say("true-positive", NOW + 5000))
+    assert suppressions.covering(replace(ODD, time=NOW + 4999)) is not None
+    assert suppressions.covering(replace(ODD, time=NOW + 5000)) is None
+    assert [(s.since, s.until) for s in suppressions.all] == [(NOW, NOW + 1000), (NOW + 1000, NOW + 5000)]
 
 
 def test_what_would_hide_more_than_was_looked_at_is_refused() -> None:
@@ -94,12 +94,12 @@ def test_what_would_hide_more_than_was_looked_at_is_refused() -> None:
         finding["unmapped"] |= changes
         with pytest.raises(ConfigurationError, match=words):
             verdict_on(finding, "benign", by="ann", why="", now_ms=NOW, **more)
-    book = Suppressions()
+    suppressions = Suppressions()
     forged = say("benign")
     for changes in ({"entity": ""}, {"until": NOW + 900 * DAY_MS}, {"class_uid": "all"}, {"cause": None}):
-        told = forged["unmapped"]["verdict"] | changes
-        book.add(forged | {"unmapped": forged["unmapped"] | {"verdict": told}})
-    assert [s for s in book.all if s.scope.cause != "None"] == []
+        fields = forged["unmapped"]["verdict"] | changes
+        suppressions.add(forged | {"unmapped": forged["unmapped"] | {"verdict": fields}})
+    assert [s for s in suppressions.all if s.scope.cause != "None"] == []
 
 
 def test_the_preview_counts_what_would_have_been_silenced() -> None:
