@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint slow bench clean
+.PHONY: demo test lint slow bench evaluate clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: pyproject.toml
@@ -29,6 +29,11 @@ slow: $(VENV)/.installed  ## Training to target, soak
 
 bench: $(VENV)/.installed  ## Events a second and where the time goes, for docs/performance.md
 	$(BIN)/python tests/bench.py
+
+EVAL_DATA ?= $(or $(RIPCURRENT_EVAL_DATA),../shared/data)
+
+evaluate: $(VENV)/.installed  ## Each labelled recording of EVAL_DATA beside simple detectors; FAST=1: the record part
+	$(BIN)/python tests/evaluate.py $(EVAL_DATA) $(if $(FAST),--fast) $(if $(CHOOSE),--choose)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

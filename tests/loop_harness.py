@@ -1,6 +1,7 @@
 """What the tests of the loop share: topics, reading what subscribers see, and a detector that needs no bundle.
 
-Run as a program it is a service with that detector, to be killed: `python tests/loop_harness.py '{"events": "topic", ...}'`.
+Run as a program it is a service with that detector, to be killed:
+`python tests/loop_harness.py '{"events": "topic", ...}'`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,369 @@
+"""`make evaluate`: each labelled recording of a folder, fitted and scored with the defaults, beside simple detectors.
+
+    python tests/evaluate.py FOLDER [--out DIR] [--seeds 0,1,2] [--streams flows-nsl,web] [--jobs 2] [--fast] [--choose]
+
+A folder holds `NAME.train.ndjson.gz`, `NAME.test.ndjson.gz` and `NAME.labels.csv` (columns uid, label and, if any,
+sequence). A training part without a test of its own, such as `NAME-dirty`, is judged by the test of `NAME`. Each stream
+and seed is a process of its own. What it gave is kept in DIR and is measured again only when the code has changed, so a
+run that was cut off goes on. Writes `evaluation.md` and `evaluation.json` to DIR, and prints the table.
+
+--fast measures the record part alone, without windows, sequences and rates. The features of a stream and the evidence
+of each part of the record score stay in DIR; --choose compares CHOICES of parts on that evidence, without fitting
+again. Of each stream it reports the choice that is best on all the others (leave one out).
+
+The figures of the simple detectors are those of `tests/evaluation/reference_figures.json` (AUROC, AP, R@20), taken once
+and frozen: `ripcurrent evaluate` measures detectors of the same names on a stream of your own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import orjson
+import torch
+import typer
+from numpy.typing import NDArray
+
+from encoder.features.schema import Schema
+from encoder.features.vectorizer import FeatureBatch, Vectorizer, fitted_to
+from encoder.models.rarity import ContextRarity
+from encoder.models.record_encoder import RecordEncoder
+from encoder.ocsf.decoder import decode
+from encoder.training import masked_fields
+from state.calibration import FEW, Calibration
+from streamer.alerting.file_thresholds import daily_threshold
+from streamer.detection.record_score import RecordScorer
+from streamer.detection.score_files import score_files
+from streamer.event_files import batches, event_uid
+from streamer.offline.evaluation import Labels, at_budget, by_sequence, metrics, read_labels, recall_at
+from streamer.training import fit as fitting
+
+ROOT = Path(__file__).parents[1]
+REFERENCE = Path(__file__).parent / "evaluation" / "reference_figures.json"
+UNRANKED = ("cloud",)
+"""Streams that are measured and count for nothing in the figure of merit: a realism check, not a quality bar."""
+BUDGETS = (20, 100)
+PARTS = ("odd_value", "odd_for_actor", "novelty", "density")
+"""The parts of today's record score: two countings, the distance to the nearest, and density within the type."""
+CHOICES: dict[str, tuple[str, ...]] = {
+    "all parts, summed": PARTS,
+    "without density": ("odd_value", "odd_for_actor", "novelty"),
+    "without the nearest": ("odd_value", "odd_for_actor", "density"),
+    "without the rarest value for the type": ("odd_for_actor", "novelty", "density"),
+    "without the values for the actor": ("odd_value", "novelty", "density"),
+    "countings alone": ("odd_value", "odd_for_actor"),
+    "distances alone": ("novelty", "density"),
+}
+"""Parts whose evidence is added up without weights. The first row of the table is the score as it is served."""
+TRAIN = ".train.ndjson.gz"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A training part, and the test part and labels that judge it."""
+
+    name: str
+    train: Path
+    test: Path
+    labels: Path
+
+
+def streams_of(folder: Path) -> list[Stream]:
+    """All streams of a folder that have a test and labels, by name."""
+    found = []
+    for train in sorted(folder.glob(f"*{TRAIN}")):
+        name = train.name.removesuffix(TRAIN)
+        judged_by = next((n for n in (name, name.removesuffix("-dirty")) if (folder / f"{n}.labels.csv").is_file()), "")
+        test = folder / f"{judged_by}.test.ndjson.gz"
+        if judged_by and test.is_file():
+            found.append(Stream(name, train, test, folder / f"{judged_by}.labels.csv"))
+    return sorted(found, key=lambda stream: stream.name)
+
+
+def code_digest(*rooms: str) -> str:
+    """Names the code of these folders (default: all that detects): a figure of other code is not this one's."""
+    digest = hashlib.sha256()
+    for room in rooms or ("encoder", "state", "streamer"):
+        for path in sorted((ROOT / room).rglob("*.py")):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def figures(labels: Labels, evidence: NDArray[np.float64], p_value: NDArray[np.float64]) -> dict[str, Any]:
+    """All figures of n scored events. reachable: the recall that the ranking allows at 1.5 times a budget."""
+    return {
+        **metrics(labels.label, evidence),
+        "by_sequence": by_sequence(labels, evidence),
+        "budget": {str(n): at_budget(labels.label, p_value <= daily_threshold(n, len(evidence))) for n in BUDGETS},
+        "reachable": {str(n): recall_at(labels.label, evidence, int(1.5 * n)) for n in BUDGETS},
+        "events": len(evidence),
+    }
+
+
+def measure(stream: Stream, seed: int) -> dict[str, Any]:
+    """Fit and score one stream, then open its labels."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = fitting.fit([stream.train], Path(folder) / "bundle", seed=seed).bundle
+        fitted = time.perf_counter()
+        scored = score_files([stream.test], bundle)
+    ended = time.perf_counter()
+    evidence = -np.log(np.maximum(scored.p_value, np.finfo(np.float64).tiny))
+    found = figures(read_labels(stream.labels, scored.uids), evidence, scored.p_value)
+    return found | {"fit_s": round(fitted - began, 1), "score_s": round(ended - fitted, 1)}
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the record part is fitted to and judged by: the schema, n training rows in order of time, which of them are
+    held out (bool [n]), and the test rows with their uids."""
+
+    schema: Schema
+    train: FeatureBatch
+    held: NDArray[np.bool_]
+    test: FeatureBatch
+    uids: list[str]
+
+
+def features_of(stream: Stream, kept: Path) -> Features:
+    """Decoded and vectorized, or read from `kept`, which is of this code that decodes and vectorizes."""
+    if kept.is_file():
+        with np.load(kept) as arrays:
+            return Features(
+                Schema.from_json(arrays["schema"].tobytes()),
+                FeatureBatch(*(arrays[f"train.{name}"] for name in ("codes", "quantiles", "actor"))),
+                arrays["held"],
+                FeatureBatch(*(arrays[f"test.{name}"] for name in ("codes", "quantiles", "actor"))),
+                arrays["uids"].tolist(),
+            )
+    loaded = fitting._load([stream.train], lambda *_: None)
+    held = fitting._held_out(loaded.time)
+    schema, train = fitted_to(loaded.schema, loaded.features, np.flatnonzero(~held))
+    vectorize = Vectorizer(schema)
+    parts: list[FeatureBatch] = []
+    uids: list[str] = []
+    for batch in batches([stream.test]):
+        events, _ = decode(batch)
+        parts.append(vectorize(events))
+        lines = events.coordinates.offset.tolist()
+        uids += [event_uid(record, line + 1) for record, line in zip(events.records, lines, strict=True)]
+    test = FeatureBatch(
+        np.concatenate([part.codes for part in parts]),
+        np.concatenate([part.quantiles for part in parts]),
+        np.concatenate([part.actor for part in parts]),
+    )
+    arrays = {f"train.{name}": getattr(train, name) for name in ("codes", "quantiles", "actor")}
+    arrays |= {f"test.{name}": getattr(test, name) for name in ("codes", "quantiles", "actor")}
+    np.savez(
+        kept,
+        schema=np.frombuffer(schema.to_json(), np.uint8),
+        held=held,
+        uids=np.array(uids),
+        allow_pickle=False,
+        **arrays,
+    )
+    return Features(schema, train, held, test, uids)
+
+
+def measure_record(stream: Stream, seed: int, out: Path) -> dict[str, Any]:
+    """The record part alone. Leaves the raw parts of held-out and test events in `out`."""
+    began = time.perf_counter()
+    known = features_of(stream, out / f"{stream.name}.{code_digest('encoder/ocsf', 'encoder/features')}.npz")
+    first, in_block = fitting._distinct(known.train, np.flatnonzero(~known.held))
+    held = known.train.take(np.flatnonzero(known.held))
+    loaded = time.perf_counter()
+    encoder, scorer = fit_record(known, first, in_block, held, seed)
+
+    def parts_of(features: FeatureBatch) -> NDArray[np.float64]:
+        first, like = features.distinct()
+        distinct = features.take(first)
+        types = distinct.codes[:, 0].astype(np.int64)
+        return evidence_of_parts(scorer, scorer.raw(encoder.encode(distinct), types), types)[:, like]
+
+    fitted = time.perf_counter()
+    evidence = {"held": parts_of(held), "test": parts_of(known.test)}
+    np.savez(out / f"{stream.name}.{seed}.parts.npz", uids=np.array(known.uids), allow_pickle=False, **evidence)
+    found = of_rows(stream, evidence["held"][-1], evidence["test"][-1], known.uids)
+    times = {"load_s": loaded - began, "fit_s": fitted - loaded, "score_s": time.perf_counter() - fitted}
+    return found | {name: round(seconds, 1) for name, seconds in times.items()}
+
+
+def fit_record(
+    known: Features, first: NDArray[np.intp], in_block: NDArray[np.float64], held: FeatureBatch, seed: int
+) -> tuple[RecordEncoder, RecordScorer]:
+    """The record part as `fit` makes it. first: intp [k], the distinct rows; in_block: float64 [k, blocks]."""
+    features, weights, device = known.train.take(first), in_block.sum(1), torch.device("cpu")
+    rarity = ContextRarity.fit(known.schema, features, in_block)
+    validation = held.take(held.distinct()[0])
+    net, _ = masked_fields.train(known.schema, features, weights, validation, seed=seed, device=device)
+    encoder = RecordEncoder(known.schema, net, rarity, device)
+    return encoder, fitting._fit_record(encoder, features, weights, held, seed)[0]
+
+
+def evidence_of_parts(
+    scorer: RecordScorer, raw: dict[str, NDArray[np.float64]], types: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """float64 [5, n], nats: each of PARTS, and at last the record score as it is served."""
+    calibrated = scorer.parts(raw, types)
+    countings = [scorer.calibrations[name].evidence(raw[name]) for name in PARTS[:3]]
+    return np.stack([*countings, calibrated.density, scorer.evidence(calibrated)])
+
+
+def of_rows(stream: Stream, held: NDArray[np.float64], test: NDArray[np.float64], uids: list[str]) -> dict[str, Any]:
+    """The figures of evidence, in nats, that is calibrated on that of held-out events."""
+    p_value = Calibration.fit(held, tail_from=FEW).p_value(test)
+    return figures(read_labels(stream.labels, uids), test, p_value)
+
+
+def choose(streams: list[Stream], seed: int, out: Path) -> str:
+    """CHOICES on the evidence that is kept, as Markdown; and of each stream the choice that the others would make."""
+    rows_of = {"as served": [len(PARTS)]} | {name: [PARTS.index(p) for p in chosen] for name, chosen in CHOICES.items()}
+    ap: dict[str, dict[str, float]] = {name: {} for name in rows_of}
+    lines = ["| choice | " + " | ".join(stream.name for stream in streams) + " |", "|---" * (len(streams) + 1) + "|"]
+    for name, rows in rows_of.items():
+        cells = []
+        for stream in streams:
+            with np.load(out / f"{stream.name}.{seed}.parts.npz") as kept:
+                held, test = (kept[which][rows].sum(0) for which in ("held", "test"))
+                found = of_rows(stream, held, test, kept["uids"].tolist())
+            judged = found["by_sequence"] if stream.name.startswith("sequences") else found
+            ap[name][stream.name] = judged["ap"]
+            cells.append(f"{judged['auroc']:.3f} / {judged['ap']:.3f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if len(streams) > 1:
+        left_out = []
+        for stream in streams:
+            others = [other.name for other in streams if other is not stream and other.name not in UNRANKED]
+            best = max(rows_of, key=lambda name: float(np.mean([ap[name][other] for other in others])))
+            left_out.append(f"{best}, {ap[best][stream.name]:.3f}")
+        lines.append("| the best of all others, AP | " + " | ".join(left_out) + " |")
+    return "\n".join(lines)
+
+
+def results(
+    streams: list[Stream], seeds: list[int], out: Path, jobs: int, fast: bool
+) -> dict[str, list[dict[str, Any]]]:
+    """Of each stream, what each seed gave; from `out` where that is of this code."""
+    code = code_digest()
+
+    def one(stream: Stream, seed: int) -> dict[str, Any]:
+        kept = out / f"{stream.name}.{seed}{'.record' if fast else ''}.json"
+        if kept.is_file() and (known := orjson.loads(kept.read_bytes()))["code"] == code:
+            return dict(known)
+        command = [sys.executable, __file__, str(stream.train.parent), "--one", stream.name, "--seeds", str(seed)]
+        command += ["--out", str(out), *(["--fast"] if fast else [])]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=False, env=environment)
+        if done.returncode:
+            raise SystemExit(f"{stream.name}, seed {seed}: it ended with {done.returncode}")
+        found = orjson.loads(done.stdout.splitlines()[-1]) | {"code": code}
+        kept.write_bytes(orjson.dumps(found, option=orjson.OPT_INDENT_2))
+        print(
+            f"{stream.name}, seed {seed}: fit {found['fit_s']:.0f} s, score {found['score_s']:.0f} s", file=sys.stderr
+        )
+        return dict(found)
+
+    out.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = {s.name: [pool.submit(one, s, seed) for seed in seeds] for s in streams}
+        return {name: [each.result() for each in of_seeds] for name, of_seeds in waiting.items()}
+
+
+def summary(measured: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Means over seeds, differences to the best simple detector of each figure, and the figure of merit.
+
+    Where positives are sequences alone (`sequences-hdfs`), AUROC and AP are by sequence, as the reference figures are.
+    """
+    reference = orjson.loads(REFERENCE.read_bytes())
+    rows = {}
+    for name, of_seeds in measured.items():
+        judged = [r["by_sequence"] if name.startswith("sequences") else r for r in of_seeds]
+        row: dict[str, Any] = {
+            key: float(np.mean([each[key] for each in judged])) for key in ("auroc", "ap", "recall_at_20fp")
+        }
+        for n in map(str, BUDGETS):
+            row[f"false_{n}"] = max(r["budget"][n]["false_alarms"] for r in of_seeds)
+            row[f"recall_{n}"] = float(np.mean([r["budget"][n]["recall"] for r in of_seeds]))
+            row[f"reachable_{n}"] = float(np.mean([r["reachable"][n] for r in of_seeds]))
+        row["seconds"] = float(np.mean([r["fit_s"] + r["score_s"] for r in of_seeds]))
+        if name in reference:
+            simple = reference[name].values()
+            row["best_auroc"], row["best_ap"] = (max(each[i] for each in simple) for i in (0, 1))
+        rows[name] = row
+    ranked = [row for name, row in rows.items() if "best_ap" in row and name not in UNRANKED]
+    merit = None
+    if ranked:
+        auroc = [row["auroc"] - row["best_auroc"] for row in ranked]
+        ap = [row["ap"] - row["best_ap"] for row in ranked]
+        merit = {"worst_auroc": min(auroc), "worst_ap": min(ap), "mean_ap": float(np.mean(ap))}
+    return {"streams": rows, "merit": merit}
+
+
+def table(found: dict[str, Any]) -> str:
+    """The summary as Markdown."""
+    lines = [
+        "| stream | AUROC / AP / R@20 | best simple one, AUROC / AP | false alarms, recall at 20 (allowed) "
+        "| at 100 | s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in found["streams"].items():
+        best = f"{row['best_auroc']:.3f} / {row['best_ap']:.3f}" if "best_ap" in row else "-"
+        spent = " | ".join(
+            f"{row[f'false_{n}']}, {row[f'recall_{n}']:.2f} ({row[f'reachable_{n}']:.2f})" for n in BUDGETS
+        )
+        lines.append(
+            f"| `{name}` | {row['auroc']:.3f} / {row['ap']:.3f} / {row['recall_at_20fp']:.2f} | {best} | {spent} "
+            f"| {row['seconds']:.0f} |"
+        )
+    if (merit := found["merit"]) is not None:
+        lines += [
+            "",
+            f"Figure of merit against the best simple detector: worst AUROC {merit['worst_auroc']:+.3f}, worst AP "
+            f"{merit['worst_ap']:+.3f}, mean AP {merit['mean_ap']:+.3f}.",
+        ]
+    return "\n".join(lines)
+
+
+def main(
+    folder: Path,
+    out: Path = ROOT / ".cache" / "evaluate",
+    seeds: str = "0",
+    streams: str = "",
+    jobs: int = 2,
+    fast: bool = False,
+    choose_parts: Annotated[bool, typer.Option("--choose")] = False,
+    one: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """Measure the streams of a folder."""
+    known = streams_of(folder)
+    asked = [name for name in (one or streams).split(",") if name]
+    missing = set(asked) - {stream.name for stream in known}
+    if missing or not known:
+        raise SystemExit(f"{folder}: no stream {', '.join(sorted(missing)) or 'at all'}")
+    chosen = [stream for stream in known if not asked or stream.name in asked]
+    numbers = [int(seed) for seed in seeds.split(",")]
+    if one:
+        found = measure_record(chosen[0], numbers[0], out) if fast else measure(chosen[0], numbers[0])
+        print(orjson.dumps(found).decode())
+        return
+    found = summary(results(chosen, numbers, out, jobs, fast or choose_parts))
+    if choose_parts:
+        print(choose(chosen, numbers[0], out))
+        return
+    (out / "evaluation.json").write_bytes(orjson.dumps(found, option=orjson.OPT_INDENT_2))
+    (out / "evaluation.md").write_text(table(found) + "\n")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    typer.run(main)
