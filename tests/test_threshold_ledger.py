@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from loop_harness import EVENT, EachRow, HashDetector, Topics, create, p_value, running, until
 
 from encoder.ocsf.events import Message
-from streamer.alerting.threshold import HOUR_MS, MovingThreshold, threshold_at
+from streamer.alerting.threshold import HOUR_MS, HourCounts, MovingThreshold, threshold_at
 from streamer.alerting.threshold_ledger import RecordedThresholds, ThresholdLedger
 from streamer.devtools.servers import KafkaServer
 from streamer.errors import ConfigurationError
@@ -202,6 +202,30 @@ def test_what_was_judged_in_an_aborted_transaction_is_not_spent(topics: Topics) 
     assert raised == []
     assert calls[0] > 4
     assert topics.alerts() == expected(topics, n)[0]
+
+
+def test_what_a_thousand_instances_that_are_gone_have_counted_is_removed_in_time(topics: Topics) -> None:
+    """One restart an hour, each under a new name, in the thousand hours before the stream."""
+    producer = Producer({"bootstrap.servers": topics.bootstrap, "linger.ms": 5})
+    newest, tenant = START // HOUR_MS, topics.settings().tenant
+    for age in range(1000, 0, -1):
+        counts = orjson.dumps(asdict(HourCounts(events=200, expected=1.0, uncorrected=1.0)))
+        for hour in (newest - age, newest - age - 1):
+            producer.produce(f"{topics.name}-ledger", counts, f"{tenant}:tally:{hour}:pod-{age}")
+        last = orjson.dumps({"last": (newest - age) * HOUR_MS})
+        producer.produce(f"{topics.name}-ledger", last, f"{tenant}:episode:{age:016x}:pod-{age}")
+    assert producer.flush(30) == 0
+    produce_hours(topics, 0, 400)
+    with running(service_for(topics)) as raised:
+        topics.wait_until_read(400)
+    assert raised == []
+    reader = ThresholdLedger(topics.settings(), "reader", RATE)
+    reader.open()
+    reader.close()
+    hours = {hour for hour, instance in reader._records.tallies if instance != "one"}
+    assert hours == set(range(newest + 1 - 174, newest))
+    assert len(reader._records.tallies) <= 2 * 174
+    assert len([digest for digest, instance in reader._records.episodes if instance != "one"]) <= 3
 
 
 def test_two_processes_share_one_line_and_one_budget(kafka: str, unique: Callable[[str], str]) -> None:

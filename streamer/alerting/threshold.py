@@ -84,6 +84,11 @@ def is_over(last: int, now: int) -> bool:
     return last < now - 2 * EPISODE_MS
 
 
+def is_too_old(hour: int, now: int) -> bool:
+    """Whether no decision from this event time (ms) on needs the counts of an hour."""
+    return hour < now // HOUR_MS - _KEPT_H
+
+
 def threshold_at(thresholds: Sequence[Threshold], time: NDArray[np.int64]) -> NDArray[np.float64]:
     """The line in force at each event time, float64 [n]. lines: at least one, by start; before the first, the first."""
     place = np.searchsorted([threshold.start for threshold in thresholds], time, side="right") - 1
@@ -153,7 +158,7 @@ class MovingThreshold:
     def forget(self, now: int) -> None:
         """Drop what no decision needs from this event time (ms) on."""
         for counted in (self.tallies, self.elsewhere):
-            for old in [old for old in counted if old < now // HOUR_MS - _KEPT_H]:
+            for old in [old for old in counted if is_too_old(old, now)]:
                 del counted[old]
         self.episodes = {digest: last for digest, last in self.episodes.items() if not is_over(last, now)}
 

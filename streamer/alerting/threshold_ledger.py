@@ -21,7 +21,7 @@ import structlog
 from numpy.typing import NDArray
 
 from state.errors import SourcePartition
-from streamer.alerting.threshold import HourCounts, MovingThreshold, Threshold, is_over, threshold_at
+from streamer.alerting.threshold import HourCounts, MovingThreshold, Threshold, is_over, is_too_old, threshold_at
 from streamer.detection.batches import ScoredBatch
 from streamer.errors import ConfigurationError
 from streamer.kafka.client import Offsets, partition_counts, topic_settings
@@ -121,8 +121,7 @@ class ThresholdLedger:
         for digest, last in episodes.items():
             if self._committed.episodes.get(digest) != last:
                 records[f"{tenant}:episode:{digest}:{self._instance}"] = {"last": last}
-        for digest, instance in self._over_elsewhere():
-            records[f"{tenant}:episode:{digest}:{instance}"] = None
+        records |= dict.fromkeys(self._obsolete_elsewhere())
         return [
             Output(self._settings.ledger, key.encode(), orjson.dumps(value) if value else None, [], now_ms, key)
             for key, value in records.items()
@@ -136,14 +135,21 @@ class ThresholdLedger:
         """It was not: what was judged since the last commit will be judged again."""
         self._budget = self._committed.copy()
 
-    def _over_elsewhere(self) -> list[tuple[str, str]]:
-        """Digest and instance of the episodes of others that are over: theirs to remove, but an instance may be gone.
-        The one who decides does it when a line moves."""
+    def _obsolete_elsewhere(self) -> list[str]:
+        """Keys of the records of others that no decision needs any more: episodes that are over and hours that are too
+        old. They are theirs to remove, but an instance may be gone for good, as pods with names of their own are. The
+        one who decides does it when a line moves."""
         newest, known = self._budget.thresholds[-1:], self._committed.thresholds[-1:]
         if not self._owner or newest == known:
             return []
-        over = (place for place, last in self._records.episodes.items() if is_over(last, newest[0].start))
-        return [(digest, instance) for digest, instance in over if instance != self._instance]
+        now, places = newest[0].start, list[tuple[str, str, str]]()
+        for (digest, instance), last in self._records.episodes.items():
+            if is_over(last, now):
+                places.append(("episode", digest, instance))
+        for hour, instance in self._records.tallies:
+            if is_too_old(hour, now):
+                places.append(("tally", str(hour), instance))
+        return [":".join((self._settings.tenant, *place)) for place in places if place[2] != self._instance]
 
     def _follow(self, owned: Offsets) -> None:
         """Take note of what others have recorded: all of it before the first event of a partition that was another's,
