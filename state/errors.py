@@ -1,4 +1,4 @@
-"""The errors of what is remembered: each says what happened, to what, and the way out."""
+"""The errors of state: each message says what happened, to what, and what to do."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class StoreFullError(StateError):
 
 
 class StoreRefusedError(StateError):
-    """The store answers and will not do it: wrong password, missing permission, a configuration that loses windows.
-    A person must act."""
+    """The store answers and refuses: wrong password, missing permission, a configuration that loses windows. A person
+    must act."""
 
 
 class StateLostError(StateError):
-    """The store forgot what it had been told: wiped, restored from an older snapshot, failed over, or never filled.
+    """The store lost data: wiped, restored from an older snapshot, failed over, or never filled.
 
-    wiped: nothing of it can be used (True), or it is right up to an earlier point (False). resume: for each source
+    wiped: nothing in it can be used (True), or it is correct up to an earlier point (False). resume: for each source
     concerned, the offset from which its events must be appended again; None is as far back as the windows' age reaches.
     """
 

@@ -1,8 +1,8 @@
-"""Keeps secrets out of everything that people and other programs read: alerts, exemplars, reports.
+"""Redaction: masks secrets in alerts, exemplars and reports.
 
-Two ways: a text that looks like a secret, or stands where one stands (after `--password`, before the @ of a URL), is
-masked and what surrounds it stays; the value of an attribute that is named as a secret, or that the operator lists,
-is masked whole. Patterns find the common shapes, not every secret: what must never appear belongs in the list.
+Text that looks like a secret, or stands where secrets stand (after `--password`, before the @ of a URL), is masked
+within its value; the value of an attribute that is named like a secret, or that the operator lists, is masked whole.
+Patterns find common forms of secrets, not all: attributes that must never appear belong in the list.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ class _Walk:
         return mask_text(str(value))
 
     def hide(self, value: Any) -> None:
-        """Remember the texts that stood here, so that they can be told elsewhere (an entity's name)."""
+        """Record the masked texts, so that they are also masked elsewhere (in names of entities)."""
         stack = [value]
         while stack and len(self.hidden) < MAX_ITEMS:
             item = stack.pop()

@@ -1,4 +1,7 @@
-"""The thresholds that the events of a file are held against."""
+"""The thresholds for the events of a file.
+
+Promises the thresholds of the stream for files of more than a day. It reads no ledger.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ from streamer.detection.score_files import ScoredFile
 
 
 def daily_threshold(alerts_per_day: float, events: int) -> float:
-    """The p-value line that spends the budget on a file, which counts as one day."""
+    """The p-value that spends the budget on a file, which counts as one day."""
     return min(0.5, alerts_per_day / max(events, 1))
 
 
 def thresholds_of(scored: ScoredFile, alerts_per_day: float, bundle: Bundle) -> NDArray[np.float64]:
-    """The line that each event is held against, float64 [n]: what spans more than a day is judged as the stream would
-    be, hour by hour; what does not counts as one day, whose one line needs no hours to be learned from."""
+    """float64 [n], the threshold of each event: hour by hour, as for the stream, where the file spans more than a day,
+    else one for the whole file."""
     if not len(scored) or int(np.ptp(scored.time)) <= DAY_MS:
         return np.full(len(scored), daily_threshold(alerts_per_day, len(scored)))
     budget = MovingThreshold(alerts_per_day, float(bundle.manifest["training"]["events_per_day"]))

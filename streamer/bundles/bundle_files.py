@@ -1,8 +1,8 @@
 """Bundles: a directory with everything that a detector needs, versioned as one.
 
 `manifest.json` names every file with its sha256; schema and exemplars are JSON, arrays are safetensors, the index is
-hnswlib's. Nothing is pickled. Written beside its place and renamed, so that a bundle is either whole or not there;
-every hash is checked on load.
+hnswlib's. Nothing is pickled. Promises that a bundle is written beside its place and renamed, so that it is complete or
+not there, and that every hash is checked on load.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from streamer.detection.sequence_score import SequenceScorer
 
 _INDEX, _SCORES, _EXEMPLARS = "baseline.hnsw", "scores.safetensors", "exemplars.ndjson"
 _SEQUENCES, _BEHAVIOURS = "sequences.safetensors", "behaviours.ndjson"
-_HABITS = ("keys", "most", "usual", "kinds")
+_PROFILE_ARRAYS = ("keys", "most", "usual", "kinds")
 
 
 def save(
@@ -59,7 +59,7 @@ def save(
     codes: NDArray[np.uint16],
     drifts: EntityDrifts | None = None,
 ) -> Bundle:
-    """Write a bundle; what stands at `path` is replaced only once the new one is whole."""
+    """Write a bundle. An old one at `path` is replaced only when the new one is complete."""
     path, drifts = path.absolute(), drifts or EntityDrifts()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def save(
 
 
 def _swap(new: Path, path: Path) -> None:
-    """Put `new` in the place of `path`. A directory cannot be renamed over one that is not empty."""
+    """Move `new` to `path`. A directory cannot be renamed over one that is not empty."""
     if not path.exists():
         os.rename(new, path)
         return
@@ -131,7 +131,7 @@ def _scorer_arrays(scorer: EventScorer) -> dict[str, NDArray[Any]]:
         groups["sequence"] = scorer.sequences.calibrations
     if scorer.rates is not None:
         profiles = scorer.rates.profiles
-        arrays |= {f"habits.{name}": getattr(profiles, name) for name in _HABITS}
+        arrays |= {f"habits.{name}": getattr(profiles, name) for name in _PROFILE_ARRAYS}
         groups["rate"] = scorer.rates.calibrations
     if scorer.cooccurrence is not None:
         cooccurrence = scorer.cooccurrence.model
@@ -153,7 +153,7 @@ def _calibrations(arrays: dict[str, NDArray[Any]], group: str) -> dict[str, Cali
 
 
 def load(path: Path, device: str = "cpu") -> Bundle:
-    """Raises BundleError: not there, not whole, changed, or of a schema that its weights do not fit."""
+    """Load a bundle. Raises BundleError if it is missing, incomplete or changed, or weights do not fit the schema."""
     path = resolve(path)
     manifest, schema = verify(path)
     try:
@@ -173,7 +173,7 @@ def load(path: Path, device: str = "cpu") -> Bundle:
             sequences = SequenceScorer(model, _calibrations(arrays, "sequence"))
         rates = None
         if "habits.keys" in arrays:
-            profiles = RateProfiles(*(arrays[f"habits.{name}"] for name in _HABITS))
+            profiles = RateProfiles(*(arrays[f"habits.{name}"] for name in _PROFILE_ARRAYS))
             rates = RateScorer(profiles, _calibrations(arrays, "rate"))
         cooccurrence = None
         if "overlaps.keys" in arrays:

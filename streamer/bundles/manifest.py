@@ -1,4 +1,4 @@
-"""What a bundle says of itself, and whether it is whole: read in a moment, before anything heavy is imported."""
+"""The manifest of a bundle, and the check that the bundle is complete; quick, without heavy imports."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from encoder.features.schema import Schema
 from streamer.errors import RipcurrentError
 
 FORMAT = 5
-"""Changes with what a bundle holds."""
+"""The format of bundles; it changes with their contents."""
 MANIFEST, SCHEMA = "manifest.json", "schema.json"
 CURRENT, VERSIONS = "current", "versions"
-"""What a store of bundles holds: a link to the version that serves, and a folder of all."""
+"""Names in a bundle store: the link to the serving version, and the folder of all versions."""
 
 
 class BundleError(RipcurrentError):
@@ -26,7 +26,7 @@ class BundleError(RipcurrentError):
 def verify(path: Path) -> tuple[dict[str, Any], Schema]:
     """The manifest and schema of the bundle at `path`.
 
-    Raises BundleError: not there, not whole, changed, or with another schema than it was fitted with.
+    Raises BundleError where it is missing, incomplete or changed, or has another schema than it was fitted with.
     """
     path = resolve(path)
     manifest = read_manifest(path)
@@ -46,8 +46,8 @@ def verify(path: Path) -> tuple[dict[str, Any], Schema]:
 
 
 def resolve(path: Path) -> Path:
-    """The bundle that `path` means now: itself, or where it is a store the version that serves. Raises BundleError for
-    a store that nothing was promoted in."""
+    """The bundle at `path`: itself, or for a store its serving version. Raises BundleError for a store without a
+    promoted version."""
     try:
         return path / os.readlink(path / CURRENT)
     except OSError:
@@ -68,8 +68,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (OSError, orjson.JSONDecodeError) as error:
         raise BundleError(f"{file} cannot be read ({error}); fit the bundle again or restore the file") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise BundleError(f"{path} has bundle format {found}, this version reads {FORMAT}; fit the bundle again")
+        number = manifest.get("format") if isinstance(manifest, dict) else None
+        raise BundleError(f"{path} has bundle format {number}, this version reads {FORMAT}; fit the bundle again")
     return manifest
 
 

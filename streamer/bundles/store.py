@@ -1,7 +1,7 @@
 """The bundle store: a directory of named versions and a pointer to the one that serves.
 
 `STORE/versions/NAME` are bundles, `STORE/current` is a link to one of them, replaced in one step, and
-`STORE/history.ndjson` says when it pointed where. Promises: whoever follows the pointer finds a whole bundle; a version
+`STORE/history.ndjson` records its changes. Promises: the pointer always leads to a complete bundle; a version
 is checked before it is promoted, never changed, and never removed here.
 """
 
@@ -32,11 +32,11 @@ class Store:
     def names(self) -> list[str]:
         """The versions, oldest first."""
         folder = self.path / VERSIONS
-        found = [each for each in folder.iterdir() if (each / MANIFEST).is_file()] if folder.is_dir() else []
-        return [each.name for each in sorted(found, key=lambda each: (read_manifest(each)["created"], each.name))]
+        folders = [each for each in folder.iterdir() if (each / MANIFEST).is_file()] if folder.is_dir() else []
+        return [each.name for each in sorted(folders, key=lambda each: (read_manifest(each)["created"], each.name))]
 
     def manifest(self, name: str) -> dict[str, Any]:
-        """What a version says of itself. Raises BundleError."""
+        """The manifest of a version. Raises BundleError."""
         return read_manifest(self._version(name))
 
     @property
@@ -65,7 +65,7 @@ class Store:
         """Let the version serve that served before the current one. Returns its name. Raises ConfigurationError where
         there was none."""
         stack: list[str] = []
-        for _, name in self.history():  # A rollback is written as what it went back to.
+        for _, name in self.history():  # A rollback is recorded with the version that it returned to.
             if len(stack) > 1 and stack[-2] == name:
                 stack.pop()
             elif not stack or stack[-1] != name:

@@ -127,8 +127,8 @@ def score(
     """Score a file of events, without servers.
 
     Each line of the output has uid (metadata.uid, else the line), p_value (how often a normal event is as unusual),
-    severity (0 to 100), alert (true or false), entity and cause. With --alerts, the findings: what is one story is
-    told once there, updated and closed, as on the alert topic.
+    severity (0 to 100), alert (true or false), entity and cause. With --alerts, also the findings: one alert for
+    each episode, its updates and its close, as on the alert topic.
     """
     from streamer.alerting.file_thresholds import thresholds_of
     from streamer.bundles.bundle_files import load
@@ -144,15 +144,20 @@ def score(
         if not len(scored):
             reason = f"; {scored.unread}" if scored.unread else ""
             raise FileError(f"{file}: no event could be read, one JSON object a line is needed{reason}")
-        lines = thresholds_of(scored, alerts_per_day, opened)
-        alerts = write_scores(scored, lines, out)
+        thresholds = thresholds_of(scored, alerts_per_day, opened)
+        alerts = write_scores(scored, thresholds, out)
         typer.echo(f"{len(scored):,} events, {alerts:,} alerts, scores in {out}")
         if findings is not None:
             with progress_bars() as progress:
-                told = write_alerts(
-                    paths, opened, scored, lines, findings, lambda done: progress("alerts", done, 0, f"{done:,} events")
+                episodes = write_alerts(
+                    paths,
+                    opened,
+                    scored,
+                    thresholds,
+                    findings,
+                    lambda done: progress("alerts", done, 0, f"{done:,} events"),
                 )
-            typer.echo(f"told as {told:,} stories in {findings}")
+            typer.echo(f"{episodes:,} episodes in {findings}")
     _report(scored.unread)
 
 

@@ -65,7 +65,7 @@ def page(report: Report) -> str:
     if report.causes:
         parts.append(_section("What was unusual", _causes(report.causes)))
     if report.top:
-        rows = "".join(_episode(story, opened=i == 0) for i, story in enumerate(report.top))
+        rows = "".join(_episode(episode, opened=i == 0) for i, episode in enumerate(report.top))
         parts.append(_section("Top episodes", rows, card=False))
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
