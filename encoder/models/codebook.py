@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
 from encoder.features.vectorizer import row_hash
@@ -38,6 +37,8 @@ class Codebook:
     @classmethod
     def fit(cls, vectors: NDArray[np.float16], *, seed: int, size: int = CODES) -> Codebook:
         """vectors: float16 [n, d], of training events."""
+        from sklearn.cluster import MiniBatchKMeans  # Not at the top: scoring does without scikit-learn and scipy.
+
         first, inverse = distinct_rows(vectors)
         counts = np.bincount(inverse)
         order = np.argsort(-counts, kind="stable")
