@@ -73,7 +73,12 @@ class SequenceModel:
         self._runner = FixedShapeRunner(self._probabilities, codebook.centres.device, size=CHUNK)
         self._small_runner = FixedShapeRunner(self._probabilities, codebook.centres.device, size=FEW)
         self._novelty = np.array([self.novelty.get(kind, 1.0) for kind in KINDS])
-        self._timeout = np.array([self.timeouts.get(kind, 0) for kind in KINDS], np.int64)
+
+    @property
+    def timeout_ms(self) -> NDArray[np.int64]:
+        """int64 [len(KINDS)]: after how long without an event an entity of that kind has ended, 0 for kinds that do not
+        end."""
+        return np.array([self.timeouts.get(kind, 0) for kind in KINDS], np.int64)
 
     @property
     def device(self) -> torch.device:
@@ -102,7 +107,7 @@ class SequenceModel:
         kinds = kind.astype(np.int64)
         latest = codes[:, ::-1]
         by_count = self.counts.probability(kinds, latest[:, 1:], codes[:, -1])
-        ends = self._timeout[kinds] > 0
+        ends = self.timeout_ms[kinds] > 0
         end_count = self.counts.probability(kinds[ends], latest[ends, :-1], np.full(int(ends.sum()), end))
         surprise = -0.5 * (np.log(np.maximum(p_next, _LEAST)) + np.log(by_count))
         ending = np.zeros(m)

@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from encoder.ocsf.entities import KINDS, Entities
+from encoder.ocsf.entities import Entities
 from encoder.ocsf.events import Coordinates, EventBatch
 from state.errors import SourcePartition
 from state.timers import TICK_MS, Activity, ClockAdvance, Inactivity, Span, TimerStore
@@ -35,7 +35,7 @@ class InactivityMonitor:
     def __init__(self, scorer: EventScorer, sequences: SequenceScorer, timers: TimerStore) -> None:
         self.timers = timers
         self._scorer, self._sequences = scorer, sequences
-        self._timeout = np.array([sequences.model.timeouts.get(kind, 0) for kind in KINDS], np.int64)
+        self._timeout = sequences.model.timeout_ms
 
     def ending(self, entities: Entities) -> NDArray[np.intp]:
         """intp: which of the m pairs of event and entity are of a kind whose routines end."""

@@ -127,7 +127,7 @@ def fit(
     kept = out.absolute().with_name(f".{out.name}.training")
     loaded = _load(paths, tell)
     n = len(loaded.features)
-    held = _held_out(loaded.time)
+    held = held_out(loaded.time)
     schema, recoded = fitted_to(loaded.schema, loaded.features, np.flatnonzero(~held))
     loaded = replace(loaded, schema=schema, features=recoded)
     first, in_block = _distinct(loaded.features, np.flatnonzero(~held))
@@ -282,7 +282,7 @@ def _reordered(
     return found, ActivityCounts.concatenate([part for _, part in parts]).take(by_row)
 
 
-def _held_out(time: NDArray[np.int64]) -> NDArray[np.bool_]:
+def held_out(time: NDArray[np.int64]) -> NDArray[np.bool_]:
     """bool [n]: which events calibrate. time: int64 [n], event ms, ascending."""
     held = np.zeros(len(time), np.bool_)
     weekend = (time // DAY_MS + 3) % 7 >= 5  # the epoch began on a Thursday
