@@ -405,7 +405,7 @@ def away(port: int, target: int) -> None:
 def far_servers() -> Iterator[tuple[str, str]]:
     """Bootstrap servers and URL of a Kafka and a Valkey of our own that are AWAY_S away."""
     with ExitStack() as stack:
-        at = [servers._free_port() for _ in range(2)]
+        at = [servers.free_port() for _ in range(2)]
         kafka = servers.KafkaServer({"advertised.listeners": f"PLAINTEXT://127.0.0.1:{at[0]}"})
         valkey = stack.enter_context(servers.ValkeyServer())
         for port, server in zip(at, (kafka, valkey), strict=True):

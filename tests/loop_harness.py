@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import orjson
+import pytest
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 from numpy.typing import NDArray
@@ -33,10 +34,12 @@ from streamer.alerting.pipeline import AlertPipeline
 from streamer.alerting.threshold_ledger import ThresholdLedger
 from streamer.detection.batches import ScoredBatch
 from streamer.explain.attribution import Explanation
+from streamer.kafka import producer as producer_module
 from streamer.service.loop import Service
 from streamer.settings import Settings, load
 
 LINE = 0.02
+PATIENCE_S = 120.0
 EVENT = {
     "class_uid": 3002,
     "type_uid": 300201,
@@ -234,7 +237,18 @@ class Topics:
                 time.sleep(0.25)
         raise AssertionError("committed offsets cannot be read")
 
-    def wait_until_read(self, n: int, seconds: float = 60) -> None:
+    def members(self) -> list[int]:
+        """Of each member of the group, to how many partitions it is assigned."""
+        groups = AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0}).describe_consumer_groups(
+            [self.name]
+        )
+        try:
+            members = groups[self.name].result(20).members
+        except KafkaException:  # There is no such group yet.
+            return []
+        return [len(member.assignment.topic_partitions) if member.assignment else 0 for member in members]
+
+    def wait_until_read(self, n: int, seconds: float = PATIENCE_S) -> None:
         """Until n messages in all are committed."""
         until(lambda: sum(max(offset, 0) for offset in self.committed().values()) >= n, seconds)
 
@@ -259,7 +273,31 @@ def create(
     return Topics(bootstrap, name, partitions)
 
 
-def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+def figure(service: Service, name: str, **labels: str) -> float:
+    """A metric of a service as a scrape shows it, without `ripcurrent_`; 0 if it is not there yet."""
+    return service.metrics.registry.get_sample_value(f"ripcurrent_{name}", labels) or 0.0
+
+
+def before_offsets_are_sent(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> list[bool]:
+    """Let something happen in each transaction between its outputs and its offsets. Returns a list that grows by an
+    element for each producer that is made."""
+    made: list[bool] = []
+
+    class Intercepted(Producer):
+        def __init__(self, properties: dict[str, Any]) -> None:
+            super().__init__(properties)
+            made.append(True)
+
+        def send_offsets_to_transaction(self, *arguments: Any) -> Any:
+            happens()
+            return super().send_offsets_to_transaction(*arguments)
+
+    monkeypatch.setattr(producer_module, "Producer", Intercepted)
+    return made
+
+
+def until(condition: Callable[[], bool], seconds: float = PATIENCE_S) -> None:
+    """Wait for a condition. The limit is for what never comes: it must be far from what a busy machine needs."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -283,7 +321,7 @@ def running(service: Service) -> Iterator[list[BaseException]]:
         yield raised
     finally:
         service.stop()
-        thread.join(40)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive()
 
 

@@ -162,7 +162,7 @@ def test_the_documented_subscriber_sees_each_alert_once_and_goes_on_where_it_was
     def run(lines: int) -> list[str]:
         command = [sys.executable, str(ROOT / "docs" / "subscriber.py"), kafka, topic, group]
         with out.open("wb") as file, subprocess.Popen(command, stdout=file) as process:
-            until(lambda: len(out.read_text().splitlines()) >= lines, 40)
+            until(lambda: len(out.read_text().splitlines()) >= lines)
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0
         return out.read_text().splitlines()

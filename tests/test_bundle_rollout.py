@@ -14,7 +14,19 @@ from pathlib import Path
 import orjson
 import pytest
 import redis
-from loop_harness import EVENT, LINE, EachRow, HashDetector, Topics, WindowDetector, create, p_value, running, until
+from loop_harness import (
+    EVENT,
+    LINE,
+    EachRow,
+    HashDetector,
+    Topics,
+    WindowDetector,
+    create,
+    figure,
+    p_value,
+    running,
+    until,
+)
 
 from encoder.ocsf.events import Message
 from state.memory.windows import MemoryWindows
@@ -129,7 +141,7 @@ def test_a_promoted_bundle_takes_over_under_load_without_losing_or_doubling(
         for step in range(10):
             topics.produce_events_from(1500 + step * 150, 150)
             time.sleep(0.2)
-        until(lambda: service.metrics.swaps._value.get() == 1)
+        until(lambda: figure(service, "bundle_swaps_total") == 1)
         topics.produce_events_from(3000, 300)
         topics.wait_until_read(3300)
     assert raised == []
@@ -144,19 +156,19 @@ def test_back_again_and_one_that_cannot_be_opened(topics: Topics, valkey: Valkey
         topics.produce_events(200)
         topics.wait_until_read(200)
         point(tmp_path, "two_b")
-        until(lambda: service.metrics.swaps._value.get() == 1)
+        until(lambda: figure(service, "bundle_swaps_total") == 1)
         topics.produce_events_from(200, 200)
         topics.wait_until_read(400)
         point(tmp_path, "broken_b")
-        until(lambda: service.metrics.bundles_refused._value.get() == 1)
+        until(lambda: figure(service, "bundles_refused_total") == 1)
         topics.produce_events_from(400, 200)
         topics.wait_until_read(600)
         point(tmp_path, "one_a")
-        until(lambda: service.metrics.swaps._value.get() == 2)
+        until(lambda: figure(service, "bundle_swaps_total") == 2)
         topics.produce_events_from(600, 200)
         topics.wait_until_read(800)
     assert raised == []
-    assert service.metrics.bundles_refused._value.get() == 1
+    assert figure(service, "bundles_refused_total") == 1
     assert assert_taken_over(topics, 800, "one", "two", "one") == [200, 600, 800]
 
 
@@ -186,27 +198,32 @@ def test_a_candidate_beside_is_compared_and_changes_nothing(
 ) -> None:
     point(tmp_path, "one_a")
     topics.produce_events(300)
+    n = 300
     service = service_for(topics, valkey, tmp_path, shadow=str(tmp_path / "versions" / "two_b"))
     with running(service) as raised:
-        until(lambda: bool(service._shadow and service._shadow._prepared))
-        before = service._source.owned()[topics.events, 0]
-        topics.produce_events_from(300, 700)
-        topics.wait_until_read(1000)
+        topics.wait_until_read(n)
+        while not figure(service, "shadow_events_total"):  # It joins once it has caught up.
+            assert raised == [] and n < 20_000
+            topics.produce_events_from(n, 50)
+            n += 50
+            topics.wait_until_read(n)
+        topics.produce_events_from(n, 700)
+        n += 700
+        topics.wait_until_read(n)
     assert raised == []
-    assert_taken_over(topics, 1000, "one")
-    metrics = service.metrics
-    seen = int(metrics.shadow_events._value.get())
-    assert 700 <= seen <= 1000 - before + 300
-    ours, theirs = (scores_by(topics, name, 1000)[1000 - seen :] for name in ("one", "two"))
-    whose = {name: metrics.shadow_alerts.labels(name)._value.get() for name in ("both", "gained", "lost")}
+    assert_taken_over(topics, n, "one")
+    seen = int(figure(service, "shadow_events_total"))
+    assert 700 < seen <= n
+    ours, theirs = (scores_by(topics, name, n)[n - seen :] for name in ("one", "two"))
+    whose = {name: figure(service, "shadow_alerts_total", whose=name) for name in ("both", "gained", "lost")}
     pairs = [(a <= LINE, b <= LINE) for a, b in zip(ours, theirs, strict=True)]
     assert whose == {
         "both": pairs.count((True, True)),
         "gained": pairs.count((False, True)),
         "lost": pairs.count((True, False)),
     }
-    assert metrics.shadow_decades._value.get() > 0
-    assert metrics.shadow_failures._value.get() == 0
+    assert figure(service, "shadow_decades_total") > 0
+    assert figure(service, "shadow_failures_total") == 0
 
 
 def test_a_candidate_that_fails_is_counted_and_the_stream_goes_on(
@@ -217,6 +234,6 @@ def test_a_candidate_that_fails_is_counted_and_the_stream_goes_on(
     with running(service) as raised:
         topics.produce_events(300)
         topics.wait_until_read(300)
-        until(lambda: service.metrics.shadow_failures._value.get() >= 1)
+        until(lambda: figure(service, "shadow_failures_total") >= 1)
     assert raised == []
     assert_taken_over(topics, 300, "one")

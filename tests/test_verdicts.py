@@ -139,14 +139,14 @@ def test_feedback_is_given_previewed_listed_followed_and_lifted(kafka: str, sett
     told = run("feedback", uid[:12], "benign", "--for", "7d", "--why", "a backup", "--by", "ann", "--yes")
     assert told[1].startswith("silences host:PC-7, class 4001, record:dst_endpoint.port until ")
     assert told[2] == "of the last day that is 1 alert with 10 events"
-    until(lambda: following.covering(anomaly) is not None, 10)
+    until(lambda: following.covering(anomaly) is not None)
     assert SuppressionFeed(settings_for).covering(anomaly) is not None, "also at the next start"
     (listed,) = [orjson.loads(line) for line in run_listed(kafka, settings_for, "--json")]
     assert (listed["verdict"], listed["by"], listed["why"]) == ("benign", "ann", "a backup")
     text = "\n".join(run("explain", uid))
     assert "12 events; benign" in text
     run("feedback", uid, "true-positive", "--by", "bob", "--yes")
-    until(lambda: following.covering(replace(anomaly, time=now + 60_000)) is None, 10)
+    until(lambda: following.covering(replace(anomaly, time=now + 60_000)) is None)
     following.close()
     assert run_listed(kafka, settings_for, "--json") == []
     (ended,) = run_listed(kafka, settings_for, "--json", "--all")

@@ -63,7 +63,7 @@ class _Server:
     name: str
 
     def __init__(self) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.directory = Path(tempfile.mkdtemp(prefix=f"ripcurrent-{self.name}-"))
         self._process: subprocess.Popen[bytes] | None = None
         self._guard = subprocess.Popen(
@@ -197,7 +197,7 @@ class KafkaServer(_Server):
         super().__init__()
         alone = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "a")
         self._cluster: str = beside._cluster if beside is not None else alone
-        self._controller: str = beside._controller if beside is not None else f"127.0.0.1:{_free_port()}"
+        self._controller: str = beside._controller if beside is not None else f"127.0.0.1:{free_port()}"
         listener = f"PLAINTEXT://{self.address}"
         self._options = {"listeners": f"{listener},CONTROLLER://{self._controller}", "advertised.listeners": listener}
         if beside is not None:
@@ -306,7 +306,7 @@ def _wait(condition: Callable[[], bool], timeout_s: float) -> bool:
     return True
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A free port under the ephemeral range, so that no outgoing connection takes it while its server is down."""
     for _ in range(200):
         port = random.SystemRandom().randrange(20_000, 32_000)
