@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+from bytes_held import bytes_held
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -219,10 +220,11 @@ def test_many_values_are_bounded_and_what_was_left_out_is_said(monkeypatch: pyte
         {"user": {"name": f"user-{_letters(i)}" if i % 3 else f"often{chr(97 + i % 10)}"}, "unmapped": {"x": i * 7.0}}
         for i in range(n)
     ]
-    learner = SchemaLearner()
+    learner, held = SchemaLearner(), []
     for start in range(0, n, 1_000):
         learner.add(decoded(events[start : start + 1_000]))
-        assert all(max(len(p.values), len(p.numbers)) <= 2 * 2_000 for p in learner._paths.values())
+        held.append(bytes_held(learner))
+    assert max(held) < 1.5 * max(held[: len(held) // 3])
     fields = by_name(learner.finish())
     assert fields["user.name"].kind == "presence"
     assert fields["user.name"].left_out == pytest.approx(10_010, rel=0.1)
@@ -242,11 +244,12 @@ def test_common_values_outlive_the_many_rare(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_all_paths_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learner_module, "MAX_TRACKED_IN_ALL", 5_000)
-    learner = SchemaLearner()
+    learner, held = SchemaLearner(), []
     for start in range(0, 1_000, 100):
         rows = range(start, start + 100)
         learner.add(decoded([{"unmapped": {f"k{k}": _letters(i * 41 + k) for k in range(40)}} for i in rows]))
-        assert sum(len(p.values) for p in learner._paths.values()) <= 2 * 5_000 + 4_000  # and one batch
+        held.append(bytes_held(learner))
+    assert max(held) < 1.5 * max(held[:4])
 
 
 def test_paths_beyond_the_bound_are_said_to_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

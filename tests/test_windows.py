@@ -410,7 +410,6 @@ def test_memory_is_bounded_and_says_what_it_forgot() -> None:
         store.committed({SOURCES[0]: i + 1})
         assert len(store) <= 10
         assert windows.complete.tolist() == [i <= 10]  # the first was forgotten after the eleventh
-    assert len(store._time) <= 1024 + 1
     assert store.append(entries([("user:0", 2 * AGE, 0, 300)])).complete.all()  # all forgotten is older than the age
     assert store.append(entries([("user:1", 9 * AGE, 0, 301)])).length.tolist() == [1]
     assert len(store) == 1
