@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint slow bench evaluate clean
+.PHONY: demo test test-all extended lint slow bench evaluate gpu gpu-folder clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: pyproject.toml
@@ -21,8 +21,17 @@ lint: $(VENV)/.installed  ## Style, types and the table of rooms
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint  ## Everything that is fast, on a real Kafka and a real Valkey
-	$(BIN)/pytest
+# Test processes, each with a Kafka and a Valkey of its own; a file's tests run in one of them.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+
+test: lint  ## Each promise once, on a real Kafka and a real Valkey: at most eight minutes on two cores
+	$(BIN)/pytest $(PARALLEL)
+
+extended: $(VENV)/.installed  ## What `make test` leaves out and every change must pass
+	$(BIN)/pytest $(PARALLEL) -m 'extended and not slow and not gpu'
+
+test-all: test  ## `make test`, then the rest that every change must pass
+	$(MAKE) extended
 
 slow: $(VENV)/.installed  ## Training to target, soak
 	$(BIN)/pytest -m slow
@@ -34,6 +43,15 @@ EVAL_DATA ?= $(or $(RIPCURRENT_EVAL_DATA),../shared/data)
 
 evaluate: $(VENV)/.installed  ## Each labelled recording of EVAL_DATA beside simple detectors; FAST=1: the record part
 	$(BIN)/python tests/evaluate.py $(EVAL_DATA) $(if $(FAST),--fast) $(if $(CHOOSE),--choose)
+
+# The Python of a machine with a GPU, which has torch and numpy and no network; here, to build wheels for it.
+GPU_PYTHON ?= python3.12
+
+gpu-folder: $(VENV)/.installed  ## build/gpu: what `make gpu` needs on a machine without a network
+	deploy/gpu-folder $(BIN)/python $(GPU_PYTHON)
+
+gpu:  ## GPU tests, parity with the CPU, events/s and memory by batch size: build/gpu/result.json, within eight minutes
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(GPU_PYTHON)) tests/gpu_check.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -278,6 +278,12 @@ def figure(service: Service, name: str, **labels: str) -> float:
     return service.metrics.registry.get_sample_value(f"ripcurrent_{name}", labels) or 0.0
 
 
+def partitions_of(service: Service) -> int:
+    """How many partitions a service reads, as its metrics show it, two seconds late at most."""
+    families = service.metrics.registry.collect()
+    return sum(len(family.samples) for family in families if family.name == "ripcurrent_lag_messages")
+
+
 def before_offsets_are_sent(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> list[bool]:
     """Let something happen in each transaction between its outputs and its offsets. Returns a list that grows by an
     element for each producer that is made."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 import pytest
-from loop_harness import Topics, until
+from loop_harness import PATIENCE_S, Topics, until
 from test_cli import COMMAND
 
 import encoder.training.masked_fields
@@ -22,11 +22,11 @@ LINE = 0.02
 
 
 @contextmanager
-def short_training() -> Iterator[None]:
-    """What is tested here does not depend on how well the detector detects."""
+def short_training(steps: int = 30) -> Iterator[None]:
+    """Both networks are trained for so many steps only. With 30, little depends on how well the detector detects."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoder.training.masked_fields, "STEPS", 30)
-        patch.setattr(encoder.training.sequence, "STEPS", 30)
+        patch.setattr(encoder.training.masked_fields, "STEPS", steps)
+        patch.setattr(encoder.training.sequence, "STEPS", steps)
         yield
 
 
@@ -36,7 +36,8 @@ def lines(path: Path) -> list[bytes]:
 
 
 class Service:
-    """`ripcurrent run` as a process, with its own database of Redis (0 to 15)."""
+    """`ripcurrent run` as a process, with its own database of Redis (0 to 15). A setting that is None has its default,
+    such as threshold=None: the one that follows the budget; a tuple is a flag given several times."""
 
     def __init__(self, topics: Topics, bundle: Path, redis_url: str, database: int, **settings: Any) -> None:
         flags = {
@@ -51,17 +52,24 @@ class Service:
             "alerts": f"{topics.name}-alerts",
             "dead-letters": f"{topics.name}-dead",
             "scores": f"{topics.name}-scores",
+            "ledger": f"{topics.name}-ledger",
             "start": "earliest",
             "threshold": LINE,
             "device": "cpu",
             "metrics-port": 0,
             "log-level": "warning",
         }
-        given = {key.replace("_", "-"): value for key, value in settings.items()}
+        flags |= {key.replace("_", "-"): value for key, value in settings.items()}
+        given = [
+            f"--{key}={one}"
+            for key, value in flags.items()
+            for one in (value if isinstance(value, tuple) else (value,))
+            if one is not None
+        ]
         self.topics = topics
-        self.command = [*COMMAND, "run", *(f"--{key}={value}" for key, value in (flags | given).items())]
+        self.command = [*COMMAND, "run", *given]
 
-    def run_until(self, n: int, *, kill: bool = False, seconds: float = 90) -> None:
+    def run_until(self, n: int, *, kill: bool = False, seconds: float = PATIENCE_S) -> None:
         """Start, wait until n messages are committed, and end with SIGTERM, or with SIGKILL wherever it stands."""
         with self.running(kill=kill) as process:
             until(lambda: process.poll() is not None or self.done() >= n, seconds)
@@ -75,7 +83,7 @@ class Service:
                 yield process
             finally:
                 process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
-            code = process.wait(30)
+            code = process.wait(PATIENCE_S)
         assert code == (-signal.SIGKILL if kill else 0)
 
     def done(self) -> int:

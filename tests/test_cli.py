@@ -29,6 +29,14 @@ def ripcurrent(*arguments: str, cwd: Path, **variables: str) -> subprocess.Compl
     )
 
 
+def seconds_to_fail(tmp_path: Path) -> float:
+    """What a command may take that only says what is wrong: 15 s, or on a machine that is busy as much longer as
+    importing what the service imports takes longer than 3 s."""
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import streamer.detection.detector"], cwd=tmp_path, check=True)
+    return 15 * max(1.0, (time.monotonic() - began) / 3)
+
+
 def test_no_secret_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging(Settings())
     try:
@@ -132,10 +140,11 @@ def test_wrong_settings_give_one_clear_line_within_seconds(
         (["--events", topics.events, "--alerts", topics.events], {}, "is both read and written"),
         (["--kafka-property", "no.such.property=1"], {}, "no.such.property"),
     ]
+    limit_s = seconds_to_fail(tmp_path)
     for arguments, variables, message in cases:
         began = time.monotonic()
         done = ripcurrent("run", *arguments, cwd=tmp_path, **(servers | variables))
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < limit_s
         assert done.returncode == 1, (arguments, done)
         last = done.stderr.strip().splitlines()[-1]
         assert last.startswith("ripcurrent: ")

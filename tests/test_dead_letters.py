@@ -93,6 +93,7 @@ def test_redrive_sends_each_letter_back_once_as_it_came_and_counts(topics: Topic
     assert topics.read("events")[-1].headers() == [("h", b"v"), ("ripcurrent.redriven", b"2")]
 
 
+@pytest.mark.extended
 def test_redrive_of_named_letters_and_to_another_topic(topics: Topics) -> None:
     (letter,) = listed(topics, "--exception", "NotAnObject")
     for _ in range(2):

@@ -108,6 +108,7 @@ def test_an_alert_counts_for_the_event_it_is_about_and_for_nothing_else() -> Non
     assert all(math.isnan(value) for value in card().latency())
 
 
+@pytest.mark.extended
 @pytest.mark.usefixtures("servers")
 def test_the_demo_shows_what_was_found_and_missed_on_real_servers() -> None:
     out = io.StringIO()
@@ -127,6 +128,7 @@ def test_the_demo_shows_what_was_found_and_missed_on_real_servers() -> None:
     assert 1 <= int(latency.split()[2].replace(",", "")) < 5_000
 
 
+@pytest.mark.extended
 @pytest.mark.usefixtures("servers")
 @pytest.mark.parametrize(
     ("fails", "error", "says"),
@@ -140,6 +142,7 @@ def test_what_fails_is_said_with_its_reason(
         demo(Console(file=io.StringIO()), events_per_day=500, seconds=1, command=STAND_IN)
 
 
+@pytest.mark.extended
 @pytest.mark.usefixtures("servers")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_leaves_no_process_and_no_file(tmp_path: Path, how: signal.Signals) -> None:

@@ -148,6 +148,7 @@ def test_the_dashboard_shows_what_is_measured() -> None:
     assert max(x for x, _ in places) < 24
 
 
+@pytest.mark.extended
 def test_the_simulated_company_has_a_past_and_goes_on(
     kafka: str, unique: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,8 +17,9 @@ import numpy as np
 import orjson
 import pytest
 from loop_harness import Topics, create
+from p_values import assert_same_p_values, assert_same_scores
 from service_process import Service, alerts_of, lines, scores_of, short_training, undisturbed_run
-from test_cli import ripcurrent
+from test_cli import ripcurrent, seconds_to_fail
 
 from encoder.ocsf.events import Message
 from state.memory.windows import MemoryWindows
@@ -47,17 +48,16 @@ def assert_killed_equals_undisturbed(
     service.run_until(n, seconds=600)
 
     expected, found = scores_of(undisturbed), scores_of(killed)
-    assert found.keys() == expected.keys()
     assert len(found) == n
-    difference = max(abs(found[at] - expected[at]) for at in expected)
-    assert difference <= 1e-6
+    assert_same_scores(found, expected)
     expected_alerts, found_alerts = alerts_of(undisturbed), alerts_of(killed)
     assert found_alerts.keys() == expected_alerts.keys() != set()
     for uid, (key, _) in expected_alerts.items():
         assert found_alerts[uid][0] == key
-    print(f"{n} events, killed at {done}; {len(found_alerts)} alerts; p-values differ by at most {difference:.1e}")
+    print(f"{n} events, killed at {done}; {len(found_alerts)} alerts")
 
 
+@pytest.mark.extended
 def test_sigkill_half_way_leaves_the_alerts_and_scores_of_an_undisturbed_run(
     undisturbed: Topics, topics: Topics, folder: Path, redis_url: str
 ) -> None:
@@ -80,16 +80,18 @@ def test_sigkill_half_way_on_a_recorded_stream(
     assert_killed_equals_undisturbed(killed, topics, bundle, redis_url, len(events), threshold=line)
 
 
-def test_a_file_scores_as_the_topic_with_the_same_events(undisturbed: Topics, folder: Path) -> None:
-    done = ripcurrent("score", "test.ndjson", "--bundle", "bundle", "--out", "scores.ndjson", cwd=folder)
+@pytest.mark.extended
+def test_a_file_scores_as_the_topic_with_the_same_events(undisturbed: Topics, folder: Path, tmp_path: Path) -> None:
+    events, bundle = str(folder / "test.ndjson"), str(folder / "bundle")
+    done = ripcurrent("score", events, "--bundle", bundle, "--out", "scores.ndjson", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    offline = [orjson.loads(line) for line in lines(folder / "scores.ndjson")]
+    offline = [orjson.loads(line) for line in lines(tmp_path / "scores.ndjson")]
     online = scores_of(undisturbed)
     # At the end of a file, and not of a stream, it shows who fell silent: that is judged beside what the event gives.
     same = [n for n, score in enumerate(offline) if score["cause"] != "sequence:silence"]
     assert len(same) > 0.9 * len(offline)
     assert len(offline) == len(online)
-    np.testing.assert_allclose([offline[n]["p_value"] for n in same], [online[n, 0] for n in same], rtol=0, atol=1e-6)
+    assert_same_p_values([offline[n]["p_value"] for n in same], [online[n, 0] for n in same])
 
 
 def test_scores_do_not_depend_on_how_the_stream_is_cut(folder: Path) -> None:
@@ -101,8 +103,8 @@ def test_scores_do_not_depend_on_how_the_stream_is_cut(folder: Path) -> None:
         detector = Detector(bundle, MemoryWindows(dim=bundle.dim))
         parts = [detector.score(messages[start : start + size]) for start in range(0, len(messages), size)]
         scores.append(np.concatenate([part.p_value for part in parts]))
-    np.testing.assert_allclose(scores[0], scores[2], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(scores[1], scores[2], rtol=0, atol=1e-6)
+    assert_same_p_values(scores[0], scores[2])
+    assert_same_p_values(scores[1], scores[2])
 
 
 def test_what_is_broken_is_kept_or_repaired_and_the_stream_goes_on(
@@ -133,6 +135,7 @@ def test_what_is_broken_is_kept_or_repaired_and_the_stream_goes_on(
     assert len(scored) / 10 < sum(counted.values()) <= len(scored)
 
 
+@pytest.mark.extended
 @needs_data
 def test_the_example_events_pass_through_fit_score_and_run(topics: Topics, tmp_path: Path, redis_url: str) -> None:
     examples = Path(DATA) / "ocsf-examples.ndjson"
@@ -152,6 +155,7 @@ def test_the_example_events_pass_through_fit_score_and_run(topics: Topics, tmp_p
     assert topics.read("dead") == []
 
 
+@pytest.mark.extended
 def test_a_bundle_that_cannot_be_used_is_named_in_one_line_within_seconds(
     topics: Topics, folder: Path, tmp_path: Path, redis_url: str
 ) -> None:
@@ -181,11 +185,12 @@ def test_a_bundle_that_cannot_be_used_is_named_in_one_line_within_seconds(
         (edited("lacking", lambda bundle: (bundle / "exemplars.ndjson").unlink()), "lacks exemplars.ndjson"),
         (edited("manifest", cut("manifest.json")), "manifest.json cannot be read"),
     ]
+    limit_s = seconds_to_fail(tmp_path)
     for bundle, message in cases:
         began = time.monotonic()
         command = Service(topics, bundle, redis_url, 6).command
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert time.monotonic() - began < 15, bundle.name
+        assert time.monotonic() - began < limit_s, bundle.name
         assert done.returncode == 1, (bundle.name, done.stderr)
         (line,) = done.stderr.strip().splitlines()
         assert line.startswith("ripcurrent: "), line

@@ -117,6 +117,7 @@ def recording(tmp_path: Path) -> tuple[Path, Path, Path]:
     return train, test, labels_path
 
 
+@pytest.mark.extended
 def test_evaluate_puts_the_detector_beside_its_peers(recording: tuple[Path, Path, Path]) -> None:
     train, test, labels = recording
     p_value = {f"test-{block}-2": 0.001 for block in range(0, 50, 10)} | {"test-1-0": 0.002, "test-0-0": 0.5}
@@ -142,6 +143,7 @@ def test_evaluate_puts_the_detector_beside_its_peers(recording: tuple[Path, Path
     assert "ripcurrent" in console.export_text()
 
 
+@pytest.mark.extended
 def test_peers_are_deterministic_for_a_seed(recording: tuple[Path, Path, Path]) -> None:
     def run() -> dict[str, dict[str, object]]:
         results = evaluate([recording[0]], [recording[1]], recording[2], seed=3)

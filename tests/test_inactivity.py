@@ -17,7 +17,7 @@ import pytest
 import redis
 import service_process
 from alert_samples import VALIDATOR
-from loop_harness import EachRow, Topics, create, running, until
+from loop_harness import EachRow, Topics, create, figure, partitions_of, running, until
 from numpy.typing import NDArray
 from service_process import alerts_of, lines
 from test_replay import alerts_in, replay
@@ -116,6 +116,7 @@ def test_a_silence_is_an_alert_on_the_last_event_told_at_a_later_one(straight: T
         assert body["finding_info"]["title"].startswith("Unusual silence of ")
 
 
+@pytest.mark.extended
 def test_a_replay_finds_the_same_silences(straight: Topics, folder: Path, tmp_path: Path) -> None:
     replay(straight, folder / "bundle", "--line", LINE, "--out", tmp_path / "out", "--batch-size", 61)
     live = alerts_of(straight)
@@ -136,6 +137,7 @@ def service_for(topics: Topics, folder: Path, redis_url: str, alerting: Any = No
     return Service(settings, detector, findings, threshold=LINE, windows=remembering)
 
 
+@pytest.mark.extended
 def test_a_restart_while_somebody_is_waited_for_changes_nothing_also_as_another_worker(
     straight: Topics, topics: Topics, folder: Path, redis_url: str
 ) -> None:
@@ -147,6 +149,7 @@ def test_a_restart_while_somebody_is_waited_for_changes_nothing_also_as_another_
     assert_same(topics, straight)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("what", [b":timers:", b":"], ids=["timers", "timers and windows"])
 def test_timers_that_redis_lost_come_back_with_the_windows(
     straight: Topics, topics: Topics, folder: Path, redis_url: str, what: bytes
@@ -163,14 +166,14 @@ def test_timers_that_redis_lost_come_back_with_the_windows(
     with running(first) as raised:
         topics.wait_until_read(300)
         lose()
-        until(lambda: first.metrics.losses._value.get() >= 1)
+        until(lambda: figure(first, "window_losses_total") >= 1)
         topics.wait_until_read(600)
     lose()
     second = service_for(topics, folder, redis_url)
     with running(second) as later:
         topics.wait_until_read(1500)
     assert raised == later == []
-    assert second.metrics.losses._value.get() >= 1
+    assert figure(second, "window_losses_total") >= 1
     assert_same(topics, straight)
 
 
@@ -188,6 +191,7 @@ class EachSilence(EachRow):
         ]
 
 
+@pytest.mark.extended
 def test_workers_that_come_and_go_tell_each_silence_once_and_none_that_another_partition_refutes(
     kafka: str, unique: Callable[[str], str], folder: Path, redis_url: str, events: list[bytes]
 ) -> None:
@@ -205,7 +209,7 @@ def test_workers_that_come_and_go_tell_each_silence_once_and_none_that_another_p
     with running(first) as raised:
         topics.wait_until_read(400)
         with running(second) as later:
-            until(lambda: len(second._source.owned()) == 1)
+            until(lambda: partitions_of(second) == 1)
             topics.wait_until_read(900)
         topics.wait_until_read(1500)
         for hours in (1, 2):  # Both clocks beyond everything, then an event in each to tell it at.

@@ -23,6 +23,8 @@ from streamer.explain.peer_comparison import PeerComparison, kind_of, names_of
 from streamer.redaction import Redactor
 from streamer.training.fit import fit
 
+pytestmark = pytest.mark.extended
+
 MINUTE = 60_000
 START = 1_780_000_000_000
 USERS = ("anna", "ben", "carol", "dave", "oscar", "frank", "grace", "heidi")

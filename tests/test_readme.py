@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -90,3 +91,41 @@ def test_the_alert_shown_is_a_detection_finding() -> None:
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text()):
         assert (ROOT / target).exists(), target
+
+
+def every_test() -> dict[str, ast.FunctionDef]:
+    """Every test of this folder, as `file.py::name`."""
+    return {
+        f"{path.name}::{node.name}": node
+        for path in sorted(Path(__file__).parent.glob("test_*.py"))
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
+
+
+def rows_of(table: str) -> list[str]:
+    """The rows of Markdown tables, without header and rule."""
+    return re.findall(r"^\| (?!fault |kind |---).*\|$", table, re.MULTILINE)
+
+
+def test_each_promise_names_its_tests_and_they_exist() -> None:
+    known = every_test()
+    for page in PAGES:
+        named = re.findall(r"`(test_\w+\.py::test_\w+)`", page)
+        assert set(named) <= known.keys(), set(named) - known.keys()
+    reliability = (ROOT / "docs/reliability.md").read_text()
+    assert not re.findall(r"`test_\w+(?:\.\.\.)?`", README + reliability), "a test is named as `file.py::name`"
+    faults = reliability.split("\n## ")[0]
+    promises = README.split("## What it guarantees")[1].split("\nNot yet")[0]
+    rows = rows_of(faults) + re.findall(r"^- .*(?:\n  .*)*", promises, re.MULTILINE)
+    assert len(rows) > 50
+    for row in rows:
+        assert re.search(r"`test_\w+\.py::test_\w+`", row), f"no test is named for: {row}"
+
+
+def test_a_test_that_not_every_change_runs_is_said_to_be_slow() -> None:
+    known = every_test()
+    for row in rows_of((ROOT / "docs/reliability.md").read_text()):
+        for name, said in re.findall(r"`(test_\w+\.py::test_\w+)`( \(slow\))?", row):
+            slow = any(ast.unparse(mark) == "pytest.mark.slow" for mark in known[name].decorator_list)
+            assert slow == bool(said), name

@@ -23,6 +23,8 @@ from streamer.devtools.simulator.generator import Day, simulate, write
 from streamer.training.fit import PLACE, fit
 from streamer.training.refresh import refresh
 
+pytestmark = pytest.mark.extended
+
 MONDAY = 20_454 * DAY_MS
 DIM = 8
 

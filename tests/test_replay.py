@@ -13,13 +13,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
 import pytest
 import redis
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 from loop_harness import Topics, create, until
+from p_values import assert_same_scores
 from service_process import LINE, Service, alerts_of, lines, scores_of, short_training
 from typer.testing import CliRunner, Result
 
@@ -61,11 +61,6 @@ def scores_in(path: Path) -> Scores:
     return scores
 
 
-def assert_alike(one: Scores, other: Scores) -> None:
-    assert one.keys() == other.keys() != set()
-    np.testing.assert_allclose([one[at] for at in one], [other[at] for at in one], rtol=0, atol=1e-6)
-
-
 def everything_live(bootstrap: str, redis_url: str) -> Any:
     """Every group's commits, every topic's end, and every key of Redis."""
     admin = AdminClient({"bootstrap.servers": bootstrap})
@@ -88,6 +83,7 @@ def everything_live(bootstrap: str, redis_url: str) -> Any:
     return groups, ends, digest.hexdigest()
 
 
+@pytest.mark.extended
 def test_a_replay_gives_the_alerts_and_scores_of_the_service_twice_and_touches_nothing(
     undisturbed: Topics, folder: Path, redis_url: str, tmp_path: Path
 ) -> None:
@@ -109,18 +105,19 @@ def test_a_replay_gives_the_alerts_and_scores_of_the_service_twice_and_touches_n
         body["finding_info"]["uid"] for _, body in live.values()
     }
     scores = {(0, *at): p_value for at, p_value in scores_of(undisturbed).items()}
-    assert_alike(scores_in(tmp_path / "one.scores"), scores_in(tmp_path / "two.scores"))
-    assert_alike(scores_in(tmp_path / "one.scores"), scores)
+    assert_same_scores(scores_in(tmp_path / "one.scores"), scores_in(tmp_path / "two.scores"))
+    assert_same_scores(scores_in(tmp_path / "one.scores"), scores)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "one.scores", "two", "two.scores"]
 
 
+@pytest.mark.extended
 def test_a_part_of_the_stream_gives_what_the_service_gave_there_and_says_what_a_short_warm_up_lacks(
     undisturbed: Topics, folder: Path, tmp_path: Path
 ) -> None:
     out, kept = tmp_path / "part", tmp_path / "part.scores"
     replay(undisturbed, folder / "bundle", "--from", 1500, "--to", "0=1900", "--out", out, "--scores", kept)
     live = {(0, *at): p_value for at, p_value in scores_of(undisturbed).items() if 1500 <= at[0] < 1900}
-    assert_alike(scores_in(kept), live)
+    assert_same_scores(scores_in(kept), live)
     told = {uid: body for uid, (_, body) in alerts_of(undisturbed).items() if body["activity_id"] != CLOSE}
     expected = {uid for uid, body in told.items() if 1500 <= _offset(body) < 1900}
     assert {uid for uid, body in alerts_in(out).items() if body["activity_id"] != CLOSE} == expected != set()
@@ -145,16 +142,16 @@ def test_beside_a_replay_the_service_scores_as_ever(
     n = len(lines(folder / "test.ndjson"))
     service = Service(beside, folder / "bundle", redis_url, 7, batch_size=64, tenant=undisturbed.events)
     with subprocess.Popen(service.command) as process:
-        until(lambda: process.poll() is not None or service.done() > 0, 60)
+        until(lambda: process.poll() is not None or service.done() > 0)
         replay(undisturbed, folder / "bundle", "--out", tmp_path / "out")
-        until(lambda: process.poll() is not None or service.done() >= n, 60)
+        until(lambda: process.poll() is not None or service.done() >= n)
         process.terminate()
         assert process.wait(30) == 0
     assert alerts_of(beside).keys() == alerts_in(tmp_path / "out").keys() == alerts_of(undisturbed).keys()
-    expected = scores_of(undisturbed)
-    assert scores_of(beside) == pytest.approx(expected, rel=0, abs=1e-6)
+    assert_same_scores(scores_of(beside), scores_of(undisturbed))
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("target", ["file", pytest.param("topic", marks=pytest.mark.slow)])
 def test_a_replay_that_is_killed_goes_on_where_it_was(
     undisturbed: Topics,
@@ -174,7 +171,7 @@ def test_a_replay_that_is_killed_goes_on_where_it_was(
     for number in (signal.SIGKILL, signal.SIGTERM):
         with subprocess.Popen([*KILLABLE, *killed], cwd=tmp_path, stderr=subprocess.PIPE) as process:
             least = (positions or [0])[-1] + 300
-            until(lambda least=least: process.poll() is not None or _messages(progress) >= least, 60)
+            until(lambda least=least: process.poll() is not None or _messages(progress) >= least)
             assert process.poll() is None, process.communicate()
             process.send_signal(number)
             said = process.communicate(timeout=30)[1].decode()
@@ -211,6 +208,7 @@ def _messages(progress: Path) -> int:
     return 0
 
 
+@pytest.mark.extended
 def test_two_replays_of_several_partitions_agree(
     kafka: str, unique: Callable[[str], str], folder: Path, tmp_path: Path
 ) -> None:
@@ -221,7 +219,7 @@ def test_two_replays_of_several_partitions_agree(
         replay(topics, folder / "bundle", "--out", tmp_path / name, "--scores", tmp_path / f"{name}.scores")
         runs.append((alerts_in(tmp_path / name).keys(), scores_in(tmp_path / f"{name}.scores")))
     assert runs[0][0] == runs[1][0]
-    assert_alike(runs[0][1], runs[1][1])
+    assert_same_scores(runs[0][1], runs[1][1])
     assert len(runs[0][1]) == 900
 
 

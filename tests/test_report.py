@@ -114,6 +114,7 @@ def test_the_last_day_of_the_alert_topic(kafka: str, unique: Callable[[str], str
     assert lines(invoke(kafka, topic, "report", "--out", str(out), "--to", "1h"))[0].startswith("0 findings")
 
 
+@pytest.mark.extended
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_a_browser_shows_it_runs_nothing_and_complains_of_nothing(files: list[Path], tmp_path: Path) -> None:
     import matplotlib.image

@@ -23,7 +23,7 @@ import orjson
 import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
-from loop_harness import EVENT, EachRow, HashDetector, Topics, create, figure, p_value, running, until
+from loop_harness import EVENT, EachRow, HashDetector, Topics, create, figure, p_value, partitions_of, running, until
 
 from encoder.ocsf.events import Message
 from streamer.alerting.threshold import HOUR_MS, HourCounts, MovingThreshold, threshold_at
@@ -236,7 +236,7 @@ def test_two_processes_share_one_line_and_one_budget(kafka: str, unique: Callabl
     slow = lambda _: time.sleep(0.01)  # noqa: E731
     first, second = service_for(topics, "a", slow), service_for(topics, "b", slow)
     with running(first) as raised, running(second) as raised_too:
-        until(lambda: topics.members() == [2, 2])
+        until(lambda: partitions_of(first) == partitions_of(second) == 2)
         for step in range(10):
             produce_hours(topics, step * 200, 200)
             time.sleep(0.2)

@@ -15,7 +15,7 @@ import pytest
 import redis
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
-from loop_harness import EVENT, LINE, EachRow, Topics, WindowDetector, create, running, until
+from loop_harness import EVENT, LINE, EachRow, Topics, WindowDetector, create, figure, partitions_of, running, until
 
 from encoder.ocsf.events import Message
 from state.memory.windows import MemoryWindows
@@ -81,29 +81,30 @@ def test_windows_lost_under_load_are_noticed_and_filled_and_no_score_changes(
     with running(service) as raised:
         topics.wait_until_read(500)
         loss(valkey)
-        until(lambda: service._rebuild is not None)
+        until(lambda: figure(service, "window_losses_total") >= 1)
         topics.wait_until_read(2000)
-        until(lambda: service._rebuild is None)  # which it may still be at if all was read before the loss
+        until(lambda: service.not_ready() == "")  # It still rebuilds if all was read before the loss.
     assert raised == []
-    assert service.metrics.losses._value.get() >= 1
+    assert figure(service, "window_losses_total") >= 1
     assert_undisturbed(topics, 2000, valkey)
 
 
+@pytest.mark.extended
 def test_windows_lost_while_the_stream_is_idle_are_noticed_and_filled(topics: Topics, valkey: ValkeyServer) -> None:
     topics.produce_events(300)
     service = service_for(topics, valkey)
     with running(service) as raised:
         topics.wait_until_read(300)
         wipe(valkey)
-        until(lambda: service.metrics.losses._value.get() == 1, 10)
-        until(lambda: service._rebuild is None)
-        assert service.not_ready() == ""
+        until(lambda: figure(service, "window_losses_total") == 1)
+        until(lambda: service.not_ready() == "")
         topics.produce_events_from(300, 400)
         topics.wait_until_read(700)
     assert raised == []
     assert_undisturbed(topics, 700, valkey)
 
 
+@pytest.mark.extended
 def test_windows_lost_while_nobody_ran_are_filled_at_start(topics: Topics, valkey: ValkeyServer) -> None:
     topics.produce_events(300)
     with running(service_for(topics, valkey)):
@@ -116,6 +117,7 @@ def test_windows_lost_while_nobody_ran_are_filled_at_start(topics: Topics, valke
     assert_undisturbed(topics, 700, valkey)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("valkey", [{"appendonly": "yes"}], indirect=True)
 def test_a_redis_that_is_down_for_seconds_costs_time_and_nothing_else(topics: Topics, valkey: ValkeyServer) -> None:
     topics.produce_events(1500)
@@ -130,10 +132,11 @@ def test_a_redis_that_is_down_for_seconds_costs_time_and_nothing_else(topics: To
         topics.wait_until_read(1500)
         assert service.not_ready() == ""
     assert raised == []
-    assert service.metrics.losses._value.get() == 0
+    assert figure(service, "window_losses_total") == 0
     assert_undisturbed(topics, 1500, valkey)
 
 
+@pytest.mark.extended
 def test_a_redis_that_comes_back_from_an_older_snapshot_is_brought_up_to_date(
     topics: Topics, valkey: ValkeyServer
 ) -> None:
@@ -145,14 +148,15 @@ def test_a_redis_that_comes_back_from_an_older_snapshot_is_brought_up_to_date(
         topics.produce_events_from(400, 400)
         topics.wait_until_read(800)
         valkey.restart(kill=True)
-        until(lambda: service.metrics.losses._value.get() == 1, 10)
+        until(lambda: figure(service, "window_losses_total") == 1)
         topics.produce_events_from(800, 400)
         topics.wait_until_read(1200)
     assert raised == []
-    assert {m.offset for m in service._detector.remembered} <= set(range(300, 801))
+    assert {m.offset for m in service.detector.remembered} <= set(range(300, 801))
     assert_undisturbed(topics, 1200, valkey)
 
 
+@pytest.mark.extended
 def test_windows_that_kafka_no_longer_reaches_back_to_say_so(topics: Topics, valkey: ValkeyServer) -> None:
     topics.produce_events(400)
     with running(service_for(topics, valkey)):
@@ -174,6 +178,7 @@ def test_windows_that_kafka_no_longer_reaches_back_to_say_so(topics: Topics, val
     assert {score["offset"] for score in scores if not score["complete"]} == set(range(400, 420))
 
 
+@pytest.mark.extended
 def test_two_workers_that_share_lost_windows_fill_each_their_own(
     kafka: str, unique: Callable[[str], str], valkey: ValkeyServer
 ) -> None:
@@ -182,11 +187,11 @@ def test_two_workers_that_share_lost_windows_fill_each_their_own(
     first, second = (service_for(topics, valkey, **{"kafka.instance_id": name}) for name in ("a", "b"))
     with ExitStack() as stack:
         raised = [stack.enter_context(running(service)) for service in (first, second)]
-        until(lambda: len(first._source.owned()) == len(second._source.owned()) == 2, 90)
+        until(lambda: partitions_of(first) == partitions_of(second) == 2)
         topics.wait_until_read(1200)
         wipe(valkey)
-        until(lambda: all(service.metrics.losses._value.get() for service in (first, second)), 15)
-        until(lambda: first._rebuild is None and second._rebuild is None)
+        until(lambda: all(figure(service, "window_losses_total") for service in (first, second)))
+        until(lambda: first.not_ready() == second.not_ready() == "")
         topics.produce_events_from(1200, 800)
         topics.wait_until_read(2000)
     assert raised == [[], []]

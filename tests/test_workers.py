@@ -18,8 +18,10 @@ from fragile_worker import DIES_OF, fragile
 from loop_harness import Topics, create, until
 from service_process import Service, alerts_of, lines
 
-from streamer.devtools.servers import _free_port
+from streamer.devtools.servers import free_port
 from streamer.service import workers
+
+pytestmark = pytest.mark.extended
 
 
 @pytest.fixture
@@ -66,15 +68,15 @@ def test_workers_that_are_killed_and_added_under_load_lose_and_double_nothing(
     service = Service(topics, folder / "bundle", redis_url, 8, batch_size=32)
     other = Service(topics, folder / "bundle", redis_url, 8, batch_size=32, kafka_instance_id="other")
     with subprocess.Popen([*service.command, "--workers=2"]) as watcher:
-        until(lambda: len(children(watcher)) == 2, 20)
+        until(lambda: len(children(watcher)) == 2)
         feeding = feed(topics, events, 8)
-        until(lambda: service.done() > 100, 60)
+        until(lambda: service.done() > 100)
         first, second = children(watcher)
         os.kill(first, signal.SIGKILL)
         with subprocess.Popen(other.command) as added:
-            until(lambda: len(set(children(watcher)) - {first, second}) == 1, 20)
+            until(lambda: len(set(children(watcher)) - {first, second}) == 1)
             feeding.join()
-            until(lambda: watcher.poll() is not None or service.done() >= len(events), 90)
+            until(lambda: watcher.poll() is not None or service.done() >= len(events))
             added.terminate()
             assert added.wait(30) == 0
         watcher.terminate()
@@ -97,7 +99,7 @@ class Watched:
     def __init__(self, topics: Topics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_of: str) -> None:
         (tmp_path / "dies").write_text(dies_of)
         monkeypatch.setenv(DIES_OF, str(tmp_path / "dies"))
-        self.port = _free_port()
+        self.port = free_port()
         self.workers = workers.Workers(topics.settings(metrics_port=self.port), 2, fragile)
         self.code: int | None = None
         self.thread = threading.Thread(target=self.run)
@@ -157,9 +159,9 @@ def test_a_worker_that_comes_up_with_wrong_settings_after_a_crash_ends_all(
 def test_no_worker_outlives_the_process_that_watches(topics: Topics, folder: Path, redis_url: str) -> None:
     service = Service(topics, folder / "bundle", redis_url, 8)
     with subprocess.Popen([*service.command, "--workers=2"]) as watcher:
-        until(lambda: len(children(watcher)) == 2, 20)
+        until(lambda: len(children(watcher)) == 2)
         workers = children(watcher)
         topics.produce(lines(folder / "test.ndjson")[:60])
-        until(lambda: service.done() >= 60, 60)
+        until(lambda: service.done() >= 60)
         watcher.kill()
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 30)
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
