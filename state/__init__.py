@@ -1,1 +1,1 @@
-"""What is remembered between batches: entity windows, the baseline of normal, calibration."""
+"""State between batches: entity windows, timers, episodes, the baseline of normal, calibration."""

@@ -1,4 +1,4 @@
-"""`ripcurrent bundle`: which versions a store has, which one serves, and which shall."""
+"""`ripcurrent bundle`: list the versions of a store, show the serving one, promote another."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What the flags of commands share: settings, each under its dotted name with the meaning and default that it has
-everywhere, and the ends of a range of a topic."""
+"""Shared flags of commands: settings under their dotted names, with one meaning and default everywhere, and the ends of
+a range of a topic."""
 
 from __future__ import annotations
 

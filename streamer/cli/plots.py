@@ -1,4 +1,4 @@
-"""What is worth a picture: why the encoder is residual, and how a training went."""
+"""Plots: gradient magnitudes of plain and residual networks, and the course of a training."""
 
 from __future__ import annotations
 

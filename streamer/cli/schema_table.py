@@ -1,4 +1,4 @@
-"""The feature schema as a table that a person can review: what is read as what, and what is set aside and why."""
+"""The feature schema as a table for review: the fields with their kinds, and the paths set aside with the reason."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Takes events that crash the detector out of their batch, so that the others are scored as always.
 
 Promises: a batch that fails is split until each event that fails alone is found; the others get the scores and ids of a
-stream without it. Where so many fail that the fault is not theirs, it raises instead. Does not hide what is no event's
-fault: errors of stores, of memory and of the operating system pass through.
+stream without it. Where so many fail that the fault is not theirs, it raises instead. It does not hide other
+faults: errors of stores, of memory and of the operating system pass through.
 """
 
 from __future__ import annotations

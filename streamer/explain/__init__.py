@@ -1,1 +1,1 @@
-"""Why an event scored as it did."""
+"""Explanations of scored events: attributes, peers, rates, records of the window."""
