@@ -118,6 +118,7 @@ class EpisodeRules:
         self._applied: dict[SourcePartition, _Applied] = {}
         self._decisions: dict[SourcePartition, list[Decision]] = {}
         self._index: dict[_Key, set[str]] = {}
+        self._topics: dict[SourcePartition, int] = {}
         self._clocks: dict[SourcePartition, int] = {}
         """Event time of each source at the anomaly that is being decided."""
         self._turn = 0
@@ -153,6 +154,21 @@ class EpisodeRules:
             for decision in sorted(self._decisions.get(source, ()), key=lambda d: d.place)
             if end.first <= decision.offset <= end.last
         ]
+
+    def identify(self, topics: Mapping[SourcePartition, int], position: Position) -> list[SourcePartition]:
+        """As `EpisodeStore.identify`; gives the sources that are of another topic than before."""
+        new = {source: topic for source, topic in topics.items() if self._topics.get(source) != topic}
+        other = [source for source in new if source in self._topics]
+        for source in other:
+            self._forget(source, position.committed.get(source, 0))
+            untold = {d.episode.first for d in self._decisions.pop(source, ()) if d.activity == CREATE}
+            for found in [found for found in self._episodes.values() if found.episode.first in untold]:
+                self._drop(found)
+            self._applied.pop(source, None)
+            self.changed |= {f"a|{_name(source)}", f"d|{_name(source)}"}
+        self._topics |= new
+        self.changed |= {f"t|{_name(source)}" for source in new}
+        return other
 
     def _find(self, anomaly: Anomaly) -> _Open | None:
         """The open episode that the anomaly joins, by the rules above."""
@@ -332,6 +348,7 @@ class EpisodeRules:
         self.changed.update(f"e|{name}" for name in self._episodes)
         self.changed.update(f"a|{_name(source)}" for source in self._applied)
         self.changed.update(f"d|{_name(source)}" for source in self._decisions)
+        self.changed.update(f"t|{_name(source)}" for source in self._topics)
 
     def value(self, name: str) -> bytes:
         """The value under a name, empty for none."""
@@ -340,7 +357,12 @@ class EpisodeRules:
         if kind == "e":
             value = self._episodes.get(rest)
         else:
-            value = (self._applied if kind == "a" else self._decisions).get(_source(rest))
+            by_source: dict[str, Mapping[SourcePartition, Any]] = {
+                "a": self._applied,
+                "d": self._decisions,
+                "t": self._topics,
+            }
+            value = by_source[kind].get(_source(rest))
         return orjson.dumps(value, default=sorted) if value else b""
 
     @classmethod
@@ -359,6 +381,8 @@ class EpisodeRules:
                 rules._applied[_source(rest)] = _Applied(**_known(_Applied, orjson.loads(value)))
             elif kind == "d":
                 rules._decisions[_source(rest)] = [_decision(decision) for decision in orjson.loads(value)]
+            elif kind == "t":
+                rules._topics[_source(rest)] = orjson.loads(value)
         for entry in sorted(opened, key=lambda entry: entry.turn):
             rules._turn = entry.turn - 1
             rules._keep(entry, moved=True)

@@ -9,7 +9,7 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -122,6 +122,11 @@ class Position:
         for source, end in ends.items():
             tick(self.clocks, source, end.time)
 
+    def forget(self, sources: Iterable[SourcePartition]) -> None:
+        """The offsets of these are of other events from here on. Their clocks go on."""
+        for source in sources:
+            self.committed.pop(source, None)
+
     def commit(self, offsets: Mapping[SourcePartition, int]) -> None:
         """These offsets are committed."""
         for source, offset in offsets.items():
@@ -139,6 +144,11 @@ class EpisodeStore(Protocol):
 
     def committed(self, offsets: Mapping[SourcePartition, int]) -> None:
         """These offsets are committed, with the decisions before them."""
+        ...
+
+    def identify(self, topics: Mapping[SourcePartition, int]) -> None:
+        """As `WindowStore.identify`. Open episodes go on. What was decided at offsets of a topic that is gone and never
+        committed is forgotten, and with it the episodes that began there."""
         ...
 
     def open(self) -> int:

@@ -104,6 +104,11 @@ class TimerStore(Protocol):
         """These offsets are committed: what was told before them is not asked for again."""
         ...
 
+    def identify(self, topics: Mapping[SourcePartition, int]) -> None:
+        """As `WindowStore.identify`. Entities that were last active in a topic that is gone are waited for by the clock
+        of the one that has its name now."""
+        ...
+
     def check_epoch(self, offsets: Mapping[SourcePartition, int]) -> None:
         """Compare with what Kafka holds as committed, at start and on assignment. Raises `StateLostError`."""
         ...

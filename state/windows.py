@@ -120,6 +120,16 @@ class WindowStore(Protocol):
         """These offsets are committed: what only a redelivery before them would need may be forgotten."""
         ...
 
+    def identify(self, topics: Mapping[SourcePartition, int]) -> None:
+        """Say which topic each source is of: a number of 48 bits that is the topic's own, also where another had its
+        name before. The events of that other one stay in the windows, and no event is taken for one of them. To be
+        called before `check_epoch`."""
+        ...
+
+    def identified(self) -> Mapping[SourcePartition, int]:
+        """The numbers that `identify` was last told, by any process."""
+        ...
+
     def check_epoch(self, offsets: Mapping[SourcePartition, int]) -> None:
         """Compare with what Kafka holds as committed (sources without a commit left out), at start and on assignment.
         Raises `StateLostError` where the store remembers less."""

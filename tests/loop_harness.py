@@ -129,6 +129,9 @@ class EachRow:
     def take_suppressed(self) -> dict[str, int]:
         return {}
 
+    def identify(self, topics: Mapping[tuple[str, int], int]) -> None:
+        """Nothing is remembered."""
+
     def committed(self, offsets: Mapping[tuple[str, int], int]) -> None:
         """Nothing is remembered."""
 
@@ -352,6 +355,9 @@ class Dying:
 
     def take_suppressed(self) -> Mapping[str, int]:
         return self.inner.take_suppressed()
+
+    def identify(self, topics: Mapping[tuple[str, int], int]) -> None:
+        self.inner.identify(topics)
 
     def committed(self, offsets: Mapping[tuple[str, int], int]) -> None:
         self.inner.committed(offsets)

@@ -63,6 +63,9 @@ class EachRowInWords:
     def take_suppressed(self) -> dict[str, int]:
         return {}
 
+    def identify(self, topics: Mapping[tuple[str, int], int]) -> None:
+        """Nothing is remembered."""
+
     def committed(self, offsets: Mapping[tuple[str, int], int]) -> None:
         """Nothing is remembered."""
 

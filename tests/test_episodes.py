@@ -383,3 +383,21 @@ def test_an_answer_that_got_lost_is_asked_for_again_and_nothing_is_counted_twice
     (update,) = decide(store, anomaly(1))
     assert (update.activity, update.episode.count) == (UPDATE, 2)
     store.close()
+
+
+def test_events_of_a_topic_that_was_created_again_are_decided_anew(make: Make) -> None:
+    store = make()
+    store.identify({A: 7})
+    assert noticed_at(decide(store, anomaly(5))) == [(CREATE, 5)]
+    store.committed({A: 6})
+    assert noticed_at(decide(store, anomaly(6, 1, entity="user:eve", cause=FILE))) == [(CREATE, 6)]  # Never committed.
+    after = make()
+    after.identify({A: 8})
+    decisions = decide(after, anomaly(2, 2), anomaly(3, 2, entity="user:eve", cause=FILE), anomaly(4, 2, "user:joe"))
+    assert noticed_at(decisions) == [(UPDATE, 2), (CREATE, 3), (CREATE, 4)]
+    other = make()
+    other.identify({A: 8})
+    assert (
+        decide(other, anomaly(2, 2), anomaly(3, 2, entity="user:eve", cause=FILE), anomaly(4, 2, "user:joe"))
+        == decisions
+    )

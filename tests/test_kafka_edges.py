@@ -9,14 +9,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import orjson
 import pytest
-from confluent_kafka import KafkaError, KafkaException
-from loop_harness import LINE, EachRow, HashDetector, Topics, before_offsets_are_sent, create, running, until
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
+from loop_harness import EVENT, LINE, EachRow, HashDetector, Topics, before_offsets_are_sent, create, running, until
 
 from encoder.ocsf.events import Message
+from streamer.cli.doctor import examine, transactions
 from streamer.devtools.servers import KafkaServer
 from streamer.errors import ConfigurationError, StreamError
 from streamer.kafka import consumer as source_module
+from streamer.kafka import held_back as held_back_module
 from streamer.kafka import producer as publishing
 from streamer.kafka.client import TransactionAbortedError, check_topics, claim_instance, patiently
 from streamer.kafka.consumer import QUEUED_BATCHES, STALL_S, EventConsumer
@@ -82,6 +85,41 @@ def test_a_rewind_gives_again_what_is_not_committed(topics: Topics) -> None:
             until(take)
             with source.guard:
                 source.rewind()
+    finally:
+        source.close()
+
+
+def test_what_is_read_again_after_partitions_went_and_came_back_is_in_no_batch_twice(topics: Topics) -> None:
+    """Both within the time in which a batch fills."""
+    topics.produce_events(600)
+    source = EventConsumer(topics.settings(linger_ms=15_000, batch_size=100_000), lambda gone, lost: None, len)
+    source.open()
+    other = Consumer(
+        {
+            "bootstrap.servers": topics.bootstrap,
+            "group.id": topics.name,
+            "partition.assignment.strategy": "cooperative-sticky",
+            "enable.auto.commit": False,
+        }
+    )
+    try:
+        until(lambda: len(source.owned()) == 2)
+        time.sleep(1)  # What there is has been read into the batch, of which nothing can be seen.
+        other.subscribe([topics.events])
+        until(lambda: len(source.owned()) == 1 or bool(other.poll(0.1)))
+        until(lambda: bool(other.assignment()) or bool(other.poll(0.1)))
+        other.close()
+        until(lambda: len(source.owned()) == 2)
+        topics.produce_events(20)
+        until(lambda: bool(source._queue), 40)
+        with source.guard:
+            source.wait(5)
+            batch = source.take()
+        assert batch is not None
+        seen = [(m.partition, m.offset) for m in batch.messages]
+        assert sorted(seen) == [(p, offset) for p in (0, 1) for offset in range(310)]
+        for partition in (0, 1):
+            assert [offset for p, offset in seen if p == partition] == list(range(310))
     finally:
         source.close()
 
@@ -248,6 +286,47 @@ def test_processes_on_one_host_have_different_names_that_a_restart_keeps(topics:
         assert again.stdout.readline().strip() == name
         again.kill()
     assert claim_instance(topics.settings()) == "one"
+
+
+def test_a_broker_that_calls_itself_what_nobody_here_knows_is_named_at_start(unique: Callable[[str], str]) -> None:
+    with KafkaServer({"advertised.listeners": "PLAINTEXT://broker.inside.invalid:9092"}) as server:
+        settings = Topics(server.bootstrap, unique("advertised"), 1).settings()
+        said = rf"answers at {server.bootstrap}, but broker 1 calls itself broker\.inside\.invalid:9092, which cannot"
+        with pytest.raises(ConfigurationError, match=f"{said} be resolved here; set advertised.listeners"):
+            check_topics(settings)
+        (kafka,) = [check for check in examine(settings) if check.what == "kafka"]
+        assert kafka.mark == "bad"
+        assert "broker.inside.invalid:9092" in kafka.told
+
+
+def test_a_partition_that_an_open_transaction_holds_back_is_named(
+    topics: Topics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held_back_module, "HELD_BACK_S", 3.0)
+    topics.produce_events(20)
+    service = Service(topics.settings(), HashDetector(), EachRow(), threshold=LINE)
+    producer = Producer({"bootstrap.servers": topics.bootstrap, "transactional.id": topics.name})
+    producer.init_transactions(20)
+    with running(service) as raised:
+        topics.wait_until_read(20)
+        until(lambda: service.not_ready() == "")
+        producer.begin_transaction()
+        producer.produce(topics.events, orjson.dumps(EVENT), partition=1)
+        producer.flush(10)
+        topics.produce_events(20)
+        until(lambda: service.not_ready() != "")
+        said = f"{topics.events}:1 stands at offset 10 for"
+        assert service.not_ready().startswith(said)
+        assert "and 11 messages wait behind it" in service.not_ready()
+        assert service.not_alive() == ""
+        (found,) = transactions(topics.settings())
+        assert (found.mark, found.told.startswith(said)) == ("warn", True)
+        assert f"describe-producers --topic {topics.events} --partition 1" in found.told
+        producer.commit_transaction(20)
+        until(lambda: service.not_ready() == "")
+        topics.wait_until_read(41)
+        assert list(transactions(topics.settings())) == []
+    assert raised == []
 
 
 def test_what_is_missing_or_wrong_is_named_before_anything_starts(topics: Topics) -> None:

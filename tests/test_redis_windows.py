@@ -449,3 +449,40 @@ def test_the_server_counts_as_this_process_does(server: ValkeyServer, connect: O
         batch = entries(rows[start:end])
         np.testing.assert_array_equal(store.append(batch).levels, straight.append(batch).levels)
         start = end
+
+
+def test_another_process_and_a_rebuild_know_which_topic_a_source_is_of(server: ValkeyServer, connect: Open) -> None:
+    first = connect(server.url)
+    first.identify({SOURCES[0]: 7})
+    first.check_epoch({})
+    first.append(entries([("user:a", 10 * i, 0, i) for i in range(3)]))  # Never committed, and gone with its topic.
+    second = connect(server.url)
+    assert second.identified() == {SOURCES[0]: 7}
+    second.identify({SOURCES[0]: 8})
+    second.check_epoch({})
+    found = second.append(entries([("user:a", 100 + i, 0, i) for i in range(50)]))
+    third = connect(server.url)
+    assert third.identified() == {SOURCES[0]: 8}
+    third.identify({SOURCES[0]: 8})
+    third.check_epoch({SOURCES[0]: 50})
+    again = third.append(entries([("user:a", 100 + i, 0, i) for i in range(45, 50)]))
+    np.testing.assert_array_equal(again.times, found.times[45:])
+    third.committed({SOURCES[0]: 50})
+    third.append(entries([("user:a", 200 + i, 0, 50 + i) for i in range(2)]))
+    third.append(entries([("user:a", 210 + i, 0, 52 + i) for i in range(2)]))
+    value = redis.from_url(server.url).get(third._key("user:a"))
+    assert isinstance(value, bytes)
+    kept, live = int.from_bytes(value[17:21], "little"), int.from_bytes(value[21:23], "little")
+    assert kept - live <= 2 * WIDTH, "what was in flight in the topic that is gone holds nothing back"
+
+    redis.from_url(server.url).flushall()
+    with pytest.raises(StateLostError) as lost:
+        third.append(entries([("user:a", 220, 0, 54)]))
+    third.begin_rebuild(lost.value)
+    third.append(entries([("user:a", 100 + i, 0, i) for i in range(54)]))
+    third.prepare({SOURCES[0]: 54})
+    third.finish_rebuild([SOURCES[0]])
+    last = connect(server.url)
+    last.identify({SOURCES[0]: 8})
+    last.check_epoch({SOURCES[0]: 54})
+    assert last.append(entries([("user:a", 300, 0, 54)])).complete.all()

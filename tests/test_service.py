@@ -229,6 +229,37 @@ def test_workers_that_join_and_leave_lose_and_double_nothing(
     assert (len(labels), set(labels.values())) == (n, {1})
 
 
+def test_a_batch_that_fails_while_its_outputs_are_made_leaves_none_of_them(topics: Topics) -> None:
+    class Unwritable:
+        """An alert that cannot be written."""
+
+        row, activity = 0, 1
+
+        @property
+        def uid(self) -> str:
+            raise RuntimeError("no alert")
+
+    class FailingLater(EachRow):
+        def __init__(self) -> None:
+            self.batches = 0
+
+        def alerts(self, scored: ScoredBatch, rows: Any) -> list[Any]:
+            self.batches += 1
+            return [*super().alerts(scored, rows), *([Unwritable()] if self.batches == 3 else [])]
+
+    topics.produce_events(400)
+    settings = topics.settings(transaction_latency_ms=30_000, batches_per_transaction=1000)
+    service = Service(settings, HashDetector(), FailingLater(), threshold=1.0)
+    with running(service) as raised:
+        until(lambda: bool(raised))
+    assert str(raised[0]) == "no alert"
+    # What was done before is committed as the partitions are given up, with its alerts and no others.
+    done = {(topic, p): offset for (topic, p), offset in ((("", p), max(o, 0)) for p, o in topics.committed().items())}
+    expected = sorted(f"{topics.events}:{p}:{offset}:0" for (_, p), end in done.items() for offset in range(end))
+    assert topics.alerts() == expected
+    assert len(topics.read("scores")) == len(expected)
+
+
 def test_sigterm_commits_what_is_scored_and_leaves_within_seconds(topics: Topics) -> None:
     topics.produce_events(400)
     detector = HashDetector(lambda _: time.sleep(0.2))
@@ -290,6 +321,12 @@ class Log:
 
     def committed(self, offsets: Any) -> None:
         self.calls.append(("committed", dict(offsets)))
+
+    def identify(self, topics: Any) -> None:
+        """Nothing is remembered."""
+
+    def identified(self) -> dict[Any, int]:
+        return {}
 
     def check_epoch(self, offsets: Any) -> None:
         self.calls.append(("check_epoch", dict(offsets)))

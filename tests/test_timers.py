@@ -274,3 +274,23 @@ def test_a_process_takes_over_what_another_waited_for(connect: Connect, unique: 
     assert advance(first, [("", 61), ("", 71)], 2)[:1] == found, "not committed: whoever has it next tells it"
     (silence,) = advance(second, [("", 71)], 3)
     assert (silence.last.entity, silence.last.event, silence.last.p_value) == ("run:2", b"1", 1 / 3)
+
+
+def test_those_last_heard_in_a_topic_that_was_created_again_are_waited_for_by_the_new_one(make: Make) -> None:
+    store = make()
+    store.identify({A: 7})
+    advance(store, [("run:1", 0), ("run:2", 10)])
+    store.prepare({A: 2})
+    store.committed({A: 2})
+    after = make()
+    after.identify({A: 8})
+    after.check_epoch({})
+    rows = [("run:2", 40), ("", 70), ("", 101)]
+    found = advance(after, rows)
+    assert told(found) == [("run:1", 0, 1), ("run:2", 0, 2)]
+    assert told(advance(after, rows)) == told(found), "until it is committed it is given again"
+    after.identify({A: 8})
+    assert told(advance(after, rows)) == told(found)
+    after.committed({A: 3})
+    after.prepare({A: 3})
+    assert advance(after, [("", 300)], 3) == []

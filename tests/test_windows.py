@@ -413,3 +413,26 @@ def test_memory_is_bounded_and_says_what_it_forgot() -> None:
     assert store.append(entries([("user:0", 2 * AGE, 0, 300)])).complete.all()  # all forgotten is older than the age
     assert store.append(entries([("user:1", 9 * AGE, 0, 301)])).length.tolist() == [1]
     assert len(store) == 1
+
+
+def test_events_of_a_topic_that_was_created_again_are_new_and_follow_those_of_the_one_before(make: Make) -> None:
+    store = make()
+    store.identify({SOURCES[0]: 7})
+    rows = [("user:a", 10 * i, 0, i) for i in range(3)]
+    store.append(entries(rows))
+    store.prepare({SOURCES[0]: 3})
+    store.committed({SOURCES[0]: 3})
+    store.identify({SOURCES[0]: 7})
+    store.append(entries(rows))
+    assert store.latest(["user:a"]).length.tolist() == [3], "of the same topic they are delivered again"
+    store.identify({SOURCES[0]: 8})
+    assert store.identified() == {SOURCES[0]: 8}
+    store.check_epoch({})
+    later = [("user:a", 100 + 10 * i, 0, i) for i in range(2)]
+    windows = store.append(entries(later))
+    assert windows.length.tolist() == [4, 4]
+    assert windows.times[1].tolist() == [10, 20, 100, 110]
+    assert store.append(entries(later)).times.tolist() == windows.times.tolist()
+    assert store.latest(["user:a"]).times.tolist() == [[10, 20, 100, 110]]
+    store.prepare({SOURCES[0]: 2})
+    store.check_epoch({SOURCES[0]: 2})

@@ -24,5 +24,9 @@ class MemoryEpisodes:
     def committed(self, offsets: Mapping[SourcePartition, int]) -> None:
         self._position.commit(offsets)
 
+    def identify(self, topics: Mapping[SourcePartition, int]) -> None:
+        self._position.forget(self._book.identify(topics, self._position))
+        self._book.changed.clear()
+
     def open(self) -> int:
         return len(self._book)

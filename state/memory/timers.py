@@ -37,6 +37,7 @@ class MemoryTimers:
         self._max_open, self._max_events = max_open, max_events
         self._open: dict[str, _Timer] = {}
         self._sources: dict[SourcePartition, _PartitionClock] = {}
+        self._topics: dict[SourcePartition, int] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -76,6 +77,12 @@ class MemoryTimers:
         for name, offset in offsets.items():
             if (source := self._sources.get(name)) is not None and source.told:
                 source.told = [silence for silence in source.told if silence.offset >= offset]
+
+    def identify(self, topics: Mapping[SourcePartition, int]) -> None:
+        for source, topic in topics.items():
+            if self._topics.get(source, topic) != topic and (held := self._sources.get(source)) is not None:
+                held.applied, held.told = (-1, 0), []
+        self._topics |= topics
 
     def check_epoch(self, offsets: Mapping[SourcePartition, int]) -> None:
         """Timers in memory start with the windows in memory, which say what is missing."""

@@ -53,6 +53,8 @@ class MemoryWindows:
         self.max_entities, self.max_slack = max_entities, max_slack
         self._entities: OrderedDict[str, _Entity] = OrderedDict()
         self._sources: dict[SourcePartition, int] = {}
+        self._source_names: list[SourcePartition] = []
+        self._topics: dict[SourcePartition, int] = {}
         self._source_keys: list[int] = []
         self._committed: list[int] = []
         self._progress: dict[SourcePartition, int] = {}
@@ -170,6 +172,16 @@ class MemoryWindows:
             number = self._source_number(source)
             self._committed[number] = max(offset, self._committed[number])
 
+    def identify(self, topics: Mapping[SourcePartition, int]) -> None:
+        for source, topic in topics.items():
+            if self._topics.get(source, topic) != topic:
+                self._sources.pop(source, None)
+                self._progress.pop(source, None)
+        self._topics |= topics
+
+    def identified(self) -> dict[SourcePartition, int]:
+        return dict(self._topics)
+
     def check_epoch(self, offsets: Mapping[SourcePartition, int]) -> None:
         lost = {source: None for source, offset in offsets.items() if self._progress.get(source, 0) < offset}
         if lost:
@@ -187,8 +199,9 @@ class MemoryWindows:
         self._horizon = max(self._horizon, horizon_ms)
 
     def _source_number(self, source: SourcePartition) -> int:
-        number = self._sources.setdefault(source, len(self._sources))
+        number = self._sources.setdefault(source, len(self._source_keys))
         if number == len(self._source_keys):
+            self._source_names.append(source)
             self._source_keys.append(source_id(source))
             self._committed.append(0)
         return number
@@ -298,7 +311,7 @@ class MemoryWindows:
             length=length,
             own=own,
             complete=known,
-            sources=tuple(self._sources),
+            sources=tuple(self._source_names),
             source=self._source[picked],
             offset=self._offset[picked],
             index=self._index[picked],

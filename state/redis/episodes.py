@@ -8,9 +8,9 @@ is no book of this format, the process begins with a copy of that of the format 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 from state.episode_rules import EpisodeRules
 from state.episodes import Anomaly, Decision, End, Position
@@ -24,6 +24,8 @@ TTL_MS = 30 * DAY_MS
 """After that long without an anomaly nobody needs the book."""
 TRIES = 100
 """How often others may be faster before that is an error; with ten processes in a storm."""
+
+T = TypeVar("T")
 
 
 _UNKNOWN = "unknown"
@@ -54,27 +56,38 @@ class RedisEpisodes:
         self._server = RedisServer(url, _FUNCTIONS, timeout_s=timeout_s, retries=retries, depth=1, **connection)
         self._book, self._version = EpisodeRules(), _UNKNOWN
         self._position = Position()
+        self._topics: dict[SourcePartition, int] = {}
 
     def close(self) -> None:
         """Close the connections; what is stored stays."""
         self._server.close()
 
     def decide(self, anomalies: Sequence[Anomaly], ends: Mapping[SourcePartition, End]) -> list[Decision]:
-        decisions = self._server.retried(lambda: self._decide(anomalies, ends))
+        decisions = self._server.retried(
+            lambda: self._change(lambda: self._book.decide(anomalies, ends, self._position))
+        )
         self._position.advance(ends)
         return decisions
 
     def committed(self, offsets: Mapping[SourcePartition, int]) -> None:
         self._position.commit(offsets)
 
+    def identify(self, topics: Mapping[SourcePartition, int]) -> None:
+        known = self._topics
+        self._server.retried(lambda: self._change(lambda: self._book.identify(topics, self._position)))
+        # Also where another process has told the book before.
+        self._position.forget(source for source, topic in topics.items() if known.get(source, topic) != topic)
+        self._topics = known | dict(topics)
+
     def open(self) -> int:
         return len(self._book)
 
-    def _decide(self, anomalies: Sequence[Anomaly], ends: Mapping[SourcePartition, End]) -> list[Decision]:
+    def _change(self, change: Callable[[], T]) -> T:
+        """Change the book, again on what others made of it until it is stored."""
         for _ in range(TRIES):
-            decisions = self._book.decide(anomalies, ends, self._position)
+            result = change()
             if self._stored():
-                return decisions
+                return result
         raise StoreUnavailableError(f"{self._server.place}: others changed the episodes {TRIES} times meanwhile")
 
     def _stored(self) -> bool:

@@ -3,7 +3,8 @@
 --
 --   open    hash: entity -> when it is due and its last event (TIMER, then the event)
 --   due     of each source, sorted set: entity by a time no later than it is due, which is looked up when it is reached
---   sources hash: id of a source (6 bytes) -> SOURCE; 'told' .. id -> what was told of it and is not committed
+--   sources hash: id of a source (6 bytes) -> SOURCE; 'told' .. id -> what was told of it and is not committed;
+--           'topic' .. id -> number of the topic that it is of
 
 local TIMER, TIMER_SIZE = '<I6I6I6I6I3dI1', 36 -- due, time, source, offset, index, p-value, complete
 local SOURCE = '<I6I6I3I6I6I6' -- progress, highest applied offset + 1 (0: none) and index, clock + 1, committed, touched
@@ -192,5 +193,27 @@ local function mark(keys, args)
   return behind
 end
 
+-- Say which topics sources are of. What was applied of a source of another topic was other events; its clock goes on, so
+-- that those who were last heard there are still waited for. keys: sources. args: ttl; of each source its id, and the
+-- number of its topic.
+local function identify(keys, args)
+  local key, known = keys[1], read_sources(keys[1])
+  for i = 2, #args do
+    local id, topic = string.sub(args[i], 1, 6), string.sub(args[i], 7)
+    local before = redis.call('HGET', key, 'topic' .. id)
+    if before ~= topic then
+      redis.call('HSET', key, 'topic' .. id, topic)
+      local s = known[id]
+      if before and s then
+        s.progress, s.committed, s.offset, s.index = 0, 0, -1, 0
+        write_source(key, id, s)
+        redis.call('HDEL', key, 'told' .. id)
+      end
+    end
+  end
+  redis.call('PEXPIRE', key, args[1])
+end
+
+redis.register_function('PREFIX_identify', identify)
 redis.register_function('PREFIX_advance', advance)
 redis.register_function('PREFIX_mark', mark)

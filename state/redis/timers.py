@@ -64,6 +64,7 @@ class RedisTimers:
         self._server = RedisServer(url, _FUNCTIONS, timeout_s=timeout_s, retries=retries, depth=1, **connection)
         self._progress: dict[SourcePartition, int] = {}
         self._committed: dict[SourcePartition, int] = {}
+        self._topics: dict[SourcePartition, int] = {}
 
     def close(self) -> None:
         """Close the connections; what is stored stays."""
@@ -94,6 +95,15 @@ class RedisTimers:
     def committed(self, offsets: Mapping[SourcePartition, int]) -> None:
         for source, offset in offsets.items():
             self._committed[source] = max(offset, self._committed.get(source, 0))
+
+    def identify(self, topics: Mapping[SourcePartition, int]) -> None:
+        arguments = [TTL_MS, *(_id(source) + _six(topic) for source, topic in topics.items())]
+        self._server.retried(lambda: self._server.call("identify", f"{self._key}:sources", arguments))
+        for source, topic in topics.items():
+            if self._topics.get(source, topic) != topic:
+                self._progress.pop(source, None)
+                self._committed.pop(source, None)
+        self._topics |= topics
 
     def check_epoch(self, offsets: Mapping[SourcePartition, int]) -> None:
         """Also says that these are read from here now, so that the other partitions wait for them."""

@@ -339,7 +339,9 @@ local function push(keys, args)
   return { table.concat(numbers), state }
 end
 
--- The marker is a hash: epoch; horizon; of each source p|NAME progress, c|NAME committed, r|NAME while it is refilled.
+-- The marker is a hash: epoch; horizon; of each source p|NAME progress, c|NAME committed, r|NAME while it is refilled,
+-- t|NAME the number of the topic that it was of first, n|NAME of the topic that it is of now. NAME is the name of a topic;
+-- but of p|, c| and r| with # and a number behind it where that is another topic than the first.
 local function state_of(key)
   local pending = 0
   for _, field in ipairs(redis.call('HKEYS', key)) do
@@ -383,7 +385,10 @@ local function begin(keys, args)
   if args[2] == '1' and (current == 0 or current == lost) then
     local now = redis.call('TIME')
     local ms = now[1] * 1000 + math.floor(now[2] / 1000)
-    redis.call('DEL', key)
+    for _, field in ipairs(redis.call('HKEYS', key)) do
+      local kind = string.sub(field, 1, 2)
+      if kind ~= 't|' and kind ~= 'n|' then redis.call('HDEL', key, field) end
+    end
     redis.call('HSET', key, 'epoch', string.format('%.0f', math.max(ms, lost + 1)))
   end
   for i = 3, #args do
@@ -409,6 +414,25 @@ local function finish(keys, args)
   return state_of(keys[1])
 end
 
+-- Say which topics sources are of. args: of each its name, and the number of its topic. Returns the number of the topic
+-- that each was of first. Nothing of a topic that is gone is delivered again, as if all of it were committed.
+local function identify(keys, args)
+  local key, all = keys[1], {}
+  for i = 1, #args, 2 do
+    local name, topic = args[i], args[i + 1]
+    redis.call('HSETNX', key, 't|' .. name, topic)
+    local first, before = redis.call('HGET', key, 't|' .. name), redis.call('HGET', key, 'n|' .. name)
+    redis.call('HSET', key, 'n|' .. name, topic)
+    if before and before ~= topic then
+      local gone = before == first and name or name .. string.format('#%012x', tonumber(before))
+      redis.call('HSET', key, 'c|' .. gone, '140737488355327')
+    end
+    all[#all + 1] = first
+  end
+  return all
+end
+
+redis.register_function('PREFIX_identify', identify)
 redis.register_function('PREFIX_push', push)
 redis.register_function('PREFIX_mark', mark)
 redis.register_function('PREFIX_begin', begin)

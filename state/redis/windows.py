@@ -80,6 +80,9 @@ class RedisWindows:
         self._committed: dict[SourcePartition, int] = {}
         self._refilling: set[SourcePartition] = set()
         self._names: dict[int, SourcePartition] = {}
+        self._topics: dict[SourcePartition, int] = {}
+        self._renamed: dict[SourcePartition, SourcePartition] = {}
+        """Sources of a topic that was deleted and created again, by the names that their marks have."""
         self._crowded: set[str] = set()
 
     def close(self) -> None:
@@ -106,6 +109,19 @@ class RedisWindows:
         for source, offset in offsets.items():
             self._committed[source] = max(offset, self._committed.get(source, 0))
 
+    def identify(self, topics: Mapping[SourcePartition, int]) -> None:
+        self._server.retried(lambda: self._identify(topics))
+        for source, topic in topics.items():
+            if self._topics.get(source, topic) != topic:
+                self._progress.pop(source, None)
+                self._committed.pop(source, None)
+                self._refilling.discard(source)
+        self._topics |= topics
+
+    def identified(self) -> dict[SourcePartition, int]:
+        marker = self._server.retried(lambda: self._server.hash(self._marker))
+        return {_source(field[2:]): topic for field, topic in marker.items() if field.startswith("n|")}
+
     def check_epoch(self, offsets: Mapping[SourcePartition, int]) -> None:
         self._server.retried(self._server.refuse_eviction)
         for earlier in self._earlier_markers:
@@ -122,8 +138,8 @@ class RedisWindows:
             self._epoch = epoch
             behind: dict[SourcePartition, int | None] = {}
             for source, offset in read_before.items():
-                progress = marker.get(f"p|{_name(source)}")
-                if progress is None or progress < offset or f"r|{_name(source)}" in marker:
+                progress = marker.get(f"p|{self._name(source)}")
+                if progress is None or progress < offset or f"r|{self._name(source)}" in marker:
                     behind[source] = progress
             if behind:
                 raise self._fell_behind(behind)
@@ -132,7 +148,9 @@ class RedisWindows:
 
     def begin_rebuild(self, lost: StateLostError, others: Iterable[SourcePartition] = ()) -> None:
         waited_for = {*lost.resume, *(others if lost.wiped else ())}
-        arguments = [str(self._epoch or 0), "1" if lost.wiped else "0", *map(_name, waited_for)]
+        # If the marker is gone, so are the marks of topics that were before these.
+        self._server.retried(lambda: self._identify(self._topics))
+        arguments = [str(self._epoch or 0), "1" if lost.wiped else "0", *map(self._name, waited_for)]
         self._take(self._server.retried(lambda: self._server.call("begin", self._marker, arguments)))
         if lost.wiped:
             self._progress.clear()
@@ -143,7 +161,7 @@ class RedisWindows:
         done = set(sources)
         self._take(
             self._server.retried(
-                lambda: self._server.call("finish", self._marker, [str(horizon_ms), *map(_name, done)])
+                lambda: self._server.call("finish", self._marker, [str(horizon_ms), *map(self._name, done)])
             )
         )
         self._refilling -= done
@@ -166,7 +184,7 @@ class RedisWindows:
         replies = self._server.execute(commands)
         self._check(replies.pop())  # also where a push found that another consumer has begun anew
         self._remember(progress)
-        self._names.update({source_id(source): source for source in entries.sources})
+        self._names.update({self._id(source): source for source in entries.sources})
 
         table = self._table(replies)
         self._watch_slack(list(names), table)
@@ -190,7 +208,7 @@ class RedisWindows:
     def _push_commands(
         self, entries: WindowEntries, names: list[str], order: NDArray[np.intp], bounds: NDArray[np.intp]
     ) -> list[tuple[Any, ...]]:
-        ids = np.array([source_id(source) for source in entries.sources], np.int64)
+        ids = np.array([self._id(source) for source in entries.sources], np.int64)
         done = np.array([self._committed.get(source, 0) for source in entries.sources], np.int64)
         columns = ((ids[entries.source], 6), (entries.time, 6), (entries.offset, 6), (entries.index, 3))
         packed = [_bytes(column[order], size) for column, size in (*columns, (done[entries.source], 6))]
@@ -237,7 +255,7 @@ class RedisWindows:
             if number[i]:
                 rows = start + np.flatnonzero(table.number[start:end] <= number[i])
             else:
-                source = source_id(entries.sources[entries.source[i]])
+                source = self._id(entries.sources[entries.source[i]])
                 key = (int(entries.time[i]), source, int(entries.offset[i]), int(entries.index[i]))
                 rows = np.array([row for row in range(start, end) if table.key(row) <= key], np.intp)
             if len(rows):
@@ -293,13 +311,33 @@ class RedisWindows:
 
     # The marker.
 
+    def _identify(self, topics: Mapping[SourcePartition, int]) -> None:
+        """Sources whose topic is not the first of its name get other marks: their offsets are those of other events."""
+        if not topics:
+            return
+        arguments = [str(word) for source, topic in topics.items() for word in (_name(source), topic)]
+        first = self._server.call("identify", self._marker, arguments)
+        for (source, topic), number in zip(topics.items(), first, strict=True):
+            (name, partition), before = source, int(number)
+            self._renamed.pop(source, None)
+            if topic != before:
+                self._renamed[source] = f"{name}#{topic:012x}", partition
+                self._names[source_id(source)] = f"{name}#{before:012x}", partition
+            self._names[self._id(source)] = source
+
+    def _id(self, source: SourcePartition) -> int:
+        return source_id(self._renamed.get(source, source))
+
+    def _name(self, source: SourcePartition) -> str:
+        return _name(self._renamed.get(source, source))
+
     def _marks(self, progress: Mapping[SourcePartition, int]) -> list[Any]:
         if self._epoch is None:
             raise StateError("check_epoch must be called before windows are used: the store may have lost some")
         arguments: list[Any] = [self._epoch]
         for source, offset in progress.items():
             least = self._progress.get(source, 0)
-            arguments += [_name(source), least, max(offset, least), self._committed.get(source, 0)]
+            arguments += [self._name(source), least, max(offset, least), self._committed.get(source, 0)]
         return arguments
 
     def _check(self, state: list[int]) -> None:
@@ -331,7 +369,7 @@ class RedisWindows:
             behind = {}
             marker = self._server.hash(self._marker)
             for source, offset in self._progress.items():
-                progress = marker.get(f"p|{_name(source)}")
+                progress = marker.get(f"p|{self._name(source)}")
                 if offset > (progress or 0):
                     behind[source] = progress
         return StateLostError(

@@ -156,6 +156,10 @@ class AlertPipeline:
         decisions = self.episodes.decide([], {source: End(offset, offset, _NEVER)})
         return [self._close(decision.episode, threshold) for decision in decisions]
 
+    def identify(self, topics: Mapping[SourcePartition, int]) -> None:
+        """As `EpisodeStore.identify`."""
+        self.episodes.identify(topics)
+
     def committed(self, offsets: Mapping[SourcePartition, int]) -> None:
         """These offsets are committed, with the alerts that came before them."""
         self.episodes.committed(offsets)

@@ -39,6 +39,7 @@ def examine(settings: Settings) -> Iterator[Check]:
     yield kafka
     if kafka.mark == "ok":
         yield _looked("ledger", _ledger, settings)
+        yield from transactions(settings)
     yield from service(settings)
 
 
@@ -61,6 +62,18 @@ def _kafka(settings: Settings) -> str:
 
     check_topics(settings)
     return f"{settings.kafka.bootstrap_servers} answers and has every topic"
+
+
+def transactions(settings: Settings) -> Iterator[Check]:
+    """Whether an open transaction keeps events back; nothing where none does. Never raises."""
+    from streamer.kafka.held_back import held_back
+
+    try:
+        found = held_back(settings)
+    except RipcurrentError as error:
+        found = str(error)
+    if found:
+        yield Check("warn", "transactions", found)
 
 
 def _ledger(settings: Settings) -> str:

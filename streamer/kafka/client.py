@@ -23,6 +23,7 @@ from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType  # t
 
 from state.errors import SourcePartition
 from streamer.errors import ConfigurationError, StreamError
+from streamer.kafka.reachability import unreachable
 from streamer.settings import Settings
 
 Offsets = dict[SourcePartition, int]
@@ -67,12 +68,18 @@ class Connections:
         self.connected = True
         self.round_trip_s: dict[str, float] = {}
 
-    def properties(self) -> dict[str, Any]:
-        """librdkafka's."""
-        return {"statistics.interval.ms": STATISTICS_MS, "stats_cb": self._take}
+    def properties(self, take: Callable[[Mapping[str, Any]], None] = lambda _: None) -> dict[str, Any]:
+        """librdkafka's. take: is given each statistics too."""
 
-    def _take(self, statistics: str) -> None:
-        brokers = [broker for broker in orjson.loads(statistics)["brokers"].values() if broker["nodeid"] >= 0]
+        def both(text: str) -> None:
+            statistics = orjson.loads(text)
+            self._take(statistics)
+            take(statistics)
+
+        return {"statistics.interval.ms": STATISTICS_MS, "stats_cb": both}
+
+    def _take(self, statistics: Mapping[str, Any]) -> None:
+        brokers = [broker for broker in statistics["brokers"].values() if broker["nodeid"] >= 0]
         self.connected = any(broker["state"] == "UP" for broker in brokers)
         answered = [broker for broker in brokers if broker["rtt"]["cnt"]]
         self.round_trip_s = {broker["nodename"]: broker["rtt"]["p95"] / 1e6 for broker in answered}
@@ -124,15 +131,29 @@ def must_exist(settings: Settings, wanted: Iterable[str]) -> None:
 
 
 def partition_counts(settings: Settings) -> dict[str, int]:
-    """The topics there are, and how many partitions each has. Raises ConfigurationError where no broker answers."""
+    """The topics there are, and how many partitions each has. Raises ConfigurationError where no broker answers, or one
+    cannot be reached by the name that it gives itself."""
     where = settings.kafka.bootstrap_servers
-    try:
-        topics = build(AdminClient, client_properties(settings)).list_topics(timeout=START_S).topics
-    except KafkaException as error:
-        raise ConfigurationError(
-            f"no Kafka answers at {where} within {START_S:.0f} s ({reason_of(error)}); kafka.bootstrap_servers names it"
-        ) from None
-    return {name: len(topic.partitions) for name, topic in topics.items() if topic.error is None}
+    admin, deadline = build(AdminClient, client_properties(settings)), time.monotonic() + START_S
+    while True:
+        try:
+            metadata = admin.list_topics(timeout=START_S)
+        except KafkaException as error:
+            raise ConfigurationError(
+                f"no Kafka answers at {where} within {START_S:.0f} s ({reason_of(error)}); kafka.bootstrap_servers "
+                "names it"
+            ) from None
+        problems = unreachable(metadata.brokers.values())
+        if not problems:
+            break
+        # A broker that has just gone is named for a few seconds more.
+        if time.monotonic() > deadline:
+            raise ConfigurationError(
+                f"Kafka answers at {where}, but {problems[0]}; set advertised.listeners of the broker to an address "
+                "that can be reached from here"
+            )
+        time.sleep(0.5)
+    return {name: len(topic.partitions) for name, topic in metadata.topics.items() if topic.error is None}
 
 
 def topic_settings(settings: Settings, topics: Iterable[str], name: str) -> dict[str, str]:
@@ -204,8 +225,8 @@ def patiently(reading: str, call: Callable[[], T], patience_s: Callable[[], floa
         time.sleep(0.2)
 
 
-def committed_offsets(consumer: Any, partitions: list[TopicPartition]) -> Offsets:
-    """Committed offsets of those that have one."""
+def committed_partitions(consumer: Any, partitions: list[TopicPartition]) -> list[TopicPartition]:
+    """What is committed of each, with its metadata; an offset below 0 where nothing is. Raises StreamError."""
 
     def read() -> list[TopicPartition]:
         found: list[TopicPartition] = consumer.committed(partitions, timeout=10)
@@ -214,7 +235,13 @@ def committed_offsets(consumer: Any, partitions: list[TopicPartition]) -> Offset
                 raise KafkaException(partition.error)
         return found
 
-    return {(p.topic, p.partition): p.offset for p in patiently("committed offsets", read) if p.offset >= 0}
+    return patiently("committed offsets", read)
+
+
+def committed_offsets(consumer: Any, partitions: list[TopicPartition]) -> Offsets:
+    """Committed offsets of those that have one. Raises StreamError."""
+    found = committed_partitions(consumer, partitions)
+    return {(p.topic, p.partition): p.offset for p in found if p.offset >= 0}
 
 
 def watermarks(consumer: Any, source: SourcePartition) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import structlog
 from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from encoder.ocsf.events import Message
 from state.errors import SourcePartition
@@ -30,13 +31,17 @@ from streamer.kafka.client import (
     Offsets,
     TransactionAbortedError,
     build,
-    committed_offsets,
+    client_properties,
+    committed_partitions,
     consumer_properties,
     label,
+    patiently,
     reason_of,
     topic_partitions,
     watermarks,
 )
+from streamer.kafka.held_back import StandstillWatch
+from streamer.kafka.topic_identity import CommitNote, Topic, describe, is_added, is_recreated, notes_of_group
 from streamer.settings import Settings
 
 CHUNK = 128
@@ -94,21 +99,29 @@ class EventConsumer:
         self._ahead = ThreadPoolExecutor(1, "prepare")
         self._changed = threading.Condition()
         self._queue: deque[Batch] = deque()
+        self._gathered: list[Any] = []  # messages of the batch that is filling, for the consumer's thread alone
         self._owned: Offsets = {}  # next offset that is not committed, of the partitions that are ours
         self._unrecorded: Offsets = {}  # starting offsets that the group has no commit for yet
         self._resumed: Offsets | None = None  # the same, of those assigned since they were asked for
         self._positions: Offsets = {}
+        self._notes: dict[SourcePartition, CommitNote] = {}  # what is committed with the offsets
+        self._topics: dict[SourcePartition, int] = {}  # numbers of the topics as they were last read
         self._rewinding = False
         self._doomed = False
         self._metadata: Any = None
         self._requests: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._closing = threading.Event()
         self._error: BaseException | None = None
-        self._consumer = build(Consumer, self.connections.properties() | consumer_properties(settings))
+        self._standstills = StandstillWatch()
+        own = self.connections.properties(lambda statistics: self._standstills.take(statistics["topics"]))
+        self._consumer = build(Consumer, own | consumer_properties(settings))
+        self._admin = build(AdminClient, client_properties(settings))
         self._thread = threading.Thread(target=self._run, name="kafka-consumer", daemon=True)
 
-    def open(self) -> None:
-        """Join the group and begin to read."""
+    def open(self, topics: Mapping[SourcePartition, int] | None = None) -> None:
+        """Join the group and begin to read. topics: numbers of the topics of partitions as they were last read, where
+        that is known: Kafka deletes the commits of a topic that is deleted."""
+        self._topics = dict(topics or {})
         callbacks = {"on_assign": self._assign, "on_revoke": self._revoke, "on_lost": self._lose}
         told = {name: self._telling(callback) for name, callback in callbacks.items()}
         self._consumer.subscribe(list(self._settings.events), **told)
@@ -155,6 +168,15 @@ class EventConsumer:
         with self._changed:
             return dict(self._unrecorded)
 
+    def topics(self) -> dict[SourcePartition, int]:
+        """The partitions that are ours, each with the number of its topic; those of which none is known left out."""
+        with self._changed:
+            return {source: self._topics[source] for source in self._owned if self._topics.get(source)}
+
+    def held_back(self) -> str:
+        """What an open transaction of another program keeps from us, or an empty string."""
+        return self._standstills.reason(self.owned(), self._settings.kafka.bootstrap_servers)
+
     def owns(self, partitions: Iterable[SourcePartition]) -> bool:
         """Whether all of these are still ours, and were without a break since their messages were read."""
         with self._changed:
@@ -167,6 +189,18 @@ class EventConsumer:
                 self._unrecorded.pop(partition, None)
                 if partition in self._owned:
                     self._owned[partition] = offset
+
+    def check_topics(self, sources: Iterable[SourcePartition]) -> None:
+        """Ask Kafka, before these are committed, whether their topics are still those that were read.
+
+        A topic that was deleted and created again under its reader goes on at the old offset, and no client says so.
+
+        Raises:
+            StreamError: one is another, and `on_missing_offsets` is stop.
+            TransactionAbortedError: one is another and is read from its beginning, or there is none now.
+        """
+        if other := self._begin_recreated({topic for topic, _ in sources}):
+            raise TransactionAbortedError(f"{label(other)}: the topic was deleted and created again")
 
     def rewind(self) -> None:
         """Go back to what is committed; what was read beyond it is thrown away."""
@@ -183,11 +217,19 @@ class EventConsumer:
             return self._consumer.consumer_group_metadata()
         return self._metadata
 
+    def commits(self, offsets: Mapping[SourcePartition, int]) -> list[TopicPartition]:
+        """Offsets with what is noted beside them, as the client commits them."""
+        with self._changed:
+            return [
+                TopicPartition(*source, offset, metadata=str(self._notes.get(source, CommitNote())))
+                for source, offset in offsets.items()
+            ]
+
     def commit(self, offsets: Mapping[SourcePartition, int]) -> None:
         """Commit through the consumer (`at_least_once`)."""
 
         def commit() -> None:
-            self._consumer.commit(offsets=topic_partitions(offsets), asynchronous=False)
+            self._consumer.commit(offsets=self.commits(offsets), asynchronous=False)
 
         try:
             if threading.current_thread() is self._thread:
@@ -266,23 +308,24 @@ class EventConsumer:
 
     def _gather(self, seconds: float) -> None:
         """Read until a batch is full or the time is over, and queue it."""
-        raw: list[Any] = []
+        self._gathered = []
         size = 0
         deadline = time.monotonic() + seconds
-        while len(raw) < self._settings.batch_size and size < BATCH_BYTES and not self._closing.is_set():
+        while len(self._gathered) < self._settings.batch_size and size < BATCH_BYTES and not self._closing.is_set():
             left = deadline - time.monotonic()
             if left <= 0:
                 break
-            for message in self._consumer.consume(min(CHUNK, self._settings.batch_size - len(raw)), left):
+            for message in self._consumer.consume(min(CHUNK, self._settings.batch_size - len(self._gathered)), left):
                 error = message.error()
                 if error is not None:
                     self._on_error(error, message)
                     continue
-                raw.append(message)
+                self._gathered.append(message)
                 size += len(message)
         with self._changed:
             if not self._rewinding:
-                self._enqueue(raw)
+                self._enqueue(self._gathered)
+        self._gathered = []
 
     def _enqueue(self, raw: Iterable[Any]) -> None:
         """Queue what is ours of these messages, and have it prepared; call it with `_changed` held. A rebalance inside
@@ -314,23 +357,131 @@ class EventConsumer:
             self._rewinding = False
 
     def _assign(self, consumer: Any, partitions: list[TopicPartition]) -> None:
-        committed = committed_offsets(consumer, partitions)
-        starts: Offsets = {}
-        for key in [(p.topic, p.partition) for p in partitions]:
-            if key not in committed:
-                low, high = watermarks(consumer, key)
-                starts[key] = low if self._settings.start == "earliest" else high
-                _log.info("first start", topic=key[0], partition=key[1], start=self._settings.start, offset=starts[key])
+        sources = [(p.topic, p.partition) for p in partitions]
+        names = {topic for topic, _ in sources}
+        topics = patiently(f"topic {', '.join(sorted(names))}", lambda: describe(self._admin, names))
+        committed, notes = self._read_commits(consumer, partitions, topics)
+        starts = self._starts(consumer, [source for source in sources if source not in committed], topics, notes)
+        with self._changed:
+            self._take_notes(notes, topics)
+        unrecorded = self._record_starts(starts)
         consumer.incremental_assign(topic_partitions(committed | starts))
         # The client remembers a pause beyond the loss of a partition.
         consumer.resume(topic_partitions(committed | starts))
         with self._changed:
             self._owned |= committed | starts
             self._positions |= committed | starts
-            self._unrecorded |= starts
+            self._unrecorded |= unrecorded
             self._resumed = (self._resumed or {}) | committed
         self.assigned.set()
         _log.info("partitions assigned", partitions=label(committed | starts), owned=len(self._owned))
+
+    def _read_commits(
+        self, consumer: Any, partitions: list[TopicPartition], topics: Mapping[str, Topic]
+    ) -> tuple[Offsets, dict[SourcePartition, CommitNote]]:
+        """Committed offsets of those that have one of the topic as it is now, and what is noted beside them; notes also
+        of those whose topic is another than it was. Raises StreamError for these where `on_missing_offsets` is stop."""
+        committed: Offsets = {}
+        notes: dict[SourcePartition, CommitNote] = {}
+        other: list[SourcePartition] = []
+        for found in committed_partitions(consumer, partitions):
+            source = found.topic, found.partition
+            topic = topics[found.topic]
+            note = CommitNote.parse(found.metadata) if found.offset >= 0 else None
+            if is_recreated(found.topic, topic, note, self._topics):
+                other.append(source)
+                notes[source] = CommitNote(topic.id)
+            elif note is not None:
+                committed[source] = found.offset
+                notes[source] = CommitNote(topic.id, note.partitions)
+        self._report_recreated(other, topics)
+        return committed, notes
+
+    def _starts(
+        self,
+        consumer: Any,
+        sources: list[SourcePartition],
+        topics: Mapping[str, Topic],
+        notes: dict[SourcePartition, CommitNote],
+    ) -> Offsets:
+        """Where partitions without a commit begin; adds what is to be noted beside it. `start` is for a topic that the
+        group reads for the first time. What was added to it later, or is another topic now, is read from its
+        beginning."""
+        starts: Offsets = {}
+        asked = {source[0] for source in sources if source not in notes}
+        of_group = notes_of_group(self._admin, self._settings.kafka.group_id, asked) if asked else {}
+        for source in sources:
+            low, high = watermarks(consumer, source)
+            name, partition = source
+            if source in notes:
+                starts[source] = low
+                continue
+            added = is_added(partition, of_group[name])
+            starts[source] = low if added or self._settings.start == "earliest" else high
+            first = min((note.partitions for note in of_group[name]), default=topics[name].partitions)
+            notes[source] = CommitNote(topics[name].id, first)
+            if added:
+                _log.info("partition added, read from its beginning", partition=label([source]), offset=low)
+            else:
+                start = self._settings.start
+                _log.info("first start", topic=name, partition=partition, start=start, offset=starts[source])
+        return starts
+
+    def _record_starts(self, starts: Offsets) -> Offsets:
+        """Commit where partitions begin before anything of them is read: with `latest` a process that was killed before
+        its first commit would else leave out what came since. Gives those that could not be committed now."""
+        if not starts:
+            return {}
+        try:
+            self._consumer.commit(offsets=self.commits(starts), asynchronous=False)
+        except KafkaException as error:
+            _log.warning("first offsets are committed later", partitions=label(starts), reason=reason_of(error))
+            return starts
+        return {}
+
+    def _begin_recreated(self, names: set[str]) -> list[SourcePartition]:
+        """Go back to the beginning of those of our partitions whose topic is another now, and give them. Raises as
+        `check_topics`."""
+        try:
+            self._admin.poll(0)
+            topics = describe(self._admin, names)
+        except (KafkaException, TimeoutError) as error:
+            if isinstance(error, KafkaException) and error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                raise TransactionAbortedError(f"topic {', '.join(sorted(names))}: {reason_of(error)}") from error
+            return []  # Without an answer nothing is committed either.
+        with self._changed:
+            other = [
+                source
+                for source in self._owned
+                if source[0] in topics and is_recreated(source[0], topics[source[0]], self._notes[source], {})
+            ]
+        self._report_recreated(other, topics)
+        if other:
+            with self._changed:
+                starts = dict.fromkeys(other, 0)  # If retention has deleted it already, that is seen as it is read.
+                self._owned |= starts
+                self._unrecorded |= starts
+                self._resumed = self._resumed or {}
+                self._take_notes({source: CommitNote(topics[source[0]].id) for source in other}, topics)
+            self.rewind()
+        return other
+
+    def _take_notes(self, notes: Mapping[SourcePartition, CommitNote], topics: Mapping[str, Topic]) -> None:
+        """Call it with `_changed` held."""
+        self._notes |= notes
+        self._topics |= {source: topics[source[0]].number for source in notes}
+
+    def _report_recreated(self, sources: Sequence[SourcePartition], topics: Mapping[str, Topic]) -> None:
+        """Raise StreamError where `on_missing_offsets` is stop."""
+        for name in sorted({source[0] for source in sources}):
+            what = f"topic {name!r} was deleted and created again (its id is {topics[name].id} now)"
+            if self._settings.on_missing_offsets == "stop":
+                raise StreamError(
+                    f"{what}, and what is committed is of the topic before. To read the new one from its beginning: "
+                    "--on-missing-offsets continue"
+                )
+            partitions = label(source for source in sources if source[0] == name)
+            _log.error("offsets no longer exist, going on at the beginning", gap=what, partitions=partitions)
 
     def _revoke(self, _: Any, partitions: list[TopicPartition]) -> None:
         self._give_up({(p.topic, p.partition) for p in partitions}, lost=False)
@@ -350,6 +501,8 @@ class EventConsumer:
         try:
             if held:
                 self._release(gone, lost)
+            # They may come back while this batch is filling, and then what was read of them is read again.
+            self._gathered = [m for m in self._gathered if (m.topic(), m.partition()) not in gone]
             with self._changed:
                 self._doomed = self._doomed or not held
                 for partition in gone:
@@ -380,6 +533,10 @@ class EventConsumer:
             _log.warning("consumer", reason=error.str(), retriable=error.retriable() or code in TRANSIENT)
 
     def _missing(self, topic: str, partition: int) -> None:
+        if self._begin_recreated({topic}):
+            with self._changed:
+                self._doomed = True  # What is scored of the topic before must not be committed to this one.
+            return
         wanted = self._positions.get((topic, partition), -1)
         low, high = watermarks(self._consumer, (topic, partition))
         gap = f"{topic}:{partition} has offsets {low} to {high - 1}, and {wanted} is needed"

@@ -16,7 +16,14 @@ from confluent_kafka.admin import AdminClient
 
 from state.errors import SourcePartition
 from streamer.errors import StreamError
-from streamer.kafka.client import Offsets, TransactionAbortedError, build, client_properties, committed_offsets
+from streamer.kafka.client import (
+    Offsets,
+    TransactionAbortedError,
+    build,
+    client_properties,
+    committed_offsets,
+    topic_partitions,
+)
 from streamer.kafka.producer import Output, TransactionalPublisher
 from streamer.settings import Settings
 
@@ -86,6 +93,9 @@ class OffsetStore:
 
     def owns(self, partitions: Iterable[SourcePartition]) -> bool:
         return True
+
+    def commits(self, offsets: Mapping[SourcePartition, int]) -> list[TopicPartition]:
+        return topic_partitions(offsets)
 
     def commit(self, offsets: Mapping[SourcePartition, int]) -> None:
         raise NotImplementedError("positions go out in the transaction")

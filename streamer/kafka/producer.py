@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol
 
 import structlog
-from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
 
 from state.errors import SourcePartition
 from streamer.errors import StreamError
@@ -27,7 +27,6 @@ from streamer.kafka.client import (
     build,
     client_properties,
     reason_of,
-    topic_partitions,
     topic_settings,
 )
 from streamer.settings import Settings
@@ -81,6 +80,10 @@ class Inputs(Protocol):
 
     def owns(self, partitions: Iterable[SourcePartition]) -> bool:
         """Whether these may still be committed."""
+        ...
+
+    def commits(self, offsets: Mapping[SourcePartition, int]) -> list[TopicPartition]:
+        """Offsets as the client commits them, with what is noted beside them."""
         ...
 
     def commit(self, offsets: Mapping[SourcePartition, int]) -> None:
@@ -220,7 +223,7 @@ class TransactionalPublisher(_Writer):
 
         def send() -> None:
             try:
-                producer.send_offsets_to_transaction(topic_partitions(offsets), metadata, 10.0)
+                producer.send_offsets_to_transaction(self._source.commits(offsets), metadata, 10.0)
                 done.set_result(None)
             except BaseException as error:
                 done.set_exception(error)

@@ -21,9 +21,8 @@ from state.errors import StateError, StateLostError
 from streamer.bundles.manifest import BundleError, resolve
 from streamer.detection.isolation import EventIsolation
 from streamer.errors import RipcurrentError
-from streamer.kafka.client import Offsets
 from streamer.service.metrics import Metrics
-from streamer.service.ports import Bundles, Opened
+from streamer.service.ports import Bundles, Opened, OwnedPartitions
 from streamer.service.window_rebuild import Rebuild
 from streamer.settings import Settings
 
@@ -43,18 +42,18 @@ class BundlePreparation:
 
     Args:
         opening: as in `Bundles`.
-        owned: the partitions of this process with their committed offsets, from any thread.
+        partitions: those of this process.
     """
 
     def __init__(
-        self, settings: Settings, path: Path, opening: Callable[[Path], Opened], owned: Callable[[], Offsets]
+        self, settings: Settings, path: Path, opening: Callable[[Path], Opened], partitions: OwnedPartitions
     ) -> None:
         self.path = path
         self.opened: Opened | None = None
         self.error: Exception | None = None
         self._settings = settings
         self._opening = opening
-        self._owned = owned
+        self._partitions = partitions
         self._isolation = EventIsolation()
         self._stop = threading.Event()
         self._ending = threading.Lock()
@@ -84,14 +83,15 @@ class BundlePreparation:
         windows = self.opened.windows if self.opened is not None else None
         while windows is not None and self.opened is not None and not self._stop.is_set():
             try:
-                windows.check_epoch(self._owned())
+                windows.identify(self._partitions.topics())
+                windows.check_epoch(self._partitions.owned())
                 return
             except StateLostError as lost:
                 now_ms = int(time.time() * 1000)
                 remember = partial(self._isolation.remember, self.opened.detector)
-                rebuild = Rebuild(self._settings, windows, remember, lost, self._owned(), now_ms=now_ms)
+                rebuild = Rebuild(self._settings, windows, remember, lost, self._partitions.owned(), now_ms=now_ms)
                 try:
-                    while not rebuild.step(self._owned()) and not self._stop.is_set():
+                    while not rebuild.step(self._partitions.owned()) and not self._stop.is_set():
                         pass
                 finally:
                     rebuild.close()
@@ -116,12 +116,13 @@ class BundlePreparation:
 
 
 class BundleRollout:
-    """Watches the store and says when a promoted bundle is ready to take over. owned: as in `BundlePreparation`."""
+    """Watches the store and says when a promoted bundle is ready to take over. partitions: as in
+    `BundlePreparation`."""
 
-    def __init__(self, settings: Settings, bundles: Bundles, owned: Callable[[], Offsets], metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, bundles: Bundles, partitions: OwnedPartitions, metrics: Metrics) -> None:
         self._settings = settings
         self._opening = bundles.opening
-        self._owned = owned
+        self._partitions = partitions
         self._metrics = metrics
         self._serving = bundles.serving
         self._preparation: BundlePreparation | None = None
@@ -172,4 +173,4 @@ class BundleRollout:
         self._preparation, self._refused = None, None
         if wanted != self._serving:
             _log.info("opening the promoted bundle", bundle=wanted.name)
-            self._preparation = BundlePreparation(self._settings, wanted, self._opening, self._owned)
+            self._preparation = BundlePreparation(self._settings, wanted, self._opening, self._partitions)

@@ -37,6 +37,13 @@ class EntityState:
         self._windows.committed(offsets)
         self._timers.committed(offsets)
 
+    def identify(self, topics: Mapping[SourcePartition, int]) -> None:
+        self._windows.identify(topics)
+        self._timers.identify(topics)
+
+    def identified(self) -> Mapping[SourcePartition, int]:
+        return self._windows.identified()
+
     def check_epoch(self, offsets: Mapping[SourcePartition, int]) -> None:
         self._windows.check_epoch(offsets)
         self._timers.check_epoch(offsets)

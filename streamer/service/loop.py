@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TypeVar
 
@@ -71,6 +71,15 @@ class _Group:
     alert_times: list[tuple[int, int]] = field(default_factory=list)  # (event time, Kafka timestamp), ms
     appended: list[int] = field(default_factory=list)  # Kafka timestamp of the oldest message of each batch, ms
 
+    def add(self, other: _Group) -> None:
+        """Put the batches of another behind these."""
+        self.since = self.since if self.batches else other.since
+        for each in fields(self):
+            if each.name == "offsets":
+                self.offsets |= other.offsets
+            elif each.name != "since":
+                setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+
 
 class _StoppingError(Exception):
     """The service is asked to end while it waits."""
@@ -123,10 +132,9 @@ class Service:
         self._rebuild: Rebuild | None = None
         self._watched_at = 0.0
         self._source = EventConsumer(settings, self._release, self._prepare)
-        owned = self._source.owned
-        self._succession = BundleRollout(settings, bundles, owned, self.metrics) if bundles is not None else None
-        shadow = settings.shadow
-        self._shadow = Shadow(settings, shadow, bundles, owned, self.metrics) if bundles and shadow else None
+        source, shadow = self._source, settings.shadow
+        self._succession = BundleRollout(settings, bundles, source, self.metrics) if bundles is not None else None
+        self._shadow = Shadow(settings, shadow, bundles, source, self.metrics) if bundles and shadow else None
         self._publisher: Publisher = (
             TransactionalPublisher(settings, self._source, instance or claim_instance(settings))
             if settings.delivery == "exactly_once"
@@ -198,7 +206,8 @@ class Service:
             if self._ledger is not None:  # After the publisher, which ends the transaction that a killed one left open.
                 self._ledger.open()
             self._show_line()
-            self._source.open()
+            windows = self._windows
+            self._source.open(self._waiting("identified", windows.identified) if windows is not None else {})
             self._opened = True
             _log.info("running", topics=list(self._settings.events), delivery=self._settings.delivery)
             yield
@@ -259,10 +268,11 @@ class Service:
     def _check_windows(self) -> None:
         """Compare what the windows hold with what is committed of partitions that are new here, and now and then with
         what they were told: raises StateLostError where they hold less."""
-        windows = self._windows
+        windows, resumed = self._windows, self._source.take_resumed()
+        if resumed is not None:
+            self._identify_topics()
         if windows is None:
             return
-        resumed = self._source.take_resumed()
         if resumed is not None:
             self._waiting("check_epoch", lambda: windows.check_epoch(resumed))
             if self._rebuild is None:  # Also of partitions without a commit: what is read of others waits for them.
@@ -274,6 +284,16 @@ class Service:
             noticed_at = {} if self._rebuild is not None else self._source.owned()
             self._waiting("prepare", lambda: windows.prepare(noticed_at))
         self._watched_at = time.monotonic()
+
+    def _identify_topics(self) -> None:
+        """Say which topics the partitions are of. What is remembered of a topic that was deleted and created again is
+        of other events with the same coordinates."""
+        topics, windows = self._source.topics(), self._windows
+        self._waiting("identify", lambda: self._alerting.identify(topics))
+        if windows is not None:
+            self._waiting("identify", lambda: windows.identify(topics))
+        if self._shadow is not None:
+            self._shadow.rejoin()
 
     def _begin_rebuild(self, lost: StateLostError) -> None:
         """Windows were lost: forget what is scored and not committed, fill the windows up to the commit, then go on
@@ -335,9 +355,12 @@ class Service:
 
     def _add(self, batch: Batch, scored: ScoredBatch, alerts: Sequence[EmittedAlert]) -> None:
         """Put a scored batch into the group: its outputs, its offsets, and what to count once they are committed."""
-        group, settings, refused = self._group, self._settings, self._publisher.refused
-        if not group.batches:
-            group.since = time.monotonic()
+        # Whole or not at all: if one output cannot be made, what is there is committed as its partitions are given up.
+        self._group.add(self._outputs_of(batch, scored, alerts))
+        self.metrics.repaired(scored.repairs)
+
+    def _outputs_of(self, batch: Batch, scored: ScoredBatch, alerts: Sequence[EmittedAlert]) -> _Group:
+        group, settings, refused = _Group(), self._settings, self._publisher.refused
         now_ms = int(self._clock() * 1000)
         rejects = list(scored.rejects)
         where = {(m.topic, m.partition, m.offset): i for i, m in enumerate(batch.messages)} if alerts else {}
@@ -363,13 +386,14 @@ class Service:
             group.rejects.append(reject)
         if settings.scores:
             group.outputs.extend(_scores(scored, settings.scores, now_ms))
-        group.offsets |= batch.offsets
-        group.batches += 1
-        group.events += len(scored)
-        group.incomplete += 0 if scored.complete is None else int((~scored.complete).sum())
-        group.messages += len(batch.messages)
-        group.appended.append(min(message.timestamp for message in batch.messages))
-        self.metrics.repaired(scored.repairs)
+        group.since = time.monotonic()
+        group.offsets = batch.offsets
+        group.batches = 1
+        group.events = len(scored)
+        group.incomplete = 0 if scored.complete is None else int((~scored.complete).sum())
+        group.messages = len(batch.messages)
+        group.appended = [min(message.timestamp for message in batch.messages)]
+        return group
 
     def _commit(self) -> None:
         """Publish the group with its offsets. The order is the promise: windows are told of offsets before Kafka holds
@@ -382,6 +406,7 @@ class Service:
             offsets = {ledger.decider: owned[ledger.decider]} if ledger.decider in owned else {}
         if not offsets:
             return
+        self._source.check_topics(offsets)
         if windows is not None:
             self._waiting("prepare", lambda: windows.prepare(offsets))
         if self._shadow is not None:
@@ -497,7 +522,7 @@ class Service:
             return "no broker is connected"
         if self._rebuild is not None:
             return self._waiting_for or f"windows are filled again, {self._rebuild.left} messages are left"
-        return self._waiting_for or self._workers_problem()
+        return self._waiting_for or self._workers_problem() or self._source.held_back()
 
 
 def _output(topic: str, alert: Written, now_ms: int) -> Output:

@@ -16,7 +16,7 @@ from streamer.bundles.manifest import resolve
 from streamer.kafka.client import Offsets
 from streamer.service.bundle_rollout import AGAIN_S, BundlePreparation
 from streamer.service.metrics import Metrics
-from streamer.service.ports import Bundles
+from streamer.service.ports import Bundles, OwnedPartitions
 from streamer.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,13 +35,13 @@ class Shadow:
         settings: Settings,
         path: Path,
         bundles: Bundles,
-        owned: Callable[[], Offsets],
+        partitions: OwnedPartitions,
         metrics: Metrics,
     ) -> None:
         self._settings = settings
         self._path = path
         self._opening = bundles.opening
-        self._owned = owned
+        self._partitions = partitions
         self._metrics = metrics
         self._preparation: BundlePreparation | None = None
         self._again_at = 0.0
@@ -50,10 +50,16 @@ class Shadow:
     def between_transactions(self) -> None:
         """Begin when it is ready; begin anew when partitions have come."""
         if self._preparation is None:
-            if self._owned() and time.monotonic() >= self._again_at:
-                self._preparation = BundlePreparation(self._settings, resolve(self._path), self._opening, self._owned)
-        elif self._preparation.done and not self._owned().keys() <= self._prepared:
+            if self._partitions.owned() and time.monotonic() >= self._again_at:
+                self._preparation = BundlePreparation(
+                    self._settings, resolve(self._path), self._opening, self._partitions
+                )
+        elif self._preparation.done and not self._partitions.owned().keys() <= self._prepared:
             self._guarded(self._join)
+
+    def rejoin(self) -> None:
+        """Partitions have come, or are of another topic than before: look at what its windows hold again."""
+        self._prepared = set()
 
     def compare(self, messages: Sequence[Message], scored: ScoredBatch, threshold: NDArray[np.float64]) -> None:
         """Score the batch too, and count how that differs."""
@@ -79,7 +85,7 @@ class Shadow:
         if self._preparation.error is not None:
             raise self._preparation.error
         self._preparation.catch_up()
-        self._prepared = set(self._owned())
+        self._prepared = set(self._partitions.owned())
         _log.info("a candidate scores beside", bundle=self._preparation.path.name)
 
     def _compare(self, messages: Sequence[Message], scored: ScoredBatch, threshold: NDArray[np.float64]) -> None:
