@@ -66,9 +66,11 @@ def add_partitions(topics: Topics, total: int) -> None:
     until(lambda: len(admin.list_topics(topics.events, 10).topics[topics.events].partitions) == total)
 
 
-def recreate(topics: Topics, partitions: int) -> None:
+def recreate(topics: Topics, partitions: int, gone_s: float = 0.0) -> None:
     admin = AdminClient({"bootstrap.servers": topics.bootstrap})
     admin.delete_topics([topics.events])[topics.events].result(20)
+
+    time.sleep(gone_s)
 
     def created() -> bool:
         try:
@@ -183,9 +185,9 @@ def test_a_topic_that_is_added_to_the_settings_begins_by_start(topics: Topics, u
     assert raised == []
 
 
-@pytest.mark.parametrize("policy", ["stop", "continue"])
+@pytest.mark.parametrize(("policy", "gone_s"), [("stop", 0), ("continue", 0), ("continue", 4)])
 def test_a_topic_that_is_recreated_while_it_is_read(
-    topics: Topics, windows: Callable[[], RedisWindows], policy: str
+    topics: Topics, windows: Callable[[], RedisWindows], policy: str, gone_s: float
 ) -> None:
     store = windows()
     topics.produce_events(200)
@@ -196,7 +198,7 @@ def test_a_topic_that_is_recreated_while_it_is_read(
         capture_logs() as logs,
     ):
         until(lambda: len(scored(topics)) == 200)
-        recreate(topics, 2)
+        recreate(topics, 2, gone_s)
         topics.produce_events(600)  # More than the old position.
         if policy == "stop":
             until(lambda: bool(raised))
@@ -301,3 +303,15 @@ def test_a_check_that_finds_another_topic_commits_nothing_of_the_one_before(topi
     assert raised == []
     assert scored(topics) == of(0, range(50)) + of(1, range(50))
     assert topics.committed() == {0: 50, 1: 50}
+
+
+def test_a_topic_that_stays_gone_ends_the_service(topics: Topics) -> None:
+    topics.produce_events(20)
+    with running(service_for(topics, start="earliest", on_missing_offsets="continue")) as raised:
+        topics.wait_until_read(20)
+        admin = AdminClient({"bootstrap.servers": topics.bootstrap})
+        admin.delete_topics([topics.events])[topics.events].result(20)
+        until(lambda: bool(raised), 60)
+    assert isinstance(raised[0], StreamError)
+    assert topics.events in str(raised[0])
+    assert len(topics.read("scores")) == 20

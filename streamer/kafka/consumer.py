@@ -53,6 +53,9 @@ STALL_S = 1.0
 for a scorer that hangs and not for one that is merely busy."""
 REVOKE_S = 20.0
 """How long a rebalance waits for the batch in hand. Beyond it the partitions go, and the batch is thrown away."""
+GONE_S = 10.0
+"""How long a topic may be gone before that is an error: what deletes it may be about to create it again."""
+_GONE = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}
 
 _log = structlog.get_logger("ripcurrent.kafka")
 
@@ -110,6 +113,7 @@ class EventConsumer:
         self._doomed = False
         self._metadata: Any = None
         self._requests: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._gone: tuple[float, str] | None = None  # since when a topic is gone, and what the client says of it
         self._closing = threading.Event()
         self._error: BaseException | None = None
         self._standstills = StandstillWatch()
@@ -278,6 +282,7 @@ class EventConsumer:
             if now - lag_at > 2:
                 lag_at = now
                 self._measure_lag()
+                self._look_for_gone()
             self._metadata = self._consumer.consumer_group_metadata()
             self._serve()
             if self._rewinding:
@@ -527,15 +532,17 @@ class EventConsumer:
             self._missing(message.topic(), message.partition())
         elif error.fatal():
             raise StreamError(f"the consumer cannot go on: {error.str()}")
+        elif code in _GONE:
+            reason = f"reading {message.topic() or ', '.join(self._settings.events)}: {error.str()}"
+            _log.warning("a topic is gone", reason=reason)
+            self._gone = self._gone or (time.monotonic(), reason)
         elif code in HOPELESS:
             raise StreamError(f"reading {message.topic() or ', '.join(self._settings.events)}: {error.str()}")
         else:
             _log.warning("consumer", reason=error.str(), retriable=error.retriable() or code in TRANSIENT)
 
     def _missing(self, topic: str, partition: int) -> None:
-        if self._begin_recreated({topic}):
-            with self._changed:
-                self._doomed = True  # What is scored of the topic before must not be committed to this one.
+        if self._has_begun_recreated({topic}):
             return
         wanted = self._positions.get((topic, partition), -1)
         low, high = watermarks(self._consumer, (topic, partition))
@@ -549,6 +556,33 @@ class EventConsumer:
         self._consumer.incremental_assign([TopicPartition(topic, partition, low)])
         with self._changed:
             self._positions[topic, partition] = low
+
+    def _look_for_gone(self) -> None:
+        """Raise StreamError where a topic stays gone; go on with one that is back, by the rules of `check_topics`."""
+        if self._gone is None:
+            return
+        since, reason = self._gone
+        names = set(self._settings.events)
+        try:
+            describe(self._admin, names)
+            self._consumer.list_topics(timeout=5)  # Else the group would notice at its next refresh, in five minutes.
+            self._gone = None
+        except (KafkaException, TimeoutError) as error:
+            if time.monotonic() - since > GONE_S:
+                raise StreamError(reason) from error
+            return
+        self._has_begun_recreated(names)
+
+    def _has_begun_recreated(self, names: set[str]) -> bool:
+        """As `_begin_recreated`, for the consumer's thread, which does not have the guard."""
+        try:
+            other = self._begin_recreated(names)
+        except TransactionAbortedError:  # Gone again: that will be said.
+            return False
+        if other:
+            with self._changed:
+                self._doomed = True  # What is scored of the topic before must not be committed to this one.
+        return bool(other)
 
     def _measure_lag(self) -> None:
         lag = {}
