@@ -48,10 +48,11 @@ MAX_ENTITIES = 1024
 class _Open:
     """An open episode with the state of its rules. The field names are keys of the stored JSON.
 
-    owner: source of the last event; sharing: other entities that its events name; type_uid, what: of its first event;
-    members: hashes of the affected entities; turn: order of the latest change; told_*: time (ms), events and entities
-    at the last alert; crowd: whether it is a mass event, which all similar anomalies join; name: its key, the first
-    event, for inactivity also with cause and entity, because an event may be the last of several entities.
+    owner: source of the last event; sharing: other entities that its events name; type_uid, what: of its first event,
+    the value as a hash; members: hashes of the affected entities; turn: order of the latest change; told_*: time (ms),
+    events and entities at the last alert; crowd: whether it is a mass event, which all similar anomalies join; name:
+    its key, the first event, for inactivity also with cause and entity, because an event may be the last of several
+    entities.
     """
 
     episode: Episode
@@ -69,6 +70,8 @@ class _Open:
 
     def __post_init__(self) -> None:
         self.name = self.name or self.episode.first
+        if not self.what.startswith("#"):  # Release 0.1.0 stored the value.
+            self.what = _value_hash(self.what)
 
     def keys(self) -> Iterator[_Key]:
         """The keys under which it is indexed."""
@@ -180,7 +183,9 @@ class EpisodeRules:
                 _kind(cause) != kind for cause in candidate.episode.causes
             ):
                 return candidate
-        for candidate in self._open_under(("value", anomaly.cause, anomaly.type_uid, anomaly.what), time, SAME_MS):
+        for candidate in self._open_under(
+            ("value", anomaly.cause, anomaly.type_uid, _value_hash(anomaly.what)), time, SAME_MS
+        ):
             return candidate
         similar = self._open_under(("type", anomaly.cause, anomaly.type_uid), time, TIMEOUT_MS)
         similar = [
@@ -237,7 +242,7 @@ class EpisodeRules:
             anomaly.source,
             [name for name in anomaly.named if name != anomaly.entity][:MAX_SHARING],
             anomaly.type_uid,
-            anomaly.what,
+            _value_hash(anomaly.what),
             {_hash(anomaly.entity)},
             0,
             anomaly.time,
@@ -411,6 +416,11 @@ def _next(count: int) -> int:
 
 def _hash(name: str) -> str:
     return blake2b(name.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
+
+
+def _value_hash(value: str) -> str:
+    """The stored form of an event's value, which may be a secret."""
+    return f"#{_hash(value)}" if value else ""
 
 
 def _episode(values: dict[str, Any]) -> Episode:

@@ -179,6 +179,22 @@ def test_a_field_that_a_later_release_adds_to_episodes_is_left_out(connect: Open
     assert noticed_at(decide(connect(RedisEpisodes), anomaly(1))) == [(UPDATE, 1)]
 
 
+def test_no_value_of_an_event_is_stored_with_its_episode_and_those_of_release_0_1_0_are_still_known(
+    connect: Open, redis_url: str, tenant: str
+) -> None:
+    decide(connect(RedisEpisodes), anomaly(0, what="hunter2"))
+    key, name = f"{{{tenant}}}:episodes:stream", "e|events:0:0:0"
+    with redis.Redis.from_url(redis_url) as client:
+        stored = orjson.loads(client.hget(key, name))
+        assert "hunter2" not in str(stored)
+        client.hset(key, name, orjson.dumps(stored | {"what": "hunter2"}))
+    (update,) = decide(connect(RedisEpisodes), anomaly(1, entity="user:eve", what="hunter2"))
+    assert (update.activity, update.episode.entities) == (UPDATE, 2), "the same value elsewhere is the same episode"
+    with redis.Redis.from_url(redis_url) as client:
+        assert b"hunter2" not in b"".join(client.hvals(key))
+    assert noticed_at(decide(connect(RedisEpisodes), anomaly(2, entity="user:kim", what="other"))) == [(CREATE, 2)]
+
+
 def with_more(value: Any) -> Any:
     """The value with a further field in each object."""
     if isinstance(value, list):

@@ -94,6 +94,7 @@ def place(score: dict[str, Any]) -> tuple[int, int, int]:
     return score["partition"], score["offset"], score["index"]
 
 
+@pytest.mark.extended
 def test_a_service_of_today_goes_on_where_release_0_1_0_stopped(
     kafka: str, redis_url: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,7 +112,7 @@ def test_a_service_of_today_goes_on_where_release_0_1_0_stopped(
         for partition, run in in_runs(events[half:], half):  # as in the recording, so that partitions interleave alike
             topics.produce(run, partition)
             done += len(run)
-            topics.wait_until_read(done)
+            topics.wait_until_read(done, 240)
     log = capfd.readouterr().err
     assert "has lost the timers of 2 partitions" in log  # They have another format since events in them are masked.
     assert "has lost the windows" not in log

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 WINDOWS = 3
-TIMERS = 1
+TIMERS = 2  # 2: the events that they keep are masked
 EPISODES = 1
 _WITHOUT_NUMBER = {"windows": 3, "timers": 1, "episodes": 1}
 """Those of release 0.1.0, whose keys end without a number."""

@@ -103,7 +103,7 @@ class _Finding:
         severity = min(100.0, max(0.0, severity)) if math.isfinite(severity) else 0.0
         self.complete = scored.complete is None or bool(scored.complete[row])
         self.bundle, self.tenant, self.now = bundle_version, tenant, now_ms
-        redacted = redactor.record(scored.records[row])
+        redacted = scored.redacted(row, redactor)
         self.record, self.cut = redacted.record, redacted.cut
         self.cause = str(scored.cause[row])
         self.ids = (str(scored.entity[row]), self.cause)

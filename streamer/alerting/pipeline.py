@@ -169,7 +169,8 @@ class AlertPipeline:
         if not len(rows):
             return []
         records = [scored.records[row] for row in rows.tolist()]
-        named, clocks = _named(records), _clocks(scored)
+        named = _named(records) if scored.kept is None else [scored.kept[row].named for row in rows.tolist()]
+        clocks = _clocks(scored)
         at = scored.coordinates
         found = []
         for i, row in enumerate(rows.tolist()):
@@ -189,7 +190,7 @@ class AlertPipeline:
                     named[i],
                     type_uid if isinstance(type_uid, int) else 0,
                     _what(records[i], cause),
-                    self._shown(records[i], entity),
+                    scored.redacted(row, self._redactor).entity(entity),
                     int(clocks[row]),
                 )
             )
@@ -216,9 +217,6 @@ class AlertPipeline:
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)
-
-    def _shown(self, record: Mapping[str, Any], entity: str) -> str:
-        return self._redactor.record(record).entity(entity)
 
 
 def _named(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:

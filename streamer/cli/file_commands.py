@@ -113,7 +113,9 @@ def _range(settings: Settings, since: list[str], until: list[str]) -> Reread:
     return read
 
 
+@takes_settings("redact")
 def score(
+    settings: Settings,
     file: Annotated[Path, typer.Argument(help=EVENTS, show_default=False)],
     bundle: Annotated[Path, typer.Option(help="The bundle to score with.")] = BUNDLE,
     out: Annotated[Path, typer.Option(help="Where the scores go: a JSON line an event.")] = Path("scores.ndjson"),
@@ -156,6 +158,7 @@ def score(
                     thresholds,
                     findings,
                     lambda done: progress("alerts", done, 0, f"{done:,} events"),
+                    settings.redact,
                 )
             typer.echo(f"{episodes:,} episodes in {findings}")
     _report(scored.unread)

@@ -15,6 +15,16 @@ from numpy.typing import NDArray
 from encoder.ocsf.entities import Entities
 from encoder.ocsf.events import Coordinates, EventBatch, Reject
 from state.windows import WindowEntries, Windows
+from streamer.redaction import Redacted, Redactor
+
+
+@dataclass(frozen=True)
+class KeptEvent:
+    """An event that a timer kept. masked: what may be shown of it; of `hidden`, only the names of its entities; named:
+    its entities, `kind:name`."""
+
+    masked: Redacted
+    named: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,8 @@ class ScoredBatch:
     (`state.rolling_counts`; None: no cause is a rate); inactive: the last events of k entities that became inactive
     during this batch, scored for that (None: there are none); noticed_at: of such a batch, intp [k], ascending, the
     rows of the surrounding batch at which the inactivity was detected; in_sequence: intp [s], ascending, the rows whose
-    cause is a sequence; windows: their s windows as they were at these events; seconds: the time of each stage.
+    cause is a sequence; windows: their s windows as they were at these events; kept: the n events, where they come from
+    a store and `records` are masked (None: `records` are whole); seconds: the time of each stage.
     """
 
     coordinates: Coordinates
@@ -49,10 +60,19 @@ class ScoredBatch:
     noticed_at: NDArray[np.intp] | None = None
     windows: Windows | None = None
     in_sequence: NDArray[np.intp] | None = None
+    kept: list[KeptEvent] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def redacted(self, row: int, redactor: Redactor) -> Redacted:
+        """The event of a row as it may be shown."""
+        shown = redactor.record(self.records[row])  # Again where it was kept: the attributes to mask may have changed.
+        if self.kept is None:
+            return shown
+        kept = self.kept[row].masked
+        return Redacted(shown.record, shown.hidden | kept.hidden, shown.cut or kept.cut)
 
     def episode_key(self, row: int) -> str:
         """Cause and entity of an alert on this event ("" without an entity): events that share them spend the budget

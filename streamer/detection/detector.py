@@ -36,6 +36,7 @@ from streamer.detection.inactivity import InactivityMonitor, coordinates_of, row
 from streamer.detection.rate_score import RateScorer
 from streamer.detection.record_score import DENSITY_TRUST, Parts
 from streamer.detection.sequence_score import MISSING, ORDER
+from streamer.redaction import Redactor
 
 _RATES = np.array([f"rate:{name}" for name in LEVELS], object)
 
@@ -61,11 +62,17 @@ class Detector:
     """Joins encoder and state: decodes, encodes, appends to windows, scores.
 
     windows: the windows of entities between batches; their vectors must be of the bundle's encoder. timers: detect
-    inactive entities; None: inactivity is not detected.
+    inactive entities; None: inactivity is not detected. redactor: masks the events that timers keep.
     """
 
     def __init__(
-        self, bundle: Bundle, windows: WindowStore, *, tenant: str = "default", timers: TimerStore | None = None
+        self,
+        bundle: Bundle,
+        windows: WindowStore,
+        *,
+        tenant: str = "default",
+        timers: TimerStore | None = None,
+        redactor: Redactor | None = None,
     ) -> None:
         self.bundle = bundle
         self.windows = windows
@@ -75,7 +82,7 @@ class Detector:
         self._causes = np.array([f"record:{field.path}" for field in fields], object)
         sequences, self._monitor = bundle.scorer.sequences, None
         if timers is not None and sequences is not None and sequences.model.timeouts:
-            self._monitor = InactivityMonitor(bundle.scorer, sequences, timers)
+            self._monitor = InactivityMonitor(bundle.scorer, sequences, timers, redactor or Redactor())
 
     def score(self, messages: Sequence[Message]) -> ScoredBatch:
         """Score a batch of whole messages, which are in stream order within each partition."""
@@ -219,6 +226,7 @@ class Detector:
     def _last_events(last: list[Activity]) -> ScoredBatch:
         """The last events of inactive entities as scored events."""
         p_value = np.array([event.p_value for event in last], np.float64)
+        kept = [unpack(event.event) for event in last]
         return ScoredBatch(
             coordinates_of(last),
             np.array([event.time for event in last], np.int64),
@@ -226,9 +234,10 @@ class Detector:
             severity(p_value),
             np.array([event.entity for event in last], object),
             np.full(len(last), INACTIVITY, object),
-            [unpack(event.event) for event in last],
+            [event.masked.record for event in kept],
             [],
             complete=np.array([event.complete for event in last], np.bool_),
+            kept=kept,
         )
 
 

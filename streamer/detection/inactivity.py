@@ -8,7 +8,8 @@ its window again. It does nothing where no kind of entity has routines that end.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,10 @@ from encoder.ocsf.events import Coordinates, EventBatch
 from state.errors import SourcePartition
 from state.timers import TICK_MS, Activity, ClockAdvance, Inactivity, Span, TimerStore
 from state.windows import Windows
+from streamer.detection.batches import KeptEvent
 from streamer.detection.combine import HISTORY_TRUST, EventScorer, discounted
 from streamer.detection.sequence_score import SequenceScorer
+from streamer.redaction import Redacted, Redactor
 
 CAUSE = "sequence:silence"
 MAX_EVENT = 8 * 1024
@@ -30,10 +33,12 @@ MAX_ATTRIBUTE = 512
 
 
 class InactivityMonitor:
-    """Detects inactivity of the kinds of entity whose routines end. timers: of these entities."""
+    """Detects inactivity of the kinds of entity whose routines end. timers: of these entities; redactor: masks the
+    events that timers keep."""
 
-    def __init__(self, scorer: EventScorer, sequences: SequenceScorer, timers: TimerStore) -> None:
+    def __init__(self, scorer: EventScorer, sequences: SequenceScorer, timers: TimerStore, redactor: Redactor) -> None:
         self.timers = timers
+        self._redactor = redactor
         self._scorer, self._sequences = scorer, sequences
         self._timeout = sequences.model.timeout_ms
 
@@ -60,12 +65,28 @@ class InactivityMonitor:
             columns = (entities.row[pairs], self._timeout[kinds], p_value, windows.complete, newest)
             names = [entities.entity[pair] for pair in pairs.tolist()]
             last = list(zip(*(column.tolist() for column in columns), names, strict=True))
-        return self.timers.advance(list(self._steps(events, last)), _spans(events.coordinates))
+        return self.timers.advance(list(self._steps(events, entities, last)), _spans(events.coordinates))
 
-    def _steps(self, events: EventBatch, pairs: list[_Pair]) -> Iterator[Activity | ClockAdvance]:
+    def _packed(self, events: EventBatch, entities: Entities) -> Callable[[int], bytes]:
+        """From a row to its event as a timer keeps it. Each row is packed once."""
+        packed: dict[int, bytes] = {}
+
+        def of(row: int) -> bytes:
+            if not self.timers.keeps_events:
+                return b""
+            if row not in packed:
+                masked = self._redactor.record(events.records[row])
+                named = tuple(entities.entity[pair] for pair in np.flatnonzero(entities.row == row).tolist())
+                hidden = masked.hidden.intersection(name.partition(":")[2].lower() for name in named)
+                packed[row] = pack(KeptEvent(replace(masked, hidden=hidden), named))
+            return packed[row]
+
+        return of
+
+    def _steps(self, events: EventBatch, entities: Entities, pairs: list[_Pair]) -> Iterator[Activity | ClockAdvance]:
         """The steps of the timers in stream order. Between two ticks only the latest event of an entity counts."""
         at, ticks = events.coordinates, dict(_ticks(events))
-        events_at = _events(events, keep=self.timers.keeps_events)
+        events_at = self._packed(events, entities)
         since: dict[tuple[str, int, bool], _Pair] = {}
 
         def latest() -> Iterator[Activity]:
@@ -121,34 +142,28 @@ def _spans(at: Coordinates) -> dict[SourcePartition, Span]:
     return spans
 
 
-def _events(events: EventBatch, *, keep: bool) -> Any:
-    """A function from a row to its packed event, made once for each row."""
-    packed: dict[int, bytes] = {}
-
-    def of(row: int) -> bytes:
-        if not keep:
-            return b""
-        if row not in packed:
-            packed[row] = pack(events.records[row])
-        return packed[row]
-
-    return of
-
-
-def pack(record: Mapping[str, Any]) -> bytes:
-    """An event in the form that timers keep."""
-    packed = zlib.compress(orjson.dumps(record), 1)
+def pack(kept: KeptEvent) -> bytes:
+    """An event in the form in which a timer keeps it. `state.redis.formats.TIMERS` is its format."""
+    record, masked = kept.masked.record, kept.masked
+    rest = {"named": kept.named, "hidden": sorted(masked.hidden), "cut": masked.cut}
+    packed = _compressed(record, rest)
     if len(packed) <= MAX_EVENT:
         return packed
     small = {name: value for name, value in record.items() if len(orjson.dumps(value)) <= MAX_ATTRIBUTE}
-    packed = zlib.compress(orjson.dumps(small), 1)
-    return packed if len(packed) <= MAX_EVENT else zlib.compress(b"{}", 1)
+    packed = _compressed(small, rest)
+    return packed if len(packed) <= MAX_EVENT else _compressed({}, rest)
 
 
-def unpack(event: bytes) -> dict[str, Any]:
-    """The inverse of `pack`."""
-    record: dict[str, Any] = orjson.loads(zlib.decompress(event)) if event else {}
-    return record
+def _compressed(record: Mapping[str, Any], rest: Mapping[str, Any]) -> bytes:
+    return zlib.compress(orjson.dumps({"event": record, **rest}), 1)
+
+
+def unpack(event: bytes) -> KeptEvent:
+    """The inverse of `pack`; of a timer that keeps no event, an empty one."""
+    if not event:
+        return KeptEvent(Redacted({}, frozenset(), cut=False), ())
+    found = orjson.loads(zlib.decompress(event))
+    return KeptEvent(Redacted(found["event"], frozenset(found["hidden"]), found["cut"]), tuple(found["named"]))
 
 
 def coordinates_of(last: list[Activity]) -> Coordinates:

@@ -6,7 +6,7 @@ Promises what the service would publish of the same events. It holds the scores 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from streamer.detection.score_files import ScoredFile, score_files
 from streamer.event_files import batches
 from streamer.explain.attribution import Explainer
 from streamer.offline.evaluation import Detected
+from streamer.redaction import Redactor
 from streamer.training.fit import StageProgress, fit
 
 
@@ -37,14 +38,18 @@ def write_alerts(
     thresholds: NDArray[np.float64],
     out: Path,
     progress: Callable[[int], None] = lambda _: None,
+    redact: Collection[str] = (),
 ) -> int:
     """Write what the service would publish of these files, one finding a line; returns the number of alerts (Creates).
     It reads the files again, because explanations need the window at each event. At the end all episodes are closed.
-    scores: of these files; thresholds: float64 [n], of each event; progress: called with the number of events done."""
+    scores: of these files; thresholds: float64 [n], of each event; progress: called with the number of events done;
+    redact: attributes whose values are masked."""
     windows = MemoryWindows(dim=bundle.dim)
     detector = Detector(bundle, windows)
     isolation = EventIsolation()
-    findings = AlertPipeline(Explainer(bundle, windows), MemoryEpisodes(), bundle_version=bundle.version)
+    findings = AlertPipeline(
+        Explainer(bundle, windows), MemoryEpisodes(), bundle_version=bundle.version, redactor=Redactor(redact)
+    )
     creates = done = 0
     ends: dict[str, int] = {}
     with out.open("wb") as file:

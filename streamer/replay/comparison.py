@@ -19,6 +19,7 @@ import orjson
 from encoder.ocsf.events import Message
 from streamer.detection.batches import ScoredBatch
 from streamer.kafka.client import Offsets
+from streamer.redaction import Redactor
 from streamer.replay.replay import Judged, ReplayDetector, judged, wanted_rows
 
 BEFORE, AFTER = "before", "after"
@@ -70,19 +71,22 @@ class Comparing:
         thresholds = []
         for side, detector in self._sides.items():
             scored, rows = detector.score(batch, positions)
-            thresholds += [_candidate(side, scored, row) for row in rows.tolist()]
+            thresholds += [_candidate(side, scored, row, detector.redactor) for row in rows.tolist()]
             inactive = scored.inactive
             if inactive is not None and inactive.noticed_at is not None and inactive.threshold is not None:
                 crossing = wanted_rows(scored.coordinates, positions)[inactive.noticed_at]
                 crossing &= inactive.p_value <= inactive.threshold
-                thresholds += [_candidate(side, inactive, row) for row in np.flatnonzero(crossing).tolist()]
+                thresholds += [
+                    _candidate(side, inactive, row, detector.redactor) for row in np.flatnonzero(crossing).tolist()
+                ]
             detector.forget(batch)
         return judged(batch, scored, positions, thresholds)
 
 
-def _candidate(side: str, scored: ScoredBatch, row: int) -> Candidate:
+def _candidate(side: str, scored: ScoredBatch, row: int, redactor: Redactor) -> Candidate:
+    entity = scored.redacted(row, redactor).entity(str(scored.entity[row]))
     found = {"side": side, "at": scored.coordinates.label(row), "p_value": float(scored.p_value[row])}
-    return Candidate(orjson.dumps(found | {"entity": str(scored.entity[row]), "cause": str(scored.cause[row])}))
+    return Candidate(orjson.dumps(found | {"entity": entity, "cause": str(scored.cause[row])}))
 
 
 def compare(candidates: Iterable[dict[str, Any]]) -> list[Change]:

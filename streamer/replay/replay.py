@@ -160,9 +160,9 @@ class ReplayDetector:
         self.version = bundle.version
         self._windows = MemoryWindows(dim=bundle.dim, max_entities=MAX_ENTITIES)
         self._timers = MemoryTimers()
-        self._detector = Detector(bundle, self._windows, tenant=tenant, timers=self._timers)
+        self.redactor = redactor = Redactor(redact)
+        self._detector = Detector(bundle, self._windows, tenant=tenant, timers=self._timers, redactor=redactor)
         self._isolation = EventIsolation()
-        redactor = Redactor(redact)
         self._findings = AlertPipeline(
             Explainer(bundle, self._windows),
             MemoryEpisodes(),

@@ -14,6 +14,7 @@ from state.redis.timers import RedisTimers
 from state.redis.windows import RedisWindows
 from streamer.bundles.bundle_files import load
 from streamer.detection.detector import Detector
+from streamer.redaction import Redactor
 from streamer.settings import Settings, device_of
 
 
@@ -66,5 +67,7 @@ def open_detector(settings: Settings, path: Path) -> tuple[Detector, RedisWindow
     sequences = bundle.scorer.sequences
     if sequences is None or not sequences.model.timeouts:
         return Detector(bundle, windows, tenant=settings.tenant), windows
+    redactor = Redactor(settings.redact)
     timers = RedisTimers(settings.redis.url, space=bundle.encoder_hash, **place)
-    return Detector(bundle, windows, tenant=settings.tenant, timers=timers), EntityState(windows, timers)
+    detector = Detector(bundle, windows, tenant=settings.tenant, timers=timers, redactor=redactor)
+    return detector, EntityState(windows, timers)
