@@ -450,8 +450,8 @@ class EventConsumer:
         try:
             self._admin.poll(0)
             topics = describe(self._admin, names)
-        except (KafkaException, TimeoutError) as error:
-            if isinstance(error, KafkaException) and error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+        except KafkaException as error:
+            if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
                 raise TransactionAbortedError(f"topic {', '.join(sorted(names))}: {reason_of(error)}") from error
             return []  # Without an answer nothing is committed either.
         with self._changed:
@@ -567,8 +567,8 @@ class EventConsumer:
             describe(self._admin, names)
             self._consumer.list_topics(timeout=5)  # Else the group would notice at its next refresh, in five minutes.
             self._gone = None
-        except (KafkaException, TimeoutError) as error:
-            if time.monotonic() - since > GONE_S:
+        except KafkaException as error:
+            if error.args[0].code() in _GONE and time.monotonic() - since > GONE_S:
                 raise StreamError(reason) from error
             return
         self._has_begun_recreated(names)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from confluent_kafka import ConsumerGroupTopicPartitions, TopicCollection
+from confluent_kafka import ConsumerGroupTopicPartitions, KafkaError, KafkaException, TopicCollection
 
 from state.errors import SourcePartition
 from streamer.kafka.client import patiently
@@ -64,7 +64,7 @@ def topic_number(topic_id: str) -> int:
 def describe(admin: Any, names: Iterable[str]) -> dict[str, Topic]:
     """What these names stand for now. Raises KafkaException: no answer, or no such topic."""
     found = admin.describe_topics(TopicCollection(list(names)), request_timeout=KAFKA_S)
-    told = {name: future.result(KAFKA_S + 1) for name, future in found.items()}
+    told = {name: _answer(future) for name, future in found.items()}
     return {
         name: Topic("" if str(topic.topic_id) == _NO_ID else str(topic.topic_id), len(topic.partitions))
         for name, topic in told.items()
@@ -80,13 +80,21 @@ def notes_of_group(admin: Any, group: str, topics: Iterable[str]) -> dict[str, l
         # Transactions that are under way are not waited for: some member always has one.
         asked = [ConsumerGroupTopicPartitions(group)]
         futures = admin.list_consumer_group_offsets(asked, require_stable=False, request_timeout=KAFKA_S)
-        return list(futures[group].result(KAFKA_S + 1).topic_partitions)
+        return list(_answer(futures[group]).topic_partitions)
 
     notes: dict[str, list[CommitNote]] = {topic: [] for topic in wanted}
     for commit in patiently("committed offsets of the group", read):
         if commit.topic in wanted and commit.offset >= 0:
             notes[commit.topic].append(CommitNote.parse(commit.metadata))
     return notes
+
+
+def _answer(future: Any) -> Any:
+    """What the client answers. It keeps the time itself; a busy host may be late to say so."""
+    try:
+        return future.result(2 * KAFKA_S)
+    except TimeoutError:
+        raise KafkaException(KafkaError(KafkaError._TIMED_OUT)) from None
 
 
 def is_recreated(name: str, topic: Topic, note: CommitNote | None, known: Mapping[SourcePartition, int]) -> bool:
