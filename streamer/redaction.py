@@ -139,15 +139,16 @@ def _ends_like_a_secret(name: str) -> bool:
 @dataclass(frozen=True)
 class Redacted:
     """A copy of an event that may be shown. hidden: the texts that stood in listed attributes, lower case; cut: whether
-    something was left out for its size."""
+    something was left out for its size; unknown: the event is not at hand, so each name may be one of those."""
 
     record: dict[str, Any]
     hidden: frozenset[str]
     cut: bool
+    unknown: bool = False
 
     def text(self, name: str) -> str:
         """A name that stands in the event, as it may be shown."""
-        return MASK if name.lower() in self.hidden else mask_text(name)
+        return MASK if self.unknown or name.lower() in self.hidden else mask_text(name)
 
     def entity(self, entity: str) -> str:
         """An entity of the event, `kind:name`, as it may be shown."""
@@ -180,7 +181,7 @@ class Redactor:
         """A copy of the event as it may be shown; values that JSON cannot hold become text."""
         walk = _Walk(self._listed)
         copy = walk.object("", record, 0)
-        return Redacted(copy, frozenset(walk.hidden), walk.cut)
+        return Redacted(copy, frozenset(walk.hidden), walk.cut, unknown=bool(self._listed and not record))
 
 
 class _Walk:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from typer.testing import CliRunner
 
 from encoder.ocsf.events import Message
 from state.errors import StateLostError, StoreUnavailableError
+from state.memory.episodes import MemoryEpisodes
 from state.memory.timers import MemoryTimers
 from state.memory.windows import MemoryWindows
 from state.redis.windows import RedisWindows
+from streamer.alerting import detection_finding
+from streamer.alerting.finding_frame import Alert
+from streamer.alerting.pipeline import AlertPipeline
 from streamer.bundles.bundle_files import load
 from streamer.cli.main import app
 from streamer.detection import detector as detector_module
@@ -26,6 +31,7 @@ from streamer.detection.detector import Detector
 from streamer.detection.isolation import MOST, EventIsolation
 from streamer.detection.score_files import score_files
 from streamer.errors import StreamError
+from streamer.explain.attribution import Explainer, Explanation
 from streamer.service.loop import Service
 
 CRASHES = "crashes in "
@@ -278,3 +284,46 @@ def test_score_of_a_file_goes_past_an_event_that_crashes(
     assert len(scored) == 99
     assert "line 41 of events.ndjson: 'no such thing'" in str(scored.unread)
     assert "1 KeyError" in str(scored.unread)
+
+
+@pytest.mark.parametrize("where", ["explain", "evidence"])
+def test_an_alert_that_cannot_be_explained_or_worded_is_told_with_less(
+    folder: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tenth event fails where its alert is explained, or where its attributes are shown."""
+    bundle = load(folder / "bundle")
+    lines = (folder / "test.ndjson").read_bytes().splitlines()[:600]
+    crashing = {orjson.loads(line)["metadata"]["uid"]: i for i, line in enumerate(lines) if i % 10 == 0}
+    windows = MemoryWindows(dim=bundle.dim)
+    scored = Detector(bundle, windows).score([Message("t", 0, i, 0, line) for i, line in enumerate(lines)])
+    scored = replace(scored, threshold=np.full(len(scored), 0.2))
+    explainer, evidence = Explainer(bundle, windows), detection_finding.evidence
+
+    def is_crashing(record: dict[str, Any]) -> bool:
+        return record.get("metadata", {}).get("uid") in crashing
+
+    class Fragile:
+        def explain(self, scored: ScoredBatch, rows: Any) -> list[Explanation]:
+            if where == "explain" and any(is_crashing(scored.records[row]) for row in rows):
+                raise KeyError("no reason")
+            return explainer.explain(scored, rows)
+
+    def fragile_evidence(record: dict[str, Any]) -> Any:
+        if where == "evidence" and is_crashing(record):
+            raise KeyError("no words")
+        return evidence(record)
+
+    def alerts(explaining: Any) -> list[Alert]:
+        clock = lambda: 1_700_000_000.0  # noqa: E731
+        pipeline = AlertPipeline(explaining, MemoryEpisodes(), bundle_version="b", clock=clock)
+        return pipeline.alerts(scored, np.flatnonzero(scored.p_value <= 0.2))
+
+    whole = alerts(explainer)
+    monkeypatch.setattr(detection_finding, "evidence", fragile_evidence)
+    told = alerts(Fragile())
+    assert [alert.uid for alert in told] == [alert.uid for alert in whole]
+    changed = [after.row for before, after in zip(whole, told, strict=True) if before.value != after.value]
+    assert changed == [alert.row for alert in whole if alert.row in crashing.values()] != []
+    for alert in told:
+        finding = orjson.loads(alert.value)
+        assert finding["class_uid"] == 2004 and finding["finding_info"]["title"]

@@ -182,3 +182,8 @@ def test_the_cost_of_masking_grows_with_the_length_of_the_text(text: str) -> Non
     whole, quarter = (text * (length // len(text)) for length in (MAX_TEXT, MAX_TEXT // 4))
     ratio = least_cpu_s(lambda: mask_text(whole), 9) / least_cpu_s(lambda: mask_text(quarter), 9)
     assert ratio < 8, "four times the text; sixteen times the cost if each place looked at all others"
+
+
+def test_of_an_event_that_is_not_at_hand_no_name_is_shown_where_attributes_are_listed() -> None:
+    assert Redactor(["actor.user.name"]).record({}).entity("user:eve") == f"user:{MASK}"
+    assert Redactor().record({}).entity("user:eve") == "user:eve"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import orjson
+import structlog
 from numpy.typing import NDArray
 
 from encoder.features.normalization import normalise
@@ -29,6 +30,7 @@ from streamer.alerting.detection_finding import build_alerts
 from streamer.alerting.finding_frame import Alert, level
 from streamer.alerting.verdicts import Suppression
 from streamer.detection.batches import ScoredBatch
+from streamer.detection.isolation import is_other_fault
 from streamer.explain.attribution import Explainer, Explanation
 from streamer.redaction import Redactor
 
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 _SAYS_WHAT = wording.SUMMARY_PATHS[1:]
 """What two sequences have in common that are the same thing at two entities: outcome and the first telling value."""
 
+
+_log = structlog.get_logger("ripcurrent.alerts")
 
 _NEVER = 1 << 62
 """An event time after all others."""
@@ -114,15 +118,45 @@ class AlertPipeline:
     def _made(
         self, scored: ScoredBatch, noticed_at: Sequence[tuple[int, int]], decisions: Sequence[Decision]
     ) -> dict[int, Alert]:
-        """Alerts by the place of their decision; told: (that place, row)."""
+        """Alerts by the place of their decision; noticed_at: (that place, row). One that cannot be explained or worded
+        is told with less: without reasons, else without its event too."""
         if not noticed_at:
             return {}
+        explain = self._explainer.explain
+        try:
+            return self._make(scored, noticed_at, decisions, explain)
+        except Exception as error:
+            if is_other_fault(error):
+                raise
+        made: dict[int, Alert] = {}
+        bare = replace(scored, records=[{} for _ in scored.records])
+        for place in noticed_at:
+            for batch, why in ((scored, explain), (scored, _no_reasons)):
+                try:
+                    made |= self._make(batch, [place], decisions, why)
+                    break
+                except Exception as error:
+                    if is_other_fault(error):
+                        raise
+                    at = scored.coordinates.label(place[1])
+                    _log.error("an alert cannot be made, trying with less", at=at, exc_info=error)
+            else:
+                made |= self._make(bare, [place], decisions, _no_reasons)
+        return made
+
+    def _make(
+        self,
+        scored: ScoredBatch,
+        noticed_at: Sequence[tuple[int, int]],
+        decisions: Sequence[Decision],
+        explain: Callable[[ScoredBatch, NDArray[np.intp]], list[Explanation]],
+    ) -> dict[int, Alert]:
         at = np.array([row for _, row in noticed_at], np.intp)
         assert scored.threshold is not None, "whoever chose the rows knows the line"
         alerts = build_alerts(
             scored,
             at,
-            self._explainer.explain(scored, at),
+            explain(scored, at),
             threshold=scored.threshold[at],
             bundle_version=self._bundle,
             tenant=self._tenant,
@@ -217,6 +251,10 @@ class AlertPipeline:
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)
+
+
+def _no_reasons(_: ScoredBatch, rows: NDArray[np.intp]) -> list[Explanation]:
+    return [Explanation((), (), 0.0, 0.0) for _ in rows]
 
 
 def _named(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:

@@ -163,10 +163,8 @@ class EventIsolation:
         """What the call returns, in a tuple, or what it raises if that may be the fault of an event."""
         try:
             return (call(messages),)
-        except _OTHER_FAULTS:
-            raise
         except Exception as error:
-            if _is_memory(error):
+            if is_other_fault(error):
                 raise
             return error
 
@@ -199,9 +197,11 @@ def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
-def _is_memory(error: Exception) -> bool:
-    """Whether host or device have no memory left: torch says so with a RuntimeError."""
+def is_other_fault(error: Exception) -> bool:
+    """Whether an error is of a store, of memory (host or device; torch has a RuntimeError for that), of the operating
+    system, or one that says itself what to do: not the fault of an event."""
     text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        words in text for words in ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, _OTHER_FAULTS) or (
+        isinstance(error, RuntimeError)
+        and any(words in text for words in ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED"))
     )
