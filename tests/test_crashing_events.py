@@ -12,6 +12,7 @@ import numpy as np
 import orjson
 import pytest
 from loop_harness import EVENT, LINE, EachRow, HashDetector, Topics, WindowDetector, create, p_value, running, until
+from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
 from encoder.ocsf.events import Message
@@ -320,7 +321,9 @@ def test_an_alert_that_cannot_be_explained_or_worded_is_told_with_less(
 
     whole = alerts(explainer)
     monkeypatch.setattr(detection_finding, "evidence", fragile_evidence)
-    told = alerts(Fragile())
+    with capture_logs() as logs:
+        told = alerts(Fragile())
+    assert {entry["event"] for entry in logs} == {"an alert cannot be made, trying with less"}
     assert [alert.uid for alert in told] == [alert.uid for alert in whole]
     changed = [after.row for before, after in zip(whole, told, strict=True) if before.value != after.value]
     assert changed == [alert.row for alert in whole if alert.row in crashing.values()] != []
