@@ -193,11 +193,11 @@ def test_what_was_judged_in_an_aborted_transaction_is_not_spent(
     service = service_for(topics, transaction_latency_ms=1000)
     publish, calls = TransactionalPublisher.publish, [0]
 
-    def failing(*arguments: Any) -> None:
+    def failing(*arguments: Any) -> Any:
         calls[0] += 1
         if calls[0] in (2, 4):
             raise TransactionAbortedError("as if the broker had gone away")
-        publish(*arguments)
+        return publish(*arguments)
 
     monkeypatch.setattr(TransactionalPublisher, "publish", failing)
     with running(service) as raised:

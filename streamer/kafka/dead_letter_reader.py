@@ -16,7 +16,7 @@ from confluent_kafka import TIMESTAMP_NOT_AVAILABLE
 
 from streamer.errors import ConfigurationError
 from streamer.kafka.client import Offsets, must_exist
-from streamer.kafka.dead_letter_writer import PREFIX, STUB_HEADER
+from streamer.kafka.dead_letter_writer import ALERT_STAGE, PREFIX, STUB_HEADER
 from streamer.kafka.offset_ranges import Range, freeze
 from streamer.kafka.offset_store import OffsetStore
 from streamer.kafka.producer import Output
@@ -184,6 +184,8 @@ def _target(letter: DeadLetter, to: str | None, exception: str | None) -> tuple[
         return "", f"not {exception}"
     if letter.stub:
         return "", "stubs of messages that were too large (the original stands at its source)"
+    if letter.stage == ALERT_STAGE:
+        return "", "alerts that were too large for their topic"
     target = to or letter.source[0]
     return (target, "") if target else ("", "without a source topic in the headers")
 

@@ -63,15 +63,13 @@ class OffsetStore:
         Raises:
             StreamError: Kafka refuses, or does not answer; nothing of these outputs is written.
         """
-        refused = self._publisher.refused = set()
         aborts = 0
+        leaving_out = [output._replace(instead=lambda: None) for output in outputs]
         while True:
-            before = len(refused)
             try:
-                self._publisher.publish([output for output in outputs if output.origin not in refused], offsets)
-                return refused
+                return {output.origin for output in self._publisher.publish(leaving_out, offsets)}
             except TransactionAbortedError as error:
-                aborts += len(refused) == before
+                aborts += 1
                 if aborts == ABORTS:
                     raise StreamError(f"writing to Kafka: {error}; run it again to go on") from error
                 time.sleep(0.1 * 2**aborts)

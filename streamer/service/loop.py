@@ -18,6 +18,7 @@ from functools import partial
 from typing import TypeVar
 
 import numpy as np
+import orjson
 import structlog
 from numpy.typing import NDArray
 
@@ -32,7 +33,7 @@ from streamer.detection.score_records import score_lines
 from streamer.errors import StreamError
 from streamer.kafka.client import Offsets, TransactionAbortedError, claim_instance
 from streamer.kafka.consumer import Batch, EventConsumer
-from streamer.kafka.dead_letter_writer import dead_letter
+from streamer.kafka.dead_letter_writer import alert_letter, dead_letter
 from streamer.kafka.producer import Output, PlainPublisher, Publisher, TransactionalPublisher, Written
 from streamer.service.bundle_rollout import BundleRollout
 from streamer.service.metrics import Metrics, serve
@@ -62,21 +63,21 @@ class _Group:
     events: int = 0
     incomplete: int = 0
     anomalies: int = 0
-    updates: list[int] = field(default_factory=list)
+    updates: dict[str, int] = field(default_factory=dict)  # activity by the alert's uid
     suppressed: Counter[str] = field(default_factory=Counter)
     messages: int = 0
     outputs: list[Output] = field(default_factory=list)
     offsets: Offsets = field(default_factory=dict)
     rejects: list[Reject] = field(default_factory=list)
-    alert_times: list[tuple[int, int]] = field(default_factory=list)  # (event time, Kafka timestamp), ms
+    alert_times: dict[str, tuple[int, int]] = field(default_factory=dict)  # by uid: event time, Kafka timestamp, ms
     appended: list[int] = field(default_factory=list)  # Kafka timestamp of the oldest message of each batch, ms
 
     def add(self, other: _Group) -> None:
         """Put the batches of another behind these."""
         self.since = self.since if self.batches else other.since
         for each in fields(self):
-            if each.name == "offsets":
-                self.offsets |= other.offsets
+            if each.name in ("offsets", "updates", "alert_times"):
+                getattr(self, each.name).update(getattr(other, each.name))
             elif each.name != "since":
                 setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
 
@@ -360,29 +361,21 @@ class Service:
         self.metrics.repaired(scored.repairs)
 
     def _outputs_of(self, batch: Batch, scored: ScoredBatch, alerts: Sequence[EmittedAlert]) -> _Group:
-        group, settings, refused = _Group(), self._settings, self._publisher.refused
+        group, settings = _Group(), self._settings
         now_ms = int(self._clock() * 1000)
-        rejects = list(scored.rejects)
         where = {(m.topic, m.partition, m.offset): i for i, m in enumerate(batch.messages)} if alerts else {}
         for alert in alerts:
-            if alert.row < 0:
-                group.outputs.append(_output(settings.alerts, alert, now_ms))
-                group.updates.append(alert.activity)
-                continue
-            topic, partition = scored.coordinates.sources[scored.coordinates.source[alert.row]]
-            message = where[topic, partition, int(scored.coordinates.offset[alert.row])]
-            if alert.uid in refused:
-                reason = f"alert {alert.uid} of {len(alert.value)} bytes is too large for topic {settings.alerts}"
-                index = int(scored.coordinates.index[alert.row])
-                rejects.append(Reject(message, index, alert.value, "publish", "AlertTooLarge", reason))
-                continue
-            group.outputs.append(_output(settings.alerts, alert, now_ms))
-            if alert.activity == CREATE:
-                group.alert_times.append((int(scored.time[alert.row]), batch.messages[message].timestamp))
+            output = _output(settings.alerts, alert, now_ms)
+            source = _source_of(scored, alert)
+            letter = partial(alert_letter, output, source, settings.dead_letters)
+            group.outputs.append(output._replace(instead=letter))
+            if alert.row >= 0 and alert.activity == CREATE:
+                message = batch.messages[where[source[:3]]]
+                group.alert_times[alert.uid] = int(scored.time[alert.row]), message.timestamp
             else:
-                group.updates.append(alert.activity)
-        for reject in rejects:
-            group.outputs.append(dead_letter(batch.raw[reject.message], reject, settings.dead_letters, refused))
+                group.updates[alert.uid] = alert.activity
+        for reject in scored.rejects:
+            group.outputs.append(dead_letter(batch.raw[reject.message], reject, settings.dead_letters))
             group.rejects.append(reject)
         if settings.scores:
             group.outputs.extend(_scores(scored, settings.scores, now_ms))
@@ -412,15 +405,14 @@ class Service:
         if self._shadow is not None:
             self._shadow.prepare(offsets)
         with self.metrics.time("publish"):
-            self._publisher.publish([*self._group.outputs, *recorded], offsets)
+            refused = self._publisher.publish([*self._group.outputs, *recorded], offsets)
         if ledger is not None:
             ledger.committed()
         self._source.committed(offsets)
         if self._shadow is not None:
             self._shadow.committed(offsets)
         done, self._group, self._aborts = self._group, _Group(), 0
-        self._publisher.refused.clear()
-        self._count(done)
+        self._count(done, [output.origin for output in refused if output.topic == self._settings.alerts])
         self._alerting.committed(offsets)
         if windows is not None:
             try:
@@ -428,7 +420,11 @@ class Service:
             except (StoreUnavailableError, StoreFullError) as error:  # Only tidying up: the next commit covers it.
                 _log.warning("windows were not told of a commit", reason=str(error))
 
-    def _count(self, done: _Group) -> None:
+    def _count(self, done: _Group, refused_alerts: Sequence[str]) -> None:
+        for uid in refused_alerts:
+            done.alert_times.pop(uid, None)
+            done.updates.pop(uid, None)
+            self.metrics.rejects.labels("AlertTooLarge").inc()
         self.metrics.transactions.labels("committed").inc()
         self.metrics.messages.inc(done.messages)
         self.metrics.events.inc(done.events)
@@ -437,7 +433,7 @@ class Service:
         self.metrics.alerts.inc(len(done.alert_times))
         for suppression, events in done.suppressed.items():
             self.metrics.suppressed.labels(suppression[:8]).inc(events)
-        for activity in done.updates:
+        for activity in done.updates.values():
             self.metrics.updates.labels("close" if activity == CLOSE else "update").inc()
         for reject in done.rejects:
             self.metrics.rejects.labels(reject.exception).inc()
@@ -445,13 +441,13 @@ class Service:
                 self.metrics.crashes.labels(reject.stage).inc()
         now = self._clock() * 1000
         for histogram, times in (
-            (self.metrics.latency, [appended for _, appended in done.alert_times]),
+            (self.metrics.latency, [appended for _, appended in done.alert_times.values()]),
             (self.metrics.batch_latency, done.appended),
         ):
             for appended in times:
                 if appended >= 0:
                     histogram.observe(max(now - appended, 0) / 1000)
-        self.metrics.spend([event_time for event_time, _ in done.alert_times])
+        self.metrics.spend([event_time for event_time, _ in done.alert_times.values()])
         self._show_line()
 
     def _show_line(self) -> None:
@@ -527,6 +523,15 @@ class Service:
 
 def _output(topic: str, alert: Written, now_ms: int) -> Output:
     return Output(topic, alert.key, alert.value, [*alert.headers], now_ms, alert.uid)
+
+
+def _source_of(scored: ScoredBatch, alert: EmittedAlert) -> tuple[str, int, int, int]:
+    """Coordinates of the event that an alert is about; where that is not in the batch, those that the alert names."""
+    if alert.row >= 0:
+        topic, partition = scored.coordinates.sources[scored.coordinates.source[alert.row]]
+        return topic, partition, int(scored.coordinates.offset[alert.row]), int(scored.coordinates.index[alert.row])
+    source = orjson.loads(alert.value)["unmapped"]["source"]
+    return source["topic"], source["partition"], source["offset"], source["index"]
 
 
 def _scores(scored: ScoredBatch, topic: str, now_ms: int) -> Iterator[Output]:
