@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed  ## Simulate, fit, stream a day through real Kafka and Valkey, show alerts and a scorecard
 	$(BIN)/ripcurrent demo
 
-lint: $(VENV)/.installed  ## Style, types and the table of rooms
+lint: $(VENV)/.installed  ## Style, types and import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -38,7 +38,7 @@ class WindowEntries:
 
     entity: m strings `kind:value`; time: int64 [m], event ms >= 0; vectors: float16 [m, d]; sources: distinct (topic,
     partition) pairs; source: int32 [m], index into them; offset: int64 [m]; index: int32 [m], place in the message;
-    acts: what each adds to the counts of its entity (None: nothing is counted).
+    activity_counts: what each adds to the counts of its entity (None: nothing is counted).
     """
 
     entity: Sequence[str]
@@ -62,9 +62,9 @@ class Windows:
     own: int32 [m], the slot of the entry itself (W - 1 unless it came out of order, -1: late, not a member); complete:
     bool [m], False where members are known to be missing. Coordinates of the members: sources, with source: int32
     [m, W] (index into them, -1 unused), offset: int64 [m, W] and index: int32 [m, W]. levels: uint8 [m, 8], what the
-    entry raised (`tally.LEVELS`), all 0 where it is not a member. raised: uint8 [m, W, 8], what each member raised;
-    only from `latest`, else [m, 0, 8]. partners: int16 [m, W, PARTNERS], those of each member (`tally.ActivityCounts`),
-    -1 for none.
+    entry raised (`rolling_counts.LEVELS`), all 0 where it is not a member. raised: uint8 [m, W, 8], what each member
+    raised; only from `latest`, else [m, 0, 8]. partners: int16 [m, W, PARTNERS], those of each member
+    (`rolling_counts.ActivityCounts`), -1 for none.
     """
 
     vectors: NDArray[np.float16]

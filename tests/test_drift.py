@@ -145,7 +145,7 @@ def test_the_doctor_tells_what_is_wrong_and_how_the_service_does(
     more = {"bundle": str(store.path), "redis.url": redis_url, "metrics_port": port}
     found = {finding.what: finding for finding in examine(topics.settings(**more))}
     assert [finding.mark for finding in found.values()] == ["ok", "ok", "ok", "ok", "warn"]
-    assert found["service"].told.startswith(f"none answers at 127.0.0.1:{port}")
+    assert found["service"].text.startswith(f"none answers at 127.0.0.1:{port}")
 
     metrics = Metrics()
     seen = watched(schema, events(3000, 1, users=2000))
@@ -160,13 +160,13 @@ def test_the_doctor_tells_what_is_wrong_and_how_the_service_does(
     finally:
         server.shutdown()
         server.server_close()
-    assert (drift.mark, drift.told.split(";")[0]) == ("bad", DISTRUST)
+    assert (drift.mark, drift.text.split(";")[0]) == ("bad", DISTRUST)
     assert report.exit_code == 0, report.exception
     rows = "<tr><td>do not trust</td></tr><tr><td>most shifted fields user.name"
     assert rows in (tmp_path / "report.html").read_text()
     wrong = {finding.what: finding for finding in examine(topics.settings(**more | {"alerts": "nowhere"}))}
     assert wrong["kafka"].mark == "bad"
-    assert "nowhere" in wrong["kafka"].told
+    assert "nowhere" in wrong["kafka"].text
 
 
 def test_the_command_ends_with_1_where_something_is_wrong(tmp_path: Path) -> None:

@@ -13,20 +13,20 @@ class MemoryEpisodes:
     """Episodes in this process: for `score` and evaluation."""
 
     def __init__(self) -> None:
-        self._book, self._position = EpisodeRules(), Position()
+        self._rules, self._position = EpisodeRules(), Position()
 
     def decide(self, anomalies: Sequence[Anomaly], ends: Mapping[SourcePartition, End]) -> list[Decision]:
-        found = self._book.decide(anomalies, ends, self._position)
+        found = self._rules.decide(anomalies, ends, self._position)
         self._position.advance(ends)
-        self._book.changed.clear()
+        self._rules.changed.clear()
         return found
 
     def committed(self, offsets: Mapping[SourcePartition, int]) -> None:
         self._position.commit(offsets)
 
     def identify(self, topics: Mapping[SourcePartition, int]) -> None:
-        self._position.forget(self._book.identify(topics, self._position))
-        self._book.changed.clear()
+        self._position.forget(self._rules.identify(topics, self._position))
+        self._rules.changed.clear()
 
     def open(self) -> int:
-        return len(self._book)
+        return len(self._rules)

@@ -22,7 +22,7 @@ class _PartitionClock:
     clock: int = -1
     due: list[tuple[int, str]] = field(default_factory=list)
     """A heap of (time, entity): no later than the timer is due, which is looked up when it is reached."""
-    told: list[Inactivity] = field(default_factory=list)
+    noticed: list[Inactivity] = field(default_factory=list)
 
 
 class MemoryTimers:
@@ -53,15 +53,15 @@ class MemoryTimers:
                 self._hear(step, source)
             elif step.clock > source.clock:
                 source.clock = step.clock
-                source.told += self._fallen(step, source)
+                source.noticed += self._fallen(step, source)
         for name, span in spans.items():
             source = self._sources.setdefault(name, _PartitionClock())
             source.applied = max(source.applied, (span.last, AFTER))
         return [
-            silence
+            inactivity
             for name, span in spans.items()
-            for silence in self._sources[name].told
-            if span.first <= silence.offset <= span.last
+            for inactivity in self._sources[name].noticed
+            if span.first <= inactivity.offset <= span.last
         ]
 
     def finish(self) -> list[Activity]:
@@ -75,13 +75,13 @@ class MemoryTimers:
 
     def committed(self, offsets: Mapping[SourcePartition, int]) -> None:
         for name, offset in offsets.items():
-            if (source := self._sources.get(name)) is not None and source.told:
-                source.told = [silence for silence in source.told if silence.offset >= offset]
+            if (source := self._sources.get(name)) is not None and source.noticed:
+                source.noticed = [inactivity for inactivity in source.noticed if inactivity.offset >= offset]
 
     def identify(self, topics: Mapping[SourcePartition, int]) -> None:
         for source, topic in topics.items():
             if self._topics.get(source, topic) != topic and (held := self._sources.get(source)) is not None:
-                held.applied, held.told = (-1, 0), []
+                held.applied, held.noticed = (-1, 0), []
         self._topics |= topics
 
     def check_epoch(self, offsets: Mapping[SourcePartition, int]) -> None:
@@ -90,17 +90,17 @@ class MemoryTimers:
     def begin_rebuild(self, lost: StateLostError) -> None:
         """As `check_epoch`."""
 
-    def _hear(self, heard: Activity, source: _PartitionClock) -> None:
-        timer, due = self._open.get(heard.entity), max(heard.time, source.clock) + heard.timeout
-        if timer is not None and (not heard.newest or timer.last.key > heard.key):
+    def _hear(self, activity: Activity, source: _PartitionClock) -> None:
+        timer, due = self._open.get(activity.entity), max(activity.time, source.clock) + activity.timeout
+        if timer is not None and (not activity.newest or timer.last.key > activity.key):
             timer.due = max(timer.due, due)
-            if not heard.newest:
-                timer.last = replace(timer.last, p_value=heard.p_value, complete=heard.complete)
-        elif heard.newest and (timer is not None or len(self._open) < self._max_open):
-            kept = heard if len(self._open) < self._max_events else replace(heard, event=b"")
-            self._open[heard.entity] = _Timer(kept, due)
-            if timer is None or timer.last.source != heard.source:
-                heapq.heappush(source.due, (due, heard.entity))
+            if not activity.newest:
+                timer.last = replace(timer.last, p_value=activity.p_value, complete=activity.complete)
+        elif activity.newest and (timer is not None or len(self._open) < self._max_open):
+            kept = activity if len(self._open) < self._max_events else replace(activity, event=b"")
+            self._open[activity.entity] = _Timer(kept, due)
+            if timer is None or timer.last.source != activity.source:
+                heapq.heappush(source.due, (due, activity.entity))
 
     def _fallen(self, tick: ClockAdvance, source: _PartitionClock) -> list[Inactivity]:
         found: list[Activity] = []

@@ -54,7 +54,7 @@ class RedisEpisodes:
         self._key = key + formats.suffix("episodes", formats.EPISODES)
         self._earlier_keys = [key + of for of in formats.earlier("episodes", formats.EPISODES)]
         self._server = RedisServer(url, _FUNCTIONS, timeout_s=timeout_s, retries=retries, depth=1, **connection)
-        self._book, self._version = EpisodeRules(), _UNKNOWN
+        self._rules, self._version = EpisodeRules(), _UNKNOWN
         self._position = Position()
         self._topics: dict[SourcePartition, int] = {}
 
@@ -64,7 +64,7 @@ class RedisEpisodes:
 
     def decide(self, anomalies: Sequence[Anomaly], ends: Mapping[SourcePartition, End]) -> list[Decision]:
         decisions = self._server.retried(
-            lambda: self._change(lambda: self._book.decide(anomalies, ends, self._position))
+            lambda: self._change(lambda: self._rules.decide(anomalies, ends, self._position))
         )
         self._position.advance(ends)
         return decisions
@@ -74,13 +74,13 @@ class RedisEpisodes:
 
     def identify(self, topics: Mapping[SourcePartition, int]) -> None:
         known = self._topics
-        self._server.retried(lambda: self._change(lambda: self._book.identify(topics, self._position)))
+        self._server.retried(lambda: self._change(lambda: self._rules.identify(topics, self._position)))
         # Also where another process has told the book before.
         self._position.forget(source for source, topic in topics.items() if known.get(source, topic) != topic)
         self._topics = known | dict(topics)
 
     def open(self) -> int:
-        return len(self._book)
+        return len(self._rules)
 
     def _change(self, change: Callable[[], T]) -> T:
         """Change the book, again on what others made of it until it is stored."""
@@ -93,15 +93,15 @@ class RedisEpisodes:
     def _stored(self) -> bool:
         """Store what has changed. If others have, or if it fails, the book is read anew before it is used again."""
         arguments: list[Any] = [self._version, uuid.uuid4().hex, TTL_MS]
-        for name in sorted(self._book.changed):
-            arguments += [name, self._book.value(name)]
+        for name in sorted(self._rules.changed):
+            arguments += [name, self._rules.value(name)]
         self._version = _UNKNOWN
         version, values = self._server.call("swap", self._key, arguments)
         if values is None:
             self._version = version.decode()
-            self._book.changed.clear()
+            self._rules.changed.clear()
             return True
-        self._book = self._read(self._key, values) if version else self._earlier()
+        self._rules = self._read(self._key, values) if version else self._earlier()
         self._version = version.decode()
         return False
 
@@ -110,9 +110,9 @@ class RedisEpisodes:
         for key in self._earlier_keys:
             _, values = self._server.call("swap", key, [_UNKNOWN, "", TTL_MS])
             if values:
-                book = self._read(key, values)
-                book.change_all()
-                return book
+                rules = self._read(key, values)
+                rules.change_all()
+                return rules
         return EpisodeRules()
 
     def _read(self, key: str, values: Sequence[bytes]) -> EpisodeRules:

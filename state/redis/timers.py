@@ -26,7 +26,7 @@ IDLE_MS = 60_000
 """A partition that brought nothing for so long is not waited for."""
 _TIMER = struct.Struct("<6s6s6s6s3sdB")
 _STEP = struct.Struct("<BH6s3s6s6sdB")
-_TOLD = struct.Struct("<6s3sHI")
+_NOTICED = struct.Struct("<6s3sHI")
 
 
 class RedisTimers:
@@ -84,10 +84,14 @@ class RedisTimers:
         for step in steps:
             arguments += _step(step, places[step.source])
         keys = [f"{self._key}:open", f"{self._key}:sources", *(f"{self._key}:due-{source_id(s):012x}" for s in sources)]
-        behind, told = self._server.retried(lambda: self._server.call("advance", keys, arguments))
+        behind, answers = self._server.retried(lambda: self._server.call("advance", keys, arguments))
         self._check(behind)
         self._remember({source: span.last + 1 for source, span in spans.items()})
-        return [silence for source, text in zip(sources, told, strict=True) for silence in _silences(source, text)]
+        return [
+            inactivity
+            for source, text in zip(sources, answers, strict=True)
+            for inactivity in _inactivities(source, text)
+        ]
 
     def prepare(self, offsets: Mapping[SourcePartition, int]) -> None:
         self._tell(offsets, arrived=False)
@@ -166,16 +170,18 @@ def _step(step: Activity | ClockAdvance, place: int) -> tuple[bytes, bytes, byte
     return packed, step.entity.encode("utf-8", "surrogatepass"), step.event
 
 
-def _silences(source: SourcePartition, text: bytes) -> list[Inactivity]:
+def _inactivities(source: SourcePartition, text: bytes) -> list[Inactivity]:
     found, at = [], 0
     while at < len(text):
-        offset, index, entity_size, timer_size = _TOLD.unpack_from(text, at)
-        at += _TOLD.size
+        offset, index, entity_size, timer_size = _NOTICED.unpack_from(text, at)
+        at += _NOTICED.size
         entity = text[at : at + entity_size].decode("utf-8", "surrogatepass")
         _, time, _, own, place, p_value, complete = _TIMER.unpack_from(text, at + entity_size)
         event = text[at + entity_size + _TIMER.size : at + entity_size + timer_size]
         # What it was given matters no more.
-        heard = Activity(entity, source, _number(own), _number(place), _number(time), 0, p_value, bool(complete), event)
-        found.append(Inactivity(heard, _number(offset), _number(index)))
+        activity = Activity(
+            entity, source, _number(own), _number(place), _number(time), 0, p_value, bool(complete), event
+        )
+        found.append(Inactivity(activity, _number(offset), _number(index)))
         at += entity_size + timer_size
     return found

@@ -6,7 +6,7 @@
 --   sources     of each source: id 6, highest applied offset 6 and index 3, committed offset 6
 --   displaced   of each displaced entry, in order: the number that displaced it, 5
 --   heads       of each entry kept, in order, displaced first: number 5, time 6, place of the source 2, offset 6, index 3,
---               levels that it raised 8 (see tally.py), which partners are there 1 (flags as in ACT), partners 5
+--               levels that it raised 8 (see rolling_counts.py), which partners are there 1 (flags as in ACT), partners 5
 --   vectors     of each entry kept, in the same order: fp16 x d
 --   tally       sums of the last two hours and of the day: bits 2, events 4, failures 4, bytes 6, bitmap of partners 32;
 --               buckets, by hour: hour 4, events 4, failures 4, bytes 6, bitmap 32
@@ -54,7 +54,7 @@ local function estimate(places)
   return level(-PLACES * math.log(1 - math.min(places, PLACES - 0.5) / PLACES))
 end
 
--- Add to the sums of a span, and return the levels that this lifted, in the order of tally.py's COUNTS.
+-- Add to the sums of a span, and return the levels that this lifted, in the order of rolling_counts.py's COUNTS.
 local function lift(sums, failed, bytes, places)
   local events, failures, partners, data = level(sums[2] + 1), 0, 0, 0
   if events == level(sums[2]) then events = 0 end
@@ -89,7 +89,7 @@ local function packed_words(layout, row)
   return struct.pack(layout, unpack(row, 1, 12))
 end
 
--- The counts of one entity, as tally.py has them: the sums of both spans are kept beside the buckets, so that those are
+-- The counts of one entity, as rolling_counts.py has them: the sums of both spans are kept beside the buckets, so that those are
 -- looked into only when the hour changes. A bucket is {hour, events, failures, bytes, 8 words of the bitmap}; sums are
 -- the same with the number of bits instead of the hour. `earlier` are the packed buckets before the newest.
 local function tally_of(packed)

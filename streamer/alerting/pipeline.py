@@ -98,7 +98,7 @@ class AlertPipeline:
         decisions = self.note(scored, rows)
         if not decisions:
             return []
-        assert scored.threshold is not None, "whoever chose the rows knows the line"
+        assert scored.threshold is not None, "whoever chose the rows knows the threshold"
         made: dict[int, Alert] = {}
         own = [(i, row) for i, decision in enumerate(decisions) if (row := _row(scored, decision)) is not None]
         made |= self._made(scored, own, decisions)
@@ -116,21 +116,21 @@ class AlertPipeline:
         ]
 
     def _made(
-        self, scored: ScoredBatch, noticed_at: Sequence[tuple[int, int]], decisions: Sequence[Decision]
+        self, scored: ScoredBatch, emitted: Sequence[tuple[int, int]], decisions: Sequence[Decision]
     ) -> dict[int, Alert]:
-        """Alerts by the place of their decision; noticed_at: (that place, row). One that cannot be explained or worded
-        is told with less: without reasons, else without its event too."""
-        if not noticed_at:
+        """Alerts by the place of their decision; emitted: (that place, row). One that cannot be explained or worded
+        is published with less: without reasons, else without its event too."""
+        if not emitted:
             return {}
         explain = self._explainer.explain
         try:
-            return self._make(scored, noticed_at, decisions, explain)
+            return self._make(scored, emitted, decisions, explain)
         except Exception as error:
             if is_other_fault(error):
                 raise
         made: dict[int, Alert] = {}
         bare = replace(scored, records=[{} for _ in scored.records])
-        for place in noticed_at:
+        for place in emitted:
             for batch, why in ((scored, explain), (scored, _no_reasons)):
                 try:
                     made |= self._make(batch, [place], decisions, why)
@@ -147,12 +147,12 @@ class AlertPipeline:
     def _make(
         self,
         scored: ScoredBatch,
-        noticed_at: Sequence[tuple[int, int]],
+        emitted: Sequence[tuple[int, int]],
         decisions: Sequence[Decision],
         explain: Callable[[ScoredBatch, NDArray[np.intp]], list[Explanation]],
     ) -> dict[int, Alert]:
-        at = np.array([row for _, row in noticed_at], np.intp)
-        assert scored.threshold is not None, "whoever chose the rows knows the line"
+        at = np.array([row for _, row in emitted], np.intp)
+        assert scored.threshold is not None, "whoever chose the rows knows the threshold"
         alerts = build_alerts(
             scored,
             at,
@@ -162,9 +162,9 @@ class AlertPipeline:
             tenant=self._tenant,
             now_ms=self._now_ms(),
             redactor=self._redactor,
-            decisions=[decisions[i] for i, _ in noticed_at],
+            decisions=[decisions[i] for i, _ in emitted],
         )
-        return {i: alert for (i, _), alert in zip(noticed_at, alerts, strict=True)}
+        return {i: alert for (i, _), alert in zip(emitted, alerts, strict=True)}
 
     def note(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Decision]:
         """Decide what is one story, and tell nothing: as `alerts` does before it makes them."""
@@ -231,7 +231,7 @@ class AlertPipeline:
         return found
 
     def _all(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Anomaly]:
-        """Those of the rows and of the silences that cross their line, in stream order."""
+        """Those of the rows and of the silences that cross their threshold, in stream order."""
         found = [(int(row), 0, anomaly) for row, anomaly in zip(rows, self.anomalies(scored, rows), strict=True)]
         inactive = scored.inactive
         if inactive is None or inactive.noticed_at is None or inactive.threshold is None:
@@ -349,7 +349,7 @@ def _silent_row(scored: ScoredBatch, inactive: ScoredBatch, decision: Decision) 
 def with_threshold(
     scored: ScoredBatch, judge: Callable[[ScoredBatch], NDArray[np.float64]]
 ) -> tuple[ScoredBatch, NDArray[np.intp]]:
-    """The batch and its silences with the line that each event is held against; and the rows that cross it."""
+    """The batch and its silences with the threshold that each event is held against; and the rows that cross it."""
     threshold = judge(scored)
     inactive = scored.inactive
     if inactive is not None:

@@ -33,7 +33,7 @@ class SuppressionFeed:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._book = Suppressions()
+        self._suppressions = Suppressions()
         self._follower = TopicFollower(settings, settings.feedback)
         self._read_at = time.monotonic()
         self._take(self._follower.catch_up())
@@ -47,12 +47,12 @@ class SuppressionFeed:
         if time.monotonic() - self._read_at > REFRESH_S:
             self._read_at = time.monotonic()
             self._take(self._follower.new_records())
-        return self._book.covering(anomaly)
+        return self._suppressions.covering(anomaly)
 
     def _take(self, records: Iterable[KeyedRecord]) -> None:
         for record in records:
             if (finding := parse(record.value)) is not None:
-                self._book.add(finding)
+                self._suppressions.add(finding)
 
 
 def open_feedback(settings: Settings) -> SuppressionFeed | None:
@@ -62,10 +62,10 @@ def open_feedback(settings: Settings) -> SuppressionFeed | None:
 
 def read_suppressions(settings: Settings) -> list[Suppression]:
     """All there ever were, in the order of their verdicts."""
-    book = Suppressions()
+    suppressions = Suppressions()
     for finding in between(_topic(settings), [], []):
-        book.add(finding)
-    return book.all
+        suppressions.add(finding)
+    return suppressions.all
 
 
 def publish(settings: Settings, update: Finding) -> None:

@@ -1,10 +1,10 @@
-"""The alert line: the p-value at or under which an event is an alert, moved at hours of event time so that normal
+"""The alert threshold: the p-value at or under which an event is an alert, moved at hours of event time so that normal
 traffic costs the alerts a day that were promised.
 
-Promises: a line is decided from the hours before it alone; it stays within CORRECTION of what the promise and the rate
-give; at most half the budget is spent in any six hours, but a p-value under a hundredth of the line is always an alert.
-Pure: it takes event times and p-values, and remembers lines and counts. `streamer.alerting.threshold_ledger` keeps both
-in Kafka.
+Promises: a threshold is decided from the hours before it alone; it stays within CORRECTION of what the promise and the
+rate give; at most half the budget is spent in any six hours, but a p-value under a hundredth of the threshold is always
+an alert. Pure: it takes event times and p-values, and remembers thresholds and counts.
+`streamer.alerting.threshold_ledger` keeps both in Kafka.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ DAY_H, WEEK_H = 24, 168
 BURST_H = 6
 """The hours in which half the budget may be spent."""
 ALWAYS = 0.01
-"""Of the line: a p-value at or under this share of it is an alert whatever is spent, and takes nothing of what six
+"""Of the threshold: a p-value at or under this share of it is an alert whatever is spent, and takes nothing of what six
 hours may spend; the correction counts it."""
 CORRECTION = 3.0
-"""The factor by which what was spent may move the line from what was promised."""
+"""The factor by which what was spent may move the threshold from what was promised."""
 PRIOR_DAYS = 1.0
-"""Days of alerts as promised that are added to what was seen, so that the first few alerts move the line little."""
+"""Days of alerts as promised that are added to what was seen, so that the first few alerts move the threshold
+little."""
 EPISODE_MS = HOUR_MS
 """What goes on about the same thing within this spends nothing: it is told as one alert that is updated."""
 MAX_EPISODES = 10_000
@@ -35,13 +36,14 @@ MAX_LINE = 0.5
 _KEPT_H = WEEK_H + BURST_H
 _NEVER = -(1 << 62)
 _RECENT = 16
-"""Lines that nearly every event is held against one of."""
+"""Thresholds that nearly every event is held against one of."""
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """A line in force from an event time (ms) until the next one's. correction: the factor in it that comes from what
-    was spent. share: what part of it is in force: less than 1, and at last ALWAYS, as six hours run out of budget."""
+    """A threshold in force from an event time (ms) until the next one's. correction: the factor in it that comes from
+    what was spent. share: what part of it is in force: less than 1, and at last ALWAYS, as six hours run out of
+    budget."""
 
     start: int
     p_value: float
@@ -56,10 +58,10 @@ class Threshold:
 
 @dataclass(frozen=True)
 class HourCounts:
-    """What an hour held: events; expected: alerts that normal traffic was to cost (the sum of the lines); uncorrected:
-    the same, had no line been corrected; spent: alerts, those under ALWAYS of the line and those that go on about
-    the same thing left out; latest: the latest event time of such an alert, -1 for none; beyond: alerts under ALWAYS of
-    the line, without those that go on."""
+    """What an hour held: events; expected: alerts that normal traffic was to cost (the sum of the thresholds);
+    uncorrected: the same, had no line been corrected; spent: alerts, those under ALWAYS of the threshold and those that
+    go on about the same thing left out; latest: the latest event time of such an alert, -1 for none; beyond: alerts
+    under ALWAYS of the threshold, without those that go on."""
 
     events: int = 0
     expected: float = 0.0
@@ -90,19 +92,20 @@ def is_too_old(hour: int, now: int) -> bool:
 
 
 def threshold_at(thresholds: Sequence[Threshold], time: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The line in force at each event time, float64 [n]. lines: at least one, by start; before the first, the first."""
+    """The threshold in force at each event time, float64 [n]. thresholds: at least one, by start; before the first, the
+    first."""
     place = np.searchsorted([threshold.start for threshold in thresholds], time, side="right") - 1
     return np.asarray(np.array([threshold.in_force for threshold in thresholds])[np.maximum(place, 0)], np.float64)
 
 
 @dataclass
 class MovingThreshold:
-    """The lines of one tenant and what was spent.
+    """The thresholds of one tenant and what was spent.
 
     Args:
         alerts_per_day: what normal traffic may cost.
         events_per_day: the rate that is taken for days not seen yet: that of training.
-        lines: the recorded ones, by start; at least the last.
+        thresholds: the recorded ones, by start; at least the last.
         tallies: of the hours (event time over HOUR_MS) of this process's part of the stream.
         elsewhere: the same, of what others judge.
         episodes: the latest event time (ms) of each episode that was alerted on and may go on, by its digest.
@@ -130,11 +133,12 @@ class MovingThreshold:
         episode_key: Callable[[int], str] = lambda _: "",
         moves: bool = True,
     ) -> NDArray[np.float64]:
-        """The line that each of n events is held against, float64 [n]: it is an alert where its p-value is at or under.
+        """The threshold that each of n events is held against, float64 [n]: it is an alert where its p-value is at or
+        under.
 
-        time: int64 [n], event ms; story: what an alert on an event would be about, by its row ("": it stands alone).
-        Counts the events and what they spend, and moves the line where they reach a new hour or spend what six hours
-        may. moves: whether this process decides lines, or takes those that it is given.
+        time: int64 [n], event ms; episode_key: what an alert on an event would be about, by its row ("": it stands
+        alone). Counts the events and what they spend, and moves the threshold where they reach a new hour or spend what
+        six hours may. moves: whether this process decides thresholds, or takes those that it is given.
         """
         threshold = np.empty(len(time))
         hours = time // HOUR_MS
@@ -146,11 +150,11 @@ class MovingThreshold:
         return threshold
 
     def advance(self, hour: int) -> None:
-        """Decide the line of an hour, unless it or a later one is decided."""
+        """Decide the threshold of an hour, unless it or a later one is decided."""
         if self.thresholds and hour <= self.thresholds[-1].start // HOUR_MS:
             return
         start = hour * HOUR_MS
-        if self.elsewhere:  # What others have let through was judged by the line before.
+        if self.elsewhere:  # What others have let through was judged by the threshold before.
             start = max(start, 1 + max(tally.latest for tally in self.elsewhere.values()))
         self.thresholds.append(Threshold(start, *self._decide(hour), self._share(hour)))
         self.forget(start)
@@ -163,7 +167,7 @@ class MovingThreshold:
         self.episodes = {digest: last for digest, last in self.episodes.items() if not is_over(last, now)}
 
     def at(self, time: NDArray[np.int64]) -> NDArray[np.float64]:
-        """The line in force at each event time, float64 [n]; before the first, the first."""
+        """The threshold in force at each event time, float64 [n]; before the first, the first."""
         thresholds = self.thresholds[-_RECENT:] or [Threshold(0, self._promised(self.events_per_day))]
         if len(self.thresholds) > _RECENT and time.min(initial=thresholds[0].start) < thresholds[0].start:
             thresholds = self.thresholds
@@ -175,7 +179,7 @@ class MovingThreshold:
         return max((*self.tallies, *self.elsewhere), default=-1)
 
     def spent(self, hours: Iterable[int]) -> int:
-        """Alerts of these hours, those under ALWAYS of the line left out."""
+        """Alerts of these hours, those under ALWAYS of the threshold left out."""
         return sum(self._tally(hour).spent for hour in hours)
 
     def _judge_hour(
@@ -221,13 +225,13 @@ class MovingThreshold:
         return abs(moment - last) <= EPISODE_MS
 
     def _threshold_at(self, moment: int) -> Threshold:
-        """The line in force at an event time, or the one that is promised where there is none yet."""
+        """The threshold in force at an event time, or the one that is promised where there is none yet."""
         found = next((threshold for threshold in reversed(self.thresholds) if threshold.start <= moment), None)
         return found or (self.thresholds[0] if self.thresholds else Threshold(0, self._promised(self.events_per_day)))
 
     def _tighten(self, moment: int) -> None:
-        """After an alert, if six hours run out of budget. Not from before what was let through already: a line is never
-        changed once it was used."""
+        """After an alert, if six hours run out of budget. Not from before what was let through already: a threshold is
+        never changed once it was used."""
         newest = self.thresholds[-1]
         share = self._share(newest.start // HOUR_MS)
         if share < newest.share:
@@ -235,16 +239,16 @@ class MovingThreshold:
             self.thresholds.append(replace(newest, start=max(moment, latest, newest.start) + 1, share=share))
 
     def _share(self, hour: int) -> float:
-        """The part of the line that is in force after what six hours that end in this one have spent: all until half of
-        what they may spend is gone, then less with each alert, so that the strongest get the rest; ALWAYS once it is
-        all gone. Seven hours of the clock cover any six."""
+        """The part of the threshold that is in force after what six hours that end in this one have spent: all until
+        half of what they may spend is gone, then less with each alert, so that the strongest get the rest; ALWAYS once
+        it is all gone. Seven hours of the clock cover any six."""
         used = self.spent(range(hour - BURST_H, hour + 1)) / (self.alerts_per_day / 2)
         return float(f"{ALWAYS ** min(max(2 * used - 1, 0.0), 1.0):.6g}")
 
     def _decide(self, hour: int) -> tuple[float, float]:
-        """The line, and the correction in it, from the hours before: the promise over the mean rate of a week; the rate
-        of a day may not cost more than half again, that of six hours not more than half a day's budget; and that times
-        the correction."""
+        """The threshold, and the correction in it, from the hours before: the promise over the mean rate of a week; the
+        rate of a day may not cost more than half again, that of six hours not more than half a day's budget; and that
+        times the correction."""
         week = [self._tally(past) for past in range(hour - WEEK_H, hour)]
         known = min(hour - min((*self.tallies, *self.elsewhere), default=hour), WEEK_H)
         unseen = self.events_per_day * (WEEK_H - known) / DAY_H
@@ -256,8 +260,9 @@ class MovingThreshold:
         return float(f"{min(threshold * correction, MAX_LINE):.6g}"), correction
 
     def _correction(self, week: list[HourCounts], promised: float) -> float:
-        """What was promised, over what uncorrected lines would have cost: so many alerts more or fewer came than were
-        expected of the lines that there were. Those under ALWAYS count here: they close nothing, but are read, too."""
+        """What was promised, over what uncorrected thresholds would have cost: so many alerts more or fewer came than
+        were expected of the thresholds that there were. Those under ALWAYS count here: they close nothing, but are
+        read, too."""
         prior = PRIOR_DAYS * self.alerts_per_day
         expected, uncorrected = (sum(getattr(t, name) for t in week) for name in ("expected", "uncorrected"))
         found = (prior + sum(tally.spent + tally.beyond for tally in week)) / (prior + expected)

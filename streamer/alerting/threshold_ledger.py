@@ -1,11 +1,11 @@
-"""The ledger: a compacted topic that holds every alert line of a tenant, what was spent and which episodes may go on,
-and the `MovingThreshold` over it.
+"""The ledger: a compacted topic that holds every alert threshold of a tenant, what was spent and which episodes may go
+on, and the `MovingThreshold` over it.
 
 Promises: all of it is written in the transaction of the alerts that it is about, so that after a crash or an abort the
 stream is judged by what subscribers were shown, and whoever takes over a partition knows what was spent on it; one
-process of the group decides lines, the one that reads partition 0 of the first topic, and a process that lost it cannot
-commit any. With several processes, one may still use the line before for the moment until it has read a new one: every
-alert names the line that it crossed.
+process of the group decides thresholds, the one that reads partition 0 of the first topic, and a process that lost it
+cannot commit any. With several processes, one may still use the threshold before for the moment until it has read a new
+one: every alert names the threshold that it crossed.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from streamer.settings import Settings
 
 REFRESH_S = 1.0
 KEPT_LINES = 1024
-"""Lines to judge by: more than two weeks of them. An event that is older is held against the first of these."""
+"""Thresholds to judge by: more than two weeks of them. An event that is older is held against the first of these."""
 
 _log = structlog.get_logger("ripcurrent.ledger")
 
 
 class ThresholdLedger:
-    """What the service asks for the line, and gives what its transactions carry. For one thread.
+    """What the service asks for the threshold, and gives what its transactions carry. For one thread.
 
     Args:
         instance: the name under which this process counts what it spends; the same after a restart.
@@ -58,12 +58,12 @@ class ThresholdLedger:
 
     @property
     def decider(self) -> SourcePartition:
-        """Whoever reads this partition decides lines."""
+        """Whoever reads this partition decides thresholds."""
         return self._settings.events[0], 0
 
     @property
     def threshold(self) -> float:
-        """The line as committed, of the latest hour."""
+        """The threshold as committed, of the latest hour."""
         thresholds = self._committed.thresholds
         return (
             thresholds[-1].in_force if thresholds else self._committed.alerts_per_day / self._committed.events_per_day
@@ -87,12 +87,13 @@ class ThresholdLedger:
             self._follower.close()
 
     def judge(self, scored: ScoredBatch, owned: Offsets) -> NDArray[np.float64]:
-        """The line that each of n events is held against, float64 [n]."""
+        """The threshold that each of n events is held against, float64 [n]."""
         self._follow(owned)
         return self._budget.judge(scored.time, scored.p_value, episode_key=scored.episode_key, moves=self._owner)
 
     def idle(self, owned: Offsets) -> bool:
-        """With nothing to judge: whether there is a line to be committed, because others have reached a new hour."""
+        """With nothing to judge: whether there is a threshold to be committed, because others have reached a new
+        hour."""
         if time.monotonic() - self._read_at >= REFRESH_S:
             self._follow(owned)
             if self._owner and self._budget.elsewhere and self._budget.newest_hour >= 0:
@@ -100,7 +101,8 @@ class ThresholdLedger:
         return len(self._budget.thresholds) > 0 and self._budget.thresholds[-1:] != self._committed.thresholds[-1:]
 
     def outputs(self, now_ms: int) -> list[Output]:
-        """What the next transaction must carry: lines decided, hours counted and episodes alerted on since the last."""
+        """What the next transaction must carry: thresholds decided, hours counted and episodes alerted on since the
+        last."""
         known, tenant = set(self._committed.thresholds), self._settings.tenant
         records: dict[str, dict[str, Any] | None] = {}
         for threshold in self._budget.thresholds:
@@ -138,7 +140,7 @@ class ThresholdLedger:
     def _obsolete_elsewhere(self) -> list[str]:
         """Keys of the records of others that no decision needs any more: episodes that are over and hours that are too
         old. They are theirs to remove, but an instance may be gone for good, as pods with names of their own are. The
-        one who decides does it when a line moves."""
+        one who decides does it when a threshold moves."""
         newest, known = self._budget.thresholds[-1:], self._committed.thresholds[-1:]
         if not self._owner or newest == known:
             return []
@@ -159,7 +161,8 @@ class ThresholdLedger:
         if owner != self._owner or not self._partitions.issuperset(owned):
             self._take(self._follower.catch_up())
             if owner != self._owner:
-                _log.info("this process decides the alert line" if owner else "another process decides the alert line")
+                decides = "this process decides" if owner else "another process decides"
+                _log.info(f"{decides} the alert threshold")
         elif time.monotonic() - self._read_at >= REFRESH_S:
             self._take(self._follower.new_records())
         self._owner, self._partitions = owner, set(owned)
@@ -182,7 +185,7 @@ class ThresholdLedger:
                     known_last = budget.episodes_elsewhere.get(digest, last)
                     budget.episodes_elsewhere[digest] = max(last, known_last)
         own = {hour: tally for (hour, name), tally in self._records.tallies.items() if name == self._instance}
-        if self._budget.thresholds and not self._owner:  # The one who decides does it as it moves the line.
+        if self._budget.thresholds and not self._owner:  # The one who decides does it as it moves the threshold.
             self._budget.forget(self._budget.thresholds[-1].start)
         if not self._committed.tallies:
             self._committed.tallies = own
@@ -191,7 +194,7 @@ class ThresholdLedger:
 
 
 class RecordedThresholds:
-    """The recorded lines of a tenant, for replay: `RecordedThresholds.read(settings).at(event_time)`."""
+    """The recorded thresholds of a tenant, for replay: `RecordedThresholds.read(settings).at(event_time)`."""
 
     def __init__(self, thresholds: Mapping[int, Threshold]) -> None:
         self._thresholds = [threshold for _, threshold in sorted(thresholds.items())]
@@ -201,8 +204,8 @@ class RecordedThresholds:
 
     @classmethod
     def read(cls, settings: Settings) -> RecordedThresholds:
-        """The lines of `settings.tenant` in `settings.ledger` that were decided for its `alerts_per_day`; none where
-        there is no such topic. Raises ConfigurationError and StreamError where it cannot be read."""
+        """The thresholds of `settings.tenant` in `settings.ledger` that were decided for its `alerts_per_day`; none
+        where there is no such topic. Raises ConfigurationError and StreamError where it cannot be read."""
         if settings.ledger not in partition_counts(settings):
             return cls({})
         records, follower = _Records(settings.tenant), TopicFollower(settings, settings.ledger)
@@ -215,10 +218,10 @@ class RecordedThresholds:
         return cls({start: kept for start, kept in records.thresholds.items() if records.budgets[start] == budget})
 
     def at(self, event_time: NDArray[np.int64]) -> NDArray[np.float64]:
-        """int64 [n], ms, to the line in force at each, float64 [n]; before the first line, the first. Raises ValueError
-        where none is recorded."""
+        """int64 [n], ms, to the threshold in force at each, float64 [n]; before the first threshold, the first. Raises
+        ValueError where none is recorded."""
         if not self._thresholds:
-            raise ValueError("no line is recorded")
+            raise ValueError("no threshold is recorded")
         return threshold_at(self._thresholds, event_time)
 
 
@@ -257,7 +260,7 @@ class _Records:
 
 
 def check_compacted(settings: Settings) -> None:
-    """Refuse a ledger that Kafka would delete lines from, or that has several partitions.
+    """Refuse a ledger that Kafka would delete thresholds from, or that has several partitions.
 
     Raises ConfigurationError, with the command that mends it.
     """
@@ -268,6 +271,6 @@ def check_compacted(settings: Settings) -> None:
     policy = topic_settings(settings, [topic], "cleanup.policy").get(topic, "")
     if "delete" in policy:
         raise ConfigurationError(
-            f"topic {topic!r} (ledger) has cleanup.policy={policy}, so Kafka would forget alert lines; "
+            f"topic {topic!r} (ledger) has cleanup.policy={policy}, so Kafka would forget alert thresholds; "
             f"kafka-configs.sh --alter --topic {topic} --add-config cleanup.policy=compact"
         )

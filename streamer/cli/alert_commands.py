@@ -229,7 +229,7 @@ def report(
             topics.append(settings.scores)
         material.sources += [f"topic {topic}" for topic in topics]
         if settings.metrics_port:
-            material.drift = next((check.told for check in service(settings) if check.what == "drift"), "")
+            material.drift = next((check.text for check in service(settings) if check.what == "drift"), "")
     made_ms = int(time.time() * 1000)
     promised = settings.alerts_per_day if material.findings else None
     out.write_text(page(made_of(material, title=title, made_ms=made_ms, promised=promised)))

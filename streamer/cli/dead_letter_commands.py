@@ -1,4 +1,4 @@
-"""`ripcurrent dlq`: list, show and send back what could not be read."""
+"""`ripcurrent dlq`: list, show and send back dead letters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from streamer.settings import Settings
 if TYPE_CHECKING:
     from streamer.kafka.dead_letter_reader import DeadLetter
 
-app = typer.Typer(name="dlq", no_args_is_help=True, help="What could not be read: list it, look at it, send it back.")
+app = typer.Typer(
+    name="dlq", no_args_is_help=True, help="Messages that could not be read, scored or written: list, show, send back."
+)
 Kind = Annotated[
     str | None, typer.Option("--exception", help="Only letters of this kind.", metavar="NAME", show_default="all")
 ]

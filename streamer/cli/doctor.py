@@ -24,11 +24,11 @@ DISTRUST = "do not trust"
 
 @dataclass(frozen=True)
 class Check:
-    """mark: ok, warn or bad; what: the part that was looked at; told: one line."""
+    """mark: ok, warn or bad; what: the part that was looked at; text: one line."""
 
     mark: str
     what: str
-    told: str
+    text: str
 
 
 def examine(settings: Settings) -> Iterator[Check]:
@@ -78,11 +78,12 @@ def transactions(settings: Settings) -> Iterator[Check]:
 
 def _ledger(settings: Settings) -> str:
     if settings.threshold is not None:
-        return f"not needed: the line is fixed at {settings.threshold:g}"
+        return f"not needed: the threshold is fixed at {settings.threshold:g}"
     from streamer.alerting.threshold_ledger import RecordedThresholds, check_compacted
 
     check_compacted(settings)
-    return f"{len(RecordedThresholds.read(settings))} lines are recorded for {settings.alerts_per_day:g} alerts a day"
+    recorded = len(RecordedThresholds.read(settings))
+    return f"{recorded} thresholds are recorded for {settings.alerts_per_day:g} alerts a day"
 
 
 def _redis(settings: Settings) -> str:

@@ -114,7 +114,7 @@ def doctor(settings: Settings) -> None:
 
     worst = ""
     for finding in examine(settings):
-        typer.echo(hide(f"{finding.mark:<5}{finding.what:<10}{finding.told}", settings))
+        typer.echo(hide(f"{finding.mark:<5}{finding.what:<10}{finding.text}", settings))
         worst = "bad" if finding.mark == "bad" else worst
     raise typer.Exit(1 if worst else 0)
 

@@ -127,8 +127,8 @@ class EventConsumer:
         that is known: Kafka deletes the commits of a topic that is deleted."""
         self._topics = dict(topics or {})
         callbacks = {"on_assign": self._assign, "on_revoke": self._revoke, "on_lost": self._lose}
-        told = {name: self._telling(callback) for name, callback in callbacks.items()}
-        self._consumer.subscribe(list(self._settings.events), **told)
+        callbacks_in_guard = {name: self._telling(callback) for name, callback in callbacks.items()}
+        self._consumer.subscribe(list(self._settings.events), **callbacks_in_guard)
         self._thread.start()
 
     def close(self, timeout_s: float = 10.0) -> None:

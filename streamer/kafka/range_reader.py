@@ -141,7 +141,7 @@ class RangeReader(Generic[R]):
 
     def _fill(self) -> None:
         """Read until the next message of every partition is here."""
-        heard = time.monotonic()
+        last_message_at = time.monotonic()
         while self._missing:
             hungry = {source for source in self._paused if self._ahead[source] < self._share // 2}
             if hungry:
@@ -149,8 +149,8 @@ class RangeReader(Generic[R]):
                 self._paused -= hungry
             for raw in self._consumer.consume(CHUNK, 0.5):
                 if self._take(raw):
-                    heard = time.monotonic()
-            if time.monotonic() - heard > (patience_s := self._patience_s()):
+                    last_message_at = time.monotonic()
+            if time.monotonic() - last_message_at > (patience_s := self._patience_s()):
                 raise StreamError(f"Kafka gave nothing of {label(self._missing)} for {patience_s:.0f} s; start again")
 
     def _take(self, raw: Any) -> bool:

@@ -146,7 +146,7 @@ class ReplayDetector:
     """The service's detector and alerts, with windows of their own in this process.
 
     Args:
-        lines: the line at an event time: fixed, or as it was recorded.
+        thresholds: the threshold at an event time: fixed, or as it was recorded.
     """
 
     def __init__(
@@ -175,8 +175,8 @@ class ReplayDetector:
 
     @classmethod
     def open(cls, settings: Settings, path: Path) -> ReplayDetector:
-        """With the bundle at `path`, at the lines that the service recorded; where it recorded none, at the one that
-        the budget gives at the rate of training. Raises BundleError."""
+        """With the bundle at `path`, at the thresholds that the service recorded; where it recorded none, at the one
+        that the budget gives at the rate of training. Raises BundleError."""
         bundle = load(path, device_of(settings))
         if settings.threshold is not None:
             return cls(
@@ -201,12 +201,12 @@ class ReplayDetector:
         self.forget(batch)
 
     def _lined(self, batch: Sequence[Message]) -> tuple[ScoredBatch, NDArray[np.intp]]:
-        """Scored, with the line that each event is held against; and the rows that cross it."""
+        """Scored, with the threshold that each event is held against; and the rows that cross it."""
         scored = self._isolation.score(self._detector, batch)
         return with_threshold(scored, lambda batch: self._thresholds(batch.time))
 
     def score(self, batch: Sequence[Message], positions: Offsets) -> tuple[ScoredBatch, NDArray[np.intp]]:
-        """Score a batch, with lines; also the rows from the positions on that cross them. `forget` it when it is
+        """Score a batch, with thresholds; also the rows from the positions on that cross them. `forget` it when it is
         done."""
         scored, rows = self._lined(batch)
         return scored, rows[wanted_rows(scored.coordinates, positions)[rows]]
@@ -243,7 +243,7 @@ def judged(
 
 
 def fixed_threshold(threshold: float) -> ThresholdAt:
-    """The same line at every time."""
+    """The same threshold at every time."""
     return lambda times: np.full(len(times), threshold)
 
 

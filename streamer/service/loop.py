@@ -92,7 +92,7 @@ class Service:
     Args:
         detector: scores messages and explains rows.
         alerting: makes the alerts of a batch.
-        line: p-value at or under which an event is an alert, fixed or from the ledger of the budget.
+        threshold: p-value at or under which an event is an alert, fixed or from the ledger of the budget.
         instance: the name of this process in the group; by default the one that it can claim.
         windows: is told what is committed; None where the detector remembers nothing outside this process.
         bundles: where a bundle that is promoted while this runs comes from, and the shadow; None: there are none.
@@ -119,7 +119,7 @@ class Service:
         self._detector = detector
         self._isolation = EventIsolation()
         self._alerting = alerting
-        self._line = threshold
+        self._threshold = threshold
         self._ledger = threshold if isinstance(threshold, ThresholdLedger) else None
         self._windows = windows
         self._workers_problem = workers_problem
@@ -134,7 +134,7 @@ class Service:
         self._watched_at = 0.0
         self._source = EventConsumer(settings, self._release, self._prepare)
         source, shadow = self._source, settings.shadow
-        self._succession = BundleRollout(settings, bundles, source, self.metrics) if bundles is not None else None
+        self._rollout = BundleRollout(settings, bundles, source, self.metrics) if bundles is not None else None
         self._shadow = Shadow(settings, shadow, bundles, source, self.metrics) if bundles and shadow else None
         self._publisher: Publisher = (
             TransactionalPublisher(settings, self._source, instance or claim_instance(settings))
@@ -185,12 +185,12 @@ class Service:
     def _work(self) -> None:
         """The next batch, if there is one, from its events to the group that its outputs go into; and the commit of
         that group, if it is due."""
-        self._succeed()
+        self._take_over_if_ready()
         batch = self._source.take()
         self._check_windows()  # After it was taken: no message comes before the check of its partition.
         if batch is not None:
             scored = self._score(batch)
-            scored, rows = with_threshold(scored, self._line_for)
+            scored, rows = with_threshold(scored, self._thresholds_for)
             alerts = self._alerts(scored, rows)
             if self._shadow is not None and scored.threshold is not None:
                 self._shadow.compare(without(batch.messages, scored.rejects), scored, scored.threshold)
@@ -206,7 +206,7 @@ class Service:
             self._publisher.open()
             if self._ledger is not None:  # After the publisher, which ends the transaction that a killed one left open.
                 self._ledger.open()
-            self._show_line()
+            self._show_threshold()
             windows = self._windows
             self._source.open(self._waiting("identified", windows.identified) if windows is not None else {})
             self._opened = True
@@ -220,7 +220,7 @@ class Service:
             _log.info("drained")
         finally:
             self._stop.set()
-            for opened in (self._rebuild, self._succession, self._shadow):
+            for opened in (self._rebuild, self._rollout, self._shadow):
                 if opened is not None:
                     opened.close()
             self._source.close(DRAIN_S)
@@ -230,9 +230,9 @@ class Service:
                 server.shutdown()
                 server.server_close()
 
-    def _succeed(self) -> None:
+    def _take_over_if_ready(self) -> None:
         """Let a promoted bundle take over if one is ready, and the shadow join: both between two transactions."""
-        preparation = self._succession.ready() if self._succession is not None else None
+        preparation = self._rollout.ready() if self._rollout is not None else None
         if preparation is not None:
             self._commit()
             self._waiting("another bundle", preparation.catch_up)
@@ -240,8 +240,8 @@ class Service:
             opened, replaced = preparation.opened, self._windows
             self._detector, self._alerting, self._windows = opened.detector, opened.alerting, opened.windows
             self._show_bundle(opened.version)
-            assert self._succession is not None
-            self._succession.done(preparation)
+            assert self._rollout is not None
+            self._rollout.done(preparation)
             if replaced is not None:
                 replaced.close()
         if self._shadow is not None and not self._group.batches:
@@ -282,8 +282,8 @@ class Service:
             return
         else:
             # While they are filled again, how far they have come is not how far the commit is.
-            noticed_at = {} if self._rebuild is not None else self._source.owned()
-            self._waiting("prepare", lambda: windows.prepare(noticed_at))
+            offsets_known = {} if self._rebuild is not None else self._source.owned()
+            self._waiting("prepare", lambda: windows.prepare(offsets_known))
         self._watched_at = time.monotonic()
 
     def _identify_topics(self) -> None:
@@ -338,10 +338,10 @@ class Service:
         self.metrics.batches.inc()
         return scored
 
-    def _line_for(self, scored: ScoredBatch) -> NDArray[np.float64]:
-        if isinstance(self._line, ThresholdLedger):
-            return self._line.judge(scored, self._source.owned())
-        return np.full(len(scored), self._line)
+    def _thresholds_for(self, scored: ScoredBatch) -> NDArray[np.float64]:
+        if isinstance(self._threshold, ThresholdLedger):
+            return self._threshold.judge(scored, self._source.owned())
+        return np.full(len(scored), self._threshold)
 
     def _alerts(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> Sequence[EmittedAlert]:
         with self.metrics.time("explain"):
@@ -395,7 +395,7 @@ class Service:
         ledger, windows = self._ledger, self._windows
         recorded = ledger.outputs(int(self._clock() * 1000)) if ledger is not None else []
         if ledger is not None and recorded and not offsets:
-            owned = self._source.owned()  # Without the decider's partition a line cannot be committed.
+            owned = self._source.owned()  # Without the decider's partition a threshold cannot be committed.
             offsets = {ledger.decider: owned[ledger.decider]} if ledger.decider in owned else {}
         if not offsets:
             return
@@ -448,10 +448,12 @@ class Service:
                 if appended >= 0:
                     histogram.observe(max(now - appended, 0) / 1000)
         self.metrics.spend([event_time for event_time, _ in done.alert_times.values()])
-        self._show_line()
+        self._show_threshold()
 
-    def _show_line(self) -> None:
-        self.metrics.threshold.set(self._line.threshold if isinstance(self._line, ThresholdLedger) else self._line)
+    def _show_threshold(self) -> None:
+        self.metrics.threshold.set(
+            self._threshold.threshold if isinstance(self._threshold, ThresholdLedger) else self._threshold
+        )
 
     def _begin_again(self, reason: Exception) -> None:
         """After an abort: forget the group and read it again from what is committed, later each time it fails."""

@@ -42,10 +42,12 @@ class Metrics:
             "incomplete", "Events scored while history of one of their entities was known to be missing"
         )
         self.batches = counter("batches", "Micro-batches scored")
-        self.anomalies = counter("anomalies", "Events at or under the line, committed")
+        self.anomalies = counter("anomalies", "Events at or under the threshold, committed")
         self.alerts = counter("alerts", "Alerts (Create) committed")
         self.suppressed = counter(
-            "suppressed", "Events at or under the line that a verdict silences, by its uid, committed", "suppression"
+            "suppressed",
+            "Events at or under the threshold that a verdict silences, by its uid, committed",
+            "suppression",
         )
         self.updates = counter("alert_updates", "Updates and closes of alerts, committed", "activity")
         self.rejects = counter(

@@ -150,9 +150,11 @@ def fit(
     tell("baseline", 0, 0, "")
     record, by_record = _fit_record(encoder, features, weights, later, seed)
     anonymised = encoder.anonymised(loaded.features)
-    sequences, rates, overlaps, by_history, learned = _fit_history(encoder, loaded, anonymised, held, seed, kept, tell)
+    sequences, rates, cooccurrence, by_history, learned = _fit_history(
+        encoder, loaded, anonymised, held, seed, kept, tell
+    )
     event = Calibration.fit(joined(by_record, by_history), tail_from=FEW)
-    scorer = EventScorer(record, sequences, rates, event, overlaps)
+    scorer = EventScorer(record, sequences, rates, event, cooccurrence)
     redactor = Redactor(redact)
     members = first[record.baseline.members].tolist()
     span = max(int(np.ptp(loaded.time)), 60_000)
@@ -355,26 +357,26 @@ def _fit_history(
         progress=lambda step, steps, loss: tell("sequences", step, steps, f"loss {loss:.3f}"),
     )
     sequences = SequenceScorer(model)
-    raw, levels, overlaps, overlap = _replayed(sequences, loaded, vectors, held)
+    raw, levels, cooccurrence, overlap = _replayed(sequences, loaded, vectors, held)
     last = dict(zip(pairs.entity, range(len(pairs.entity)), strict=True))
     is_last = np.zeros(len(pairs.entity), bool)
     is_last[list(last.values())] = True
-    quiet = np.array([model.timeouts.get(kind, 0) for kind in KINDS], np.int64)[pairs.kind]
-    ended = is_last & (quiet > 0) & (loaded.time[-1] - loaded.time[pairs.row] > quiet)
+    timeout = np.array([model.timeouts.get(kind, 0) for kind in KINDS], np.int64)[pairs.kind]
+    ended = is_last & (timeout > 0) & (loaded.time[-1] - loaded.time[pairs.row] > timeout)
     kinds = pairs.kind[judged]
     sequences.fit(raw, kinds, ended[judged], pairs.row[judged])
-    habits, excess = RateProfiles.fit(pairs.entity, pairs.kind, levels, loaded.time[pairs.row], kinds=len(KINDS))
-    rates = RateScorer(habits)
+    profiles, excess = RateProfiles.fit(pairs.entity, pairs.kind, levels, loaded.time[pairs.row], kinds=len(KINDS))
+    rates = RateScorer(profiles)
     by_user = np.zeros(len(judged))
     if len(held) == loaded.events:  # Of a sample, every count would be too low.
         rates.fit(excess, pairs.kind, pairs.entity, pairs.row)
         if len(overlap):
-            overlaps.fit(overlap, int(held.sum()))
-            by_user[kinds == JUDGED], _ = overlaps.evidence(overlap)
+            cooccurrence.fit(overlap, int(held.sum()))
+            by_user[kinds == JUDGED], _ = cooccurrence.evidence(overlap)
     rate, _ = rates.evidence(excess.take(judged), kinds)
     order, missing = (sequences.evidence(name, raw, kinds) for name in ("order", "missing"))
     np.maximum.at(evidence, pairs.row[judged], weighted(order, missing, rate, by_user).max(0))
-    return sequences, rates, overlaps, evidence[held], report
+    return sequences, rates, cooccurrence, evidence[held], report
 
 
 def _replayed(
@@ -416,10 +418,10 @@ def _replayed(
                 at_once.append((names, *near(seen.take(users))))
             else:
                 counts.add(names, *near(seen.take(users)))
-    overlaps = counts.finish()
-    surprise = np.concatenate([overlaps.surprise(*part) for part in at_once])
+    cooccurrence = counts.finish()
+    surprise = np.concatenate([cooccurrence.surprise(*part) for part in at_once])
     raw = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-    return raw, np.concatenate(levels), CooccurrenceScorer(overlaps), surprise
+    return raw, np.concatenate(levels), CooccurrenceScorer(cooccurrence), surprise
 
 
 def _steps(
@@ -433,11 +435,11 @@ def _steps(
     first = dict(zip(codes[known].tolist(), rows[known].tolist(), strict=True))
     named = {field.path for field in loaded.schema.fields if field.kind == "identity"}
     events = exemplars([loaded.records[row] for row in first.values()], None, loaded.schema, redactor)
-    told = {
+    stages = {
         code: orjson.dumps({path: value for path, value in orjson.loads(event).items() if path not in named})
         for code, event in zip(first, events, strict=True)
     }
-    return [told.get(code, b"{}") for code in range(sequences.model.codebook.other)]
+    return [stages.get(code, b"{}") for code in range(sequences.model.codebook.other)]
 
 
 def exemplars(records: list[bytes], places: list[str] | None, schema: Schema, redactor: Redactor) -> list[bytes]:

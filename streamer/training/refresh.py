@@ -69,13 +69,13 @@ def refresh(
     baseline.learned = np.concatenate([record.baseline.learned, np.zeros(len(joining), bool)])[baseline.members]
     schema = bundle.encoder.schema
     redactor = Redactor(redact)
-    told = [*bundle.exemplars, *exemplars(records, places, schema, redactor)]
+    all_exemplars = [*bundle.exemplars, *exemplars(records, places, schema, redactor)]
     codes = np.concatenate([bundle.codes, shown_codes(features, schema, redactor)], axis=1)[:, baseline.members]
     written = save(
         out,
         encoder=bundle.encoder,
         scorer=replace(bundle.scorer, record=replace(record, baseline=baseline)),
-        exemplars=[told[place] for place in baseline.members.tolist()],
+        exemplars=[all_exemplars[place] for place in baseline.members.tolist()],
         anonymised=bundle.anonymised,
         profile=bundle.profile,
         codes=codes,
