@@ -20,9 +20,10 @@ from encoder.features.schema import FIRST, UNKNOWN, Schema
 from encoder.features.vectorizer import FeatureBatch
 from encoder.models.record_network import DEPTH, EMBEDDING, WIDTH, network_codes, network_sizes
 from encoder.models.resnet import TabularResNet
-from encoder.training.trainer import Checkpoint, StepProgress, TrainingRun, train_network
+from encoder.training.trainer import Checkpoint, StepProgress, TrainingRun, steps_for, train_network
 
 BATCH = 512
+MIN_BATCH = 64
 STEPS = 1500
 IDENTITY_ROWS = 100_000
 """Distinct rows, evenly spaced, to which the identity path is fitted: more do not change it and cost gigabytes."""
@@ -108,6 +109,8 @@ def train(
     codes = torch.from_numpy(network_codes(features.codes, sizes)).to(device)
     quantiles = torch.from_numpy(features.quantiles).to(device)
     draw = torch.from_numpy(np.sqrt(weights))
+    events = int(weights.sum())
+    steps, batch = steps_for(STEPS, events), min(BATCH, max(MIN_BATCH, events))
     masks = _Masks(schema, net)
     held = validation.take(np.linspace(0, len(validation) - 1, min(2048, len(validation))).astype(np.intp))
     held_codes = torch.from_numpy(network_codes(held.codes, sizes)).to(device)
@@ -115,7 +118,7 @@ def train(
 
     def loss(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed * STEPS + step)
-        rows = torch.multinomial(draw, BATCH, replacement=True, generator=generator).to(device)
+        rows = torch.multinomial(draw, batch, replacement=True, generator=generator).to(device)
         return masks.loss(net, codes[rows].long(), quantiles[rows], generator)
 
     def validate() -> float:
@@ -124,10 +127,10 @@ def train(
     report = train_network(
         net,
         loss,
-        steps=STEPS,
+        steps=steps,
         weight_decay=1e-4,
         validate=validate if len(held) else None,
-        checkpoint=Checkpoint.of(checkpoint, [features.codes, features.quantiles, weights], schema.hash, STEPS, seed),
+        checkpoint=Checkpoint.of(checkpoint, [features.codes, features.quantiles, weights], schema.hash, steps, seed),
         progress=progress,
     )
     return net.eval().requires_grad_(False), report

@@ -25,7 +25,7 @@ from encoder.models.sequence_model import SequenceModel
 from encoder.models.temporal_convolution import AGE_MS, WIDTH, SequenceNet, gap_features
 from encoder.ocsf.entities import KINDS
 from encoder.ocsf.events import EncoderError
-from encoder.training.trainer import Checkpoint, StepProgress, train_network
+from encoder.training.trainer import Checkpoint, StepProgress, steps_for, train_network
 
 STEPS = 800
 MIN_ENTITIES = 20
@@ -144,8 +144,9 @@ def fit_sequences(
     net = SequenceNet(dim=vectors.shape[1], vocabulary=end + 1, kinds=len(KINDS)).to(device)
     scale = 1.0 / max(float(np.sqrt(np.square(codebook.centres.numpy()).mean())), 1e-6)
     task = _Task(net, history, vectors, scale, codes, learned, follows, held, seed, device)
-    kept = Checkpoint.of(checkpoint, [vectors, history.row, history.time, follows], STEPS, seed)
-    run = train_network(net, task.loss, steps=STEPS, weight_decay=1e-2, checkpoint=kept, progress=progress)
+    steps = steps_for(STEPS, int((~withheld).sum()))
+    kept = Checkpoint.of(checkpoint, [vectors, history.row, history.time, follows], steps, seed)
+    run = train_network(net, task.loss, steps=steps, weight_decay=1e-2, checkpoint=kept, progress=progress)
     runs = _runs(history, codes)
     before_held = (follows >= 0) & ~held
     begins = learned & (history.first == np.arange(len(history)))
@@ -290,7 +291,7 @@ class _Task:
     def probability(self, places: NDArray[np.int64]) -> NDArray[np.float64]:
         """float64 [k]: the network's probability of the code that followed at these places."""
         parts = [np.empty(0)]
-        for part in np.array_split(places, max(1, len(places) // 512)):
+        for part in np.array_split(places, max(1, len(places) // 512)) if len(places) else ():
             at, used = self.history.slots(part)
             gaps = gap_features(self.history.time[at], used)
             with torch.no_grad():

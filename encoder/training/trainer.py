@@ -29,6 +29,8 @@ REPORT_EVERY = 100
 PATIENCE = 6
 """Reports without a smaller validation loss, after which training stops."""
 
+MIN_STEPS = 50
+
 StepProgress = Callable[[int, int, float], None]
 """Called with (step, steps, mean loss)."""
 
@@ -89,6 +91,11 @@ class Checkpoint:
                 return tensors, TrainingRun(**orjson.loads(said["report"]))
         except (OSError, SafetensorError, KeyError, TypeError, orjson.JSONDecodeError):
             return None
+
+
+def steps_for(steps: int, events: int) -> int:
+    """How many of these steps a training makes: no more than it has events, down to MIN_STEPS."""
+    return min(steps, max(MIN_STEPS, events))
 
 
 def train_network(

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from encoder.features.schema import Schema
@@ -38,6 +37,8 @@ from streamer.detection.record_score import DENSITY_TRUST, Parts
 from streamer.detection.sequence_score import MISSING, ORDER
 from streamer.redaction import Redactor
 
+COMPACTED = 1024
+"""Events decoded together by `compact`."""
 _RATES = np.array([f"rate:{name}" for name in LEVELS], object)
 
 
@@ -263,8 +264,16 @@ def _causal_field(encoded: Encoded, parts: Parts) -> NDArray[np.int32]:
     return np.where(by_density, encoded.farthest_number, encoded.most_surprising_field)
 
 
-def compact(record: dict[str, Any], schema: Schema) -> dict[str, Any]:
-    """The attributes of an event that the schema reads, flat (path -> value), for exemplars."""
-    events, _ = decode([Message("", 0, 0, -1, orjson.dumps(record))])
+def compact(records: Sequence[bytes], schema: Schema) -> list[dict[str, Any]]:
+    """Of each event, given as JSON, the attributes that the schema reads, flat, for exemplars."""
     read = {field.path for field in schema.fields}
-    return {path: column.values[0] for path, column in events.columns.items() if path in read}
+    found: list[dict[str, Any]] = [{} for _ in records]
+    for start in range(0, len(records), COMPACTED):
+        part = records[start : start + COMPACTED]
+        events, _ = decode([Message("", 0, start + i, -1, record) for i, record in enumerate(part)])
+        place = events.coordinates.offset.tolist()
+        for path, column in events.columns.items():
+            if path in read:
+                for row, value in zip(column.rows.tolist(), column.values, strict=True):
+                    found[place[row]].setdefault(path, value)
+    return found

@@ -120,7 +120,7 @@ def fit(
 
     Deterministic for a seed and machine, also where it was killed and is begun again: the training of the networks is
     kept beside `out` until the bundle stands, and gone on with. redact: attributes that exemplars hold masked. Raises
-    FitError for fewer than MIN_EVENTS readable events.
+    FitError for fewer than MIN_EVENTS readable events, or for events that are all alike.
     """
     started = time.monotonic()
     tell: StageProgress = progress or (lambda *_: None)
@@ -132,6 +132,11 @@ def fit(
     loaded = replace(loaded, schema=schema, features=recoded)
     first, in_block = _distinct(loaded.features, np.flatnonzero(~held))
     weights = in_block.sum(1)
+    if len(first) < 2:
+        raise FitError(
+            f"the {n:,} events do not differ in anything that is learned from, and at least two kinds of event are "
+            f"needed; what is left out and why: {_left_out(schema)}"
+        )
     features, later = loaded.features.take(first), loaded.features.take(np.flatnonzero(held))
     tell("train", 0, 0, f"{len(features):,} distinct events of {n - len(later):,}")
     rarity = ContextRarity.fit(loaded.schema, features, in_block)
@@ -294,6 +299,12 @@ def held_out(time: NDArray[np.int64]) -> NDArray[np.bool_]:
     return held
 
 
+def _left_out(schema: Schema) -> str:
+    """Some of the paths that are set aside, with the reasons, for a message."""
+    some = [f"{path} ({reason})" for path, reason in list(schema.set_aside.items())[:3]]
+    return ", ".join(some) + (", ..." if len(schema.set_aside) > len(some) else "") if some else "nothing"
+
+
 def _distinct(features: FeatureBatch, rows: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
     """Of these rows, in order of time, the first of each kind, and how many of each block it stands for: float64
     [kinds, BLOCKS]."""
@@ -445,7 +456,7 @@ def _steps(
 def exemplars(records: list[bytes], places: list[str] | None, schema: Schema, redactor: Redactor) -> list[bytes]:
     """Compact redacted copies of normal events, for explanations; with places (`topic:partition:offset:index`), each
     says under PLACE where it stood."""
-    copies = [redactor.record(compact(orjson.loads(record), schema)).record for record in records]
+    copies = [redactor.record(copy).record for copy in compact(records, schema)]
     if places is not None:
         copies = [{PLACE: place} | copy for place, copy in zip(places, copies, strict=True)]
     return [orjson.dumps(copy) for copy in copies]
