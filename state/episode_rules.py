@@ -138,6 +138,8 @@ class EpisodeRules:
         self._clocks = dict(position.clocks)
         for anomaly in anomalies:
             tick(self._clocks, anomaly.source, max(anomaly.clock, anomaly.time))
+            if anomaly.time < 0:
+                anomaly = replace(anomaly, time=self._clocks[anomaly.source])
             done = self._applied.get(anomaly.source, _NOTHING)
             at = anomaly.place
             # Events before the commit come again only when a person asks for it; then they are decided again.

@@ -25,10 +25,11 @@ own)."""
 class Anomaly:
     """An event at or under the threshold.
 
-    source, offset, index: its coordinates; time: event ms; entity, cause: as scored; named: all entities of the event;
-    type_uid, what (the unusual value): equal for the same anomaly of different entities; severity: 0 to 100, level: of
-    it; shown: the redacted entity; clock: the latest event time (ms) of its source up to `place`, if later than `time`;
-    noticed_at: for an inactive entity, where in the same source that was detected; None: at its own coordinates.
+    source, offset, index: its coordinates; time: event ms, negative where it has none (it then takes the clock of its
+    source); entity, cause: as scored; named: all entities of the event; type_uid, what (the unusual value): equal for
+    the same anomaly of different entities; severity: 0 to 100, level: of it; shown: the redacted entity; clock: the
+    latest event time (ms) of its source up to `place`, if later than `time`; noticed_at: for an inactive entity, where
+    in the same source that was detected; None: at its own coordinates.
     """
 
     source: SourcePartition

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoder.ocsf.decoder import MAX_FIELDS, MAX_LIST, decode
+from encoder.ocsf.decoder import MAX_FIELDS, MAX_LIST, decode, event_times
+from encoder.ocsf.event_time import NO_TIME, TimeBounds
 from encoder.ocsf.events import EventBatch, Message, Reject
 
 settings.register_profile("ripcurrent", deadline=None)  # a shared machine is slow at times
@@ -268,9 +269,49 @@ def test_a_time_too_far_past_the_messages_is_clamped(ahead: int, read: int) -> N
     assert batch.time.tolist() == [read] and batch.repairs == ({"time_future": 1} if read == NOW else {})
 
 
+@pytest.mark.parametrize(
+    ("timestamp", "repair"),
+    [
+        (NOW // 1000, "record_timestamp_seconds"),
+        (NOW * 1000, "record_timestamp_microseconds"),
+        (NOW * 1_000_000, "record_timestamp_nanoseconds"),
+        (12, "record_timestamp_unusable"),
+        (915_148_800_000, "record_timestamp_unusable"),  # 1999
+        (5_000_000_000_000, "record_timestamp_unusable"),  # 2128
+    ],
+)
+def test_a_right_time_stands_whatever_the_timestamp_of_its_record_is(timestamp: int, repair: str) -> None:
+    batch = one(timestamp=timestamp, time=NOW)
+    assert batch.time.tolist() == [NOW] and batch.repairs == {repair: 1}
+    stood_in = one(timestamp=timestamp, time="soon").time.tolist()
+    assert stood_in == [NO_TIME if repair.endswith("unusable") else NOW // 1000 * 1000 if timestamp < NOW else NOW]
+    ahead = one(timestamp=timestamp, time=NOW + 3_600_000).time.tolist()
+    assert ahead == ([NOW + 3_600_000] if repair.endswith("unusable") else stood_in)
+
+
+def test_bounds_of_a_message_overrule_its_timestamp() -> None:
+    bounds = TimeBounds(NOW, NOW + 1000, NOW + 7)
+    given = [NOW - 1, NOW, NOW + 1000, NOW + 1001, None]
+    batch, _ = decode(
+        [
+            Message("events", 0, i, -1, json.dumps(EVENT | {"time": t}).encode(), bounds=bounds)
+            for i, t in enumerate(given)
+        ]
+    )
+    assert batch.time.tolist() == [NOW + 7, NOW, NOW + 1000, NOW + 7, NOW + 7]
+    assert batch.repairs == {"time_past": 1, "time_future": 1, "time_missing": 1}
+    _, times = event_times(
+        [
+            Message("events", 0, i, -1, json.dumps(EVENT | {"time": t}).encode(), bounds=bounds)
+            for i, t in enumerate(given)
+        ]
+    )
+    assert times.tolist() == batch.time.tolist()
+
+
 def test_a_file_has_no_timestamps_to_clamp_by() -> None:
     assert one(timestamp=-1, time=NOW * 2).time.tolist() == [NOW * 2]
-    assert one(timestamp=-1, time=None).time.tolist() == [0]
+    assert one(timestamp=-1, time=None).time.tolist() == [NO_TIME]
 
 
 @pytest.mark.parametrize(

@@ -150,11 +150,13 @@ def test_the_doctor_tells_what_is_wrong_and_how_the_service_does(
     metrics = Metrics()
     seen = watched(schema, events(3000, 1, users=2000))
     metrics.registry.register(DriftCollector(lambda: seen))
+    metrics.set_repair_shares({"time_future": 0.97})
     server = serve(metrics, "127.0.0.1", port, alive=lambda: "", ready=lambda: "")
     try:
         text = urllib.request.urlopen(f"http://localhost:{port}/metrics", timeout=5).read().decode()
         assert 'ripcurrent_drift_verdict{verdict="do not trust"} 1.0' in text
-        drift = {finding.what: finding for finding in examine(topics.settings(**more))}["drift"]
+        found = {finding.what: finding for finding in examine(topics.settings(**more))}
+        drift, repairs = found["drift"], found["repairs"]
         flags = [f"--kafka-bootstrap-servers={kafka}", f"--alerts={topics.name}-alerts", f"--metrics-port={port}"]
         report = CliRunner().invoke(app, ["report", "--out", str(tmp_path / "report.html"), *flags])
     finally:
@@ -163,7 +165,10 @@ def test_the_doctor_tells_what_is_wrong_and_how_the_service_does(
     assert (drift.mark, drift.text.split(";")[0]) == ("bad", DISTRUST)
     assert report.exit_code == 0, report.exception
     rows = "<tr><td>do not trust</td></tr><tr><td>most shifted fields user.name"
-    assert rows in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert rows in page
+    assert repairs.mark == "warn" and "time_future in 97% of recent events" in repairs.text
+    assert "time_future in 97% of recent events" in page
     wrong = {finding.what: finding for finding in examine(topics.settings(**more | {"alerts": "nowhere"}))}
     assert wrong["kafka"].mark == "bad"
     assert "nowhere" in wrong["kafka"].text

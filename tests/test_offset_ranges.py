@@ -151,3 +151,11 @@ def test_a_range_that_is_gone_by_the_time_it_is_read_is_named(topics: Topics) ->
         pytest.raises(RipcurrentError, match=f"{topics.events}:0: messages of the range no longer exist"),
     ):
         list(reader.batches(100))
+
+
+def test_a_time_cannot_be_found_where_records_are_dated_in_seconds(topics: Topics) -> None:
+    """It was an empty range once, and a replay of it said that there were no alerts."""
+    topics.produce([b"x"] * 4, timestamp=NOW // 1000)
+    with pytest.raises(ConfigurationError, match="no record has a timestamp that is a date in milliseconds"):
+        frozen(topics, ["last 2m"])
+    assert frozen(topics, ["1"]) == {0: (1, 2), 1: (1, 2)}

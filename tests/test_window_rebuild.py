@@ -203,3 +203,23 @@ def test_two_workers_that_share_lost_windows_fill_each_their_own(
     assert found.complete.all()
     newest = [sorted(n for n in range(2000) if (EVENT["time"] + n) % 7 == user)[-32:] for user in range(7)]
     assert (found.times - EVENT["time"]).tolist() == newest
+
+
+def test_windows_are_filled_though_the_records_timestamps_are_in_seconds(
+    kafka: str, unique: Callable[[str], str], valkey: ValkeyServer
+) -> None:
+    """A search by time finds nothing then: everything is read, where once nothing was, and windows counted as whole."""
+    topics = create(kafka, unique("rebuild"), partitions=1, config={"retention.ms": "-1"})
+    values = [orjson.dumps(EVENT | {"time": EVENT["time"] + i}) for i in range(300)]
+    topics.produce(values, timestamp=int(time.time()))
+    with running(service_for(topics, valkey)):
+        topics.wait_until_read(300)
+    wipe(valkey)
+    service = service_for(topics, valkey)
+    with running(service) as raised:
+        until(lambda: service.metrics.losses._value.get() == 1)
+        until(lambda: service._rebuild is None)
+        topics.produce([orjson.dumps(EVENT | {"time": EVENT["time"] + i}) for i in range(300, 400)])
+        topics.wait_until_read(400)
+    assert raised == []
+    assert_undisturbed(topics, 400, valkey)

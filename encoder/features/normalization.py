@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from encoder.ocsf.event_time import NO_TIME, read_time
 from encoder.ocsf.events import Column
-from encoder.ocsf.repairs import read_time
 
 FOLDER = "#folder"
 """Suffix of the field derived from a path-like attribute: the folder, without the name."""
@@ -85,10 +85,13 @@ def number(value: Any) -> float | None:
 
 
 def ages(column: Column, time: NDArray[np.int64]) -> list[float | None]:
-    """Seconds from each timestamp of a column to its event, negative where it lies after; None where it cannot be read.
-    time: int64 [n], event ms of the batch."""
+    """Seconds from each timestamp of a column to its event, negative where it lies after; None where either cannot
+    be read. time: int64 [n], event ms of the batch."""
     read = (read_time(value)[0] for value in column.values)
-    return [None if at is None else (now - at) / 1000 for at, now in zip(read, time[column.rows].tolist(), strict=True)]
+    return [
+        None if at is None or now == NO_TIME else (now - at) / 1000
+        for at, now in zip(read, time[column.rows].tolist(), strict=True)
+    ]
 
 
 _NOT_A_WORD = re.compile(r"[\s\\/\"'`=,;:()\[\]{}<>|&?!@]+")

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
+from encoder.ocsf.event_time import TimeBounds, bounds_by_record, record_time
 from encoder.ocsf.events import WHOLE, Column, Coordinates, EventBatch, Message, Reject
-from encoder.ocsf.repairs import json_text, load_json, repair
+from encoder.ocsf.repairs import event_time, json_text, load_json, repair
 
 MAX_DEPTH = 24
 """Objects nested deeper than this are kept as their JSON text: OCSF needs about 8."""
@@ -209,6 +211,26 @@ def members(message: Message) -> list[tuple[int, bytes]]:
     return [(index, orjson.dumps(record)) for index, record in found if not {index, WHOLE} & message.skipped]
 
 
+def _time_bounds(message: Message) -> tuple[TimeBounds, str]:
+    """The bounds of a message's event times, and the repair of the record's timestamp that they came from."""
+    timestamp, suspect = record_time(message.timestamp)
+    return message.bounds or bounds_by_record(timestamp), suspect
+
+
+def event_times(messages: Sequence[Message]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The n events of some messages by their times alone, which is a small part of decoding them: int64 [n], the
+    position of each one's message; int64 [n], its time as `decode` gives it."""
+    repairs: Counter[str] = Counter()
+    found: list[tuple[int, int]] = []
+    with _collector_paused():
+        for position, message in enumerate(messages):
+            bounds, _ = _time_bounds(message)
+            for _, record in _members(position, message.value, repairs, []):
+                found.append((position, event_time(record, bounds, repairs)))
+    columns = np.array(found, np.int64).reshape(-1, 2)
+    return columns[:, 0], columns[:, 1]
+
+
 def decode(messages: Sequence[Message]) -> tuple[EventBatch, list[Reject]]:
     """Decode messages to one columnar batch, in the order given, with the list of what could not be read. Never raises
     on bad data."""
@@ -246,10 +268,13 @@ def _decode(messages: Sequence[Message]) -> tuple[EventBatch, list[Reject]]:
         source_id = source_ids.setdefault((message.topic, message.partition), len(source_ids))
         if WHOLE in message.skipped:
             continue
+        bounds, suspect = _time_bounds(message)
         for member, record in _members(position, message.value, repairs, rejects):
             if member in message.skipped:
                 continue
-            time, class_uid, type_uid = repair(record, message.timestamp, repairs)
+            time, class_uid, type_uid = repair(record, bounds, repairs)
+            if suspect:
+                repairs[suspect] += 1
             flattener.add(len(records), record)
             records.append(record)
             times.append(time)

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from encoder.ocsf.event_time import TimeBounds, record_time
+
 
 class EncoderError(Exception):
     """Base of the errors of this package; the message names the value, the place and the way out."""
@@ -19,8 +21,9 @@ WHOLE = -1
 
 
 class Message(NamedTuple):
-    """One Kafka message or one line of a file. `timestamp` in epoch ms, -1 where the source has none; skipped: indexes
-    of its members that are not decoded, or WHOLE."""
+    """One Kafka message or one line of a file. `timestamp` as the source has it, -1 where it has none; skipped: indexes
+    of its members that are not decoded, or WHOLE; bounds: of its event times, where the source knows better than the
+    timestamp (None)."""
 
     topic: str
     partition: int
@@ -28,6 +31,12 @@ class Message(NamedTuple):
     timestamp: int
     value: bytes | None
     skipped: frozenset[int] = frozenset()
+    bounds: TimeBounds | None = None
+
+    @property
+    def recorded_at(self) -> int:
+        """The timestamp in epoch ms; NO_TIME where there is none, or none that can be a date."""
+        return record_time(self.timestamp)[0]
 
 
 @dataclass(frozen=True)
@@ -64,10 +73,10 @@ class Column:
 class EventBatch:
     """n events as columns.
 
-    time: int64 [n], epoch ms, repaired; class_uid and type_uid: int32 [n], of the current OCSF numbering; columns: by
-    attribute path (`actor.user.name`; a list of objects gives `resources[].uid` with a list as value; null is absence);
-    records: the n decoded objects, repaired, for alerts: each can be written as JSON, and decoding that gives the same
-    columns; repairs: how often each kind of repair was made.
+    time: int64 [n], epoch ms, repaired, NO_TIME where an event has none; class_uid and type_uid: int32 [n], of the
+    current OCSF numbering; columns: by attribute path (`actor.user.name`; a list of objects gives `resources[].uid`
+    with a list as value; null is absence); records: the n decoded objects, repaired, for alerts: each can be written as
+    JSON, and decoding that gives the same columns; repairs: how often each kind of repair was made.
     """
 
     coordinates: Coordinates

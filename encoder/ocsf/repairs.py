@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from datetime import UTC, datetime
-from functools import lru_cache
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
-MAX_ISO = 128
-"""Characters of a timestamp as text."""
+from encoder.ocsf.event_time import TimeBounds, parse_iso, read_time
+
 MAX_NESTING = 200
 """What is nested deeper than this is emptied, so that a record can be written as JSON again (orjson writes 254 levels
 and reads 1024)."""
-FUTURE_TOLERANCE_MS = 5 * 60 * 1000
+WIDESPREAD = 0.1
+"""The share of events from which on a repair is worth a warning."""
 _SURROGATE = re.compile(rb"\\(?:\\|u[dD][89abAB]..\\u[dD][c-fC-F]..|u[dD][89a-fA-F]..)")
 """An escaped backslash, an escaped pair of surrogates, or half a pair."""
 _INTEGER = re.compile(r"\s*-?[0-9]{1,10}\s*")
@@ -25,46 +25,6 @@ _SAME_MEANING = {("1.0.0-rc.2", 3005): 6003, ("1.0.0-rc.1", 3005): 6003}
 def json_text(value: Any) -> str:
     """The start of a value's JSON."""
     return orjson.dumps(value)[:256].decode("utf-8", "replace")
-
-
-def _parse_iso(text: str) -> int | None:
-    """A longer text is no time, and the cache would hold it whole."""
-    return _parse_iso_again(text) if len(text) <= MAX_ISO else None
-
-
-@lru_cache(maxsize=16_384)
-def _parse_iso_again(text: str) -> int | None:
-    try:
-        moment = datetime.fromisoformat(text.strip())
-    except ValueError:
-        return None
-    return round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
-
-
-def _number_to_ms(value: float) -> tuple[int | None, str]:
-    """Epoch seconds, ms, us or ns told apart by magnitude: ms since 1973 have at least twelve digits."""
-    if not 0 < value < 1e20:
-        return None, "time_unreadable"
-    if value < 1e11:
-        return round(value * 1000), "time_seconds"
-    if value < 1e14:
-        return int(value), ""
-    return (int(value // 1000), "time_microseconds") if value < 1e17 else (int(value // 1_000_000), "time_nanoseconds")
-
-
-def read_time(value: Any) -> tuple[int | None, str]:
-    """A timestamp as senders write it in epoch ms, None where it cannot be read, and the name of the repair."""
-    if type(value) is int or type(value) is float:
-        return _number_to_ms(value)
-    if type(value) is str:
-        iso = _parse_iso(value) if not value.replace(".", "", 1).isdigit() else None
-        try:
-            time = _number_to_ms(float(value))[0] if iso is None else iso
-        except ValueError:
-            time = None
-        # Some senders write the first day of the year 1 where they have no time.
-        return (time, "time_text") if time is not None and time > 0 else (None, "time_unreadable")
-    return None, "time_unreadable"
 
 
 def _integer(value: Any) -> int | None:
@@ -77,12 +37,13 @@ def _integer(value: Any) -> int | None:
     return None
 
 
-def _event_time(record: dict[str, Any], timestamp: int, repairs: Counter[str]) -> int:
+def event_time(record: dict[str, Any], bounds: TimeBounds, repairs: Counter[str]) -> int:
+    """The time of an event, ms, within the bounds; their stand-in where it lies outside or is absent."""
     value = record.get("time")
     time: int | None = None
     if value is None:
         dt = record.get("time_dt")
-        time = _parse_iso(dt) if type(dt) is str else None
+        time = parse_iso(dt) if type(dt) is str else None
         time = time if time is not None and time > 0 else None
         repairs["time_missing" if time is None else "time_from_dt"] += 1
     elif type(value) is int and 100_000_000_000 <= value < 100_000_000_000_000:
@@ -92,14 +53,14 @@ def _event_time(record: dict[str, Any], timestamp: int, repairs: Counter[str]) -
         if repair:
             repairs[repair] += 1
     if time is None:
-        return max(timestamp, 0)
-    if timestamp >= 0 and time > timestamp + FUTURE_TOLERANCE_MS:
-        repairs["time_future"] += 1
-        return timestamp
-    return time
+        return bounds.stand_in
+    if bounds.earliest <= time <= bounds.latest:
+        return time
+    repairs["time_past" if time < bounds.earliest else "time_future"] += 1
+    return bounds.stand_in
 
 
-def repair(record: dict[str, Any], timestamp: int, repairs: Counter[str]) -> tuple[int, int, int]:
+def repair(record: dict[str, Any], bounds: TimeBounds, repairs: Counter[str]) -> tuple[int, int, int]:
     """Put right what senders are known to get wrong, in place; returns event time, class_uid, type_uid."""
     metadata = record.get("metadata")
     if type(metadata) is not dict:
@@ -136,7 +97,7 @@ def repair(record: dict[str, Any], timestamp: int, repairs: Counter[str]) -> tup
         except orjson.JSONDecodeError:
             parsed = None
         record["unmapped"] = parsed if type(parsed) is dict else {"text": unmapped}
-    return _event_time(record, timestamp, repairs), class_uid, type_uid
+    return event_time(record, bounds, repairs), class_uid, type_uid
 
 
 def load_json(value: bytes, repairs: Counter[str]) -> Any:
@@ -175,3 +136,9 @@ def _flatten_abyss(document: Any, repairs: Counter[str]) -> None:
     for container in level:
         container.clear()
     repairs.update({"emptied_abyss": 1} if level else ())
+
+
+def widespread(repairs: Mapping[str, int], events: int) -> dict[str, float]:
+    """The repairs that touched more than WIDESPREAD of so many events, with their shares: then the sender is wrong, or
+    the repair is."""
+    return {kind: n / events for kind, n in sorted(repairs.items()) if events and n > WIDESPREAD * events}

@@ -17,6 +17,7 @@ import orjson
 from numpy.typing import NDArray
 
 from encoder.ocsf.entities import RULES
+from encoder.ocsf.event_time import NO_TIME
 from state.episodes import CREATE, Decision, Episode
 from streamer.alerting import text as wording
 from streamer.alerting.finding_frame import Alert, Frame, confidence, finding_uid
@@ -131,6 +132,8 @@ class _Finding:
             for time, label, like, share in explanation.window[-MAX_WINDOW:]
         ]
         self.activity = decision.activity if decision else CREATE
+        if self.time == NO_TIME:
+            self.time = decision.episode.last_seen if decision else now_ms
         alone = Episode(
             self.coordinates, self.coordinates, *self.ids[:1], self.entity, self.cause, self.time, self.time
         )

@@ -16,6 +16,8 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
+from encoder.ocsf.event_time import NO_TIME
+
 HOUR_MS = 3_600_000
 DAY_H, WEEK_H = 24, 168
 BURST_H = 6
@@ -33,6 +35,8 @@ EPISODE_MS = HOUR_MS
 MAX_EPISODES = 10_000
 """Episodes remembered. Of more, the half that was alerted on longest ago is forgotten and may spend again."""
 MAX_LINE = 0.5
+STRAY = 0.01
+"""The share of the events that may lie more than a day before all others and not count as the begin of the stream."""
 _KEPT_H = WEEK_H + BURST_H
 _NEVER = -(1 << 62)
 _RECENT = 16
@@ -136,11 +140,14 @@ class MovingThreshold:
         """The threshold that each of n events is held against, float64 [n]: it is an alert where its p-value is at or
         under.
 
-        time: int64 [n], event ms; episode_key: what an alert on an event would be about, by its row ("": it stands
-        alone). Counts the events and what they spend, and moves the threshold where they reach a new hour or spend what
-        six hours may. moves: whether this process decides thresholds, or takes those that it is given.
+        time: int64 [n], event ms, NO_TIME counts as the newest hour; episode_key: what an alert on an event would be
+        about, by its row ("": it stands alone). Counts the events and what they spend, and moves the threshold where
+        they reach a new hour or spend what six hours may. moves: whether this process decides thresholds, or takes
+        those that it is given.
         """
         threshold = np.empty(len(time))
+        newest = np.maximum(np.maximum.accumulate(time), max(self.newest_hour, 0) * HOUR_MS)
+        time = np.where(time == NO_TIME, newest, time)
         hours = time // HOUR_MS
         for hour in np.unique(hours).tolist():
             rows = np.flatnonzero(hours == hour)
@@ -250,7 +257,7 @@ class MovingThreshold:
         rate of a day may not cost more than half again, that of six hours not more than half a day's budget; and that
         times the correction."""
         week = [self._tally(past) for past in range(hour - WEEK_H, hour)]
-        known = min(hour - min((*self.tallies, *self.elsewhere), default=hour), WEEK_H)
+        known = min(hour - self._oldest_hour(hour), WEEK_H)
         unseen = self.events_per_day * (WEEK_H - known) / DAY_H
         mean = (sum(tally.events for tally in week) + unseen) / (WEEK_H / DAY_H)
         day, burst = (sum(tally.events for tally in week[-hours:]) for hours in (DAY_H, BURST_H))
@@ -271,6 +278,18 @@ class MovingThreshold:
 
     def _promised(self, events: float) -> float:
         return min(MAX_LINE, self.alerts_per_day / max(events, 1.0))
+
+    def _oldest_hour(self, now: int) -> int:
+        """The first hour that was seen of the stream. Single events far behind all others are late, and tell nothing
+        of the hours between: they are passed over."""
+        hours = sorted({*self.tallies, *self.elsewhere})
+        few = STRAY * sum(self._tally(hour).events for hour in hours)
+        before = 0
+        for hour, following in zip(hours, [*hours[1:], now], strict=False):
+            before += self._tally(hour).events
+            if following - hour <= DAY_H or before > few:
+                return hour
+        return now
 
     def _tally(self, hour: int) -> HourCounts:
         return self.tallies.get(hour, HourCounts()) + self.elsewhere.get(hour, HourCounts())

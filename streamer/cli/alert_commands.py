@@ -229,7 +229,10 @@ def report(
             topics.append(settings.scores)
         material.sources += [f"topic {topic}" for topic in topics]
         if settings.metrics_port:
-            material.drift = next((check.text for check in service(settings) if check.what == "drift"), "")
+            checks = {check.what: check for check in service(settings)}
+            material.drift = checks["drift"].text if "drift" in checks else ""
+            if "repairs" in checks and checks["repairs"].mark != "ok":
+                material.repairs = checks["repairs"].text
     made_ms = int(time.time() * 1000)
     promised = settings.alerts_per_day if material.findings else None
     out.write_text(page(made_of(material, title=title, made_ms=made_ms, promised=promised)))

@@ -37,7 +37,10 @@ def list_versions(store: Where = STORE) -> None:
     for name in names:
         manifest = opened.manifest(name)
         training = manifest["training"]
-        first, last = (datetime.fromtimestamp(training[end] / 1000, UTC).date() for end in ("from", "to"))
+        first, last = (
+            "unknown" if training[end] is None else datetime.fromtimestamp(training[end] / 1000, UTC).date()
+            for end in ("from", "to")
+        )
         mark = "*" if name == opened.current else " "
         typer.echo(f"{mark} {name}  made {manifest['created']}  {training['events']:,} events of {first} to {last}")
 

@@ -121,6 +121,12 @@ def service(settings: Settings) -> Iterator[Check]:
         f"{value('budget_spent_today'):.0f} alerts of {value('budget_promised_per_day'):g} today, line "
         f"{value('line_p_value'):.3g}",
     )
+    widespread = labelled("repair_share", "kind")
+    told = ", ".join(f"{kind} in {share:.0%} of recent events" for kind, share in sorted(widespread.items()))
+    if widespread:
+        yield Check("warn", "repairs", f"{told}; look at what the senders write (docs/reliability.md, Clocks)")
+    else:
+        yield Check("ok", "repairs", "none touches more than a tenth of recent events")
     verdict = next((name for name, on in labelled("drift_verdict", "verdict").items() if on), "")
     psi = sorted(labelled("drift_psi", "field").items(), key=lambda each: -each[1])[:3]
     shifted = ", ".join(f"{name} {worth:.2f}" for name, worth in psi)

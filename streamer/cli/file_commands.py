@@ -19,8 +19,8 @@ from streamer.settings import Settings
 
 if TYPE_CHECKING:
     from encoder.ocsf.events import Message
-    from streamer.event_files import Unread
-    from streamer.training.fit import Reread, StageProgress
+    from streamer.event_files import Reread, Unread
+    from streamer.training.fit import StageProgress
 
 BUNDLE = Path("bundle")
 EVENTS = "Events: NDJSON, plain or behind gzip or zstd, or Parquet; - is standard input."
@@ -132,6 +132,7 @@ def score(
     severity (0 to 100), alert (true or false), entity and cause. With --alerts, also the findings: one alert for
     each episode, its updates and its close, as on the alert topic.
     """
+    from encoder.ocsf.repairs import widespread
     from streamer.alerting.file_thresholds import thresholds_of
     from streamer.bundles.bundle_files import load
     from streamer.detection.score_files import score_files
@@ -161,6 +162,9 @@ def score(
                     settings.redact,
                 )
             typer.echo(f"{episodes:,} episodes in {findings}")
+    if found := widespread(scored.repairs, len(scored)):
+        shares = ", ".join(f"{kind} in {share:.0%} of the events" for kind, share in found.items())
+        typer.echo(f"warning: {shares}: look at what the senders write", err=True)
     _report(scored.unread)
 
 

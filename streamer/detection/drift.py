@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from encoder.features.schema import FIRST, MISSING, UNKNOWN, Schema
+from encoder.ocsf.event_time import NO_TIME
 
 HOUR_MS = 3_600_000
 HOURS, DAYS = 24, 7
@@ -73,8 +74,9 @@ class Drift:
         self._hours: dict[int, NDArray[np.int64]] = {}
 
     def observe(self, time: NDArray[np.int64], codes: NDArray[np.int32], p_value: NDArray[np.float64]) -> None:
-        """Add n events. time: int64 [n], ms; codes: int32 [n, fields]; p_value: float64 [n]."""
-        hours = time // HOUR_MS
+        """Add n events. time: int64 [n], ms, NO_TIME counts as the newest hour; codes: int32 [n, fields]; p_value:
+        float64 [n]."""
+        hours = np.where(time == NO_TIME, max(self._hours, default=0), time // HOUR_MS)
         for hour in np.unique(hours).tolist():
             rows = hours == hour
             counts = profile(self._schema, codes[rows])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from streamer.event_files import Unread, batches, event_uid
 @dataclass(frozen=True)
 class ScoredFile:
     """n scored events of files, in their order. uids: `metadata.uid`, else the line number; time: int64 [n], ms;
-    p_value: float64 [n]; severity: float32 [n]; entity, cause: object [n]; unread: what could not be read."""
+    p_value: float64 [n]; severity: float32 [n]; entity, cause: object [n]; unread: what could not be read; repairs: how
+    often each kind of repair was made."""
 
     uids: list[str]
     time: NDArray[np.int64]
@@ -32,6 +34,7 @@ class ScoredFile:
     entity: NDArray[np.object_]
     cause: NDArray[np.object_]
     unread: Unread
+    repairs: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -49,6 +52,7 @@ def score_files(paths: Sequence[Path], bundle: Bundle, progress: Callable[[int],
     uids: list[str] = []
     parts: list[ScoredBatch] = []
     unread = Unread()
+    repairs: Counter[str] = Counter()
     for batch in batches(paths, lost=unread.in_file):
         scored = isolation.score(detector, batch)
         offsets = scored.coordinates.offset.tolist()
@@ -59,6 +63,7 @@ def score_files(paths: Sequence[Path], bundle: Bundle, progress: Callable[[int],
             store.committed({(batch[0].topic, 0): batch[-1].offset + 1})
         if scored.inactive is not None:
             inactive.append(scored.inactive)
+        repairs.update(scored.repairs)
         scored.records.clear()
         parts.append(scored)
         progress(len(uids))
@@ -79,7 +84,7 @@ def score_files(paths: Sequence[Path], bundle: Bundle, progress: Callable[[int],
             place = places[coordinates]
             if silent.p_value[row] < p_value[place]:
                 p_value[place], entity[place], cause[place] = silent.p_value[row], silent.entity[row], silent.cause[row]
-    return ScoredFile(uids, time, p_value, severity(p_value), entity, cause, unread)
+    return ScoredFile(uids, time, p_value, severity(p_value), entity, cause, unread, repairs)
 
 
 def _coordinates(scored: ScoredBatch) -> Iterator[tuple[tuple[str, int], int, int]]:

@@ -21,6 +21,7 @@ from encoder.features.vectorizer import FeatureBatch
 from encoder.models.rarity import Surprise
 from encoder.ocsf.decoder import decode
 from encoder.ocsf.entities import KINDS
+from encoder.ocsf.event_time import TimeBounds
 from encoder.ocsf.events import EventBatch, Message
 from state.rolling_counts import LEVELS
 from state.windows import Windows, WindowStore
@@ -132,9 +133,9 @@ class Explainer:
             return []
         encoder, record = self.bundle.encoder, self.bundle.scorer.record
         raw = [orjson.dumps(scored.records[row]) for row in rows.tolist()]
-        times = scored.time[rows].tolist()
+        scored_at = [TimeBounds(time, time, time) for time in scored.time[rows].tolist()]
         events, _ = decode(
-            [Message("", 0, i, time, payload) for i, (time, payload) in enumerate(zip(times, raw, strict=True))]
+            [Message("", 0, i, -1, event, bounds=at) for i, (at, event) in enumerate(zip(scored_at, raw, strict=True))]
         )
         features = encoder.vectorize(events)
         surprise = encoder.rarity(features)

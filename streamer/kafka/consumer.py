@@ -21,6 +21,7 @@ import structlog
 from confluent_kafka import TIMESTAMP_NOT_AVAILABLE, Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from encoder.ocsf.event_time import FUTURE_TOLERANCE_MS, NO_TIME, TimeBounds
 from encoder.ocsf.events import Message
 from state.errors import SourcePartition
 from streamer.errors import StreamError
@@ -597,6 +598,9 @@ class EventConsumer:
 def message_of(raw: Any) -> Message:
     """librdkafka's message as the detector takes it."""
     kind, timestamp = raw.timestamp()
-    return Message(
-        raw.topic(), raw.partition(), raw.offset(), -1 if kind == TIMESTAMP_NOT_AVAILABLE else timestamp, raw.value()
-    )
+    at = raw.topic(), raw.partition(), raw.offset()
+    message = Message(*at, -1 if kind == TIMESTAMP_NOT_AVAILABLE else timestamp, raw.value())
+    if message.recorded_at != NO_TIME:
+        return message
+    # Nothing but the clock of this machine can bound the event times then.
+    return message._replace(bounds=TimeBounds(0, int(time.time() * 1000) + FUTURE_TOLERANCE_MS, NO_TIME))

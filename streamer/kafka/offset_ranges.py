@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
+from encoder.ocsf.event_time import YEAR_2000_MS
 from state.errors import SourcePartition
 from streamer.errors import ConfigurationError, StreamError
 from streamer.kafka.client import KafkaUnavailableError, Offsets, build, client_properties, label, unavailable
@@ -155,6 +156,17 @@ def _offsets_at(consumer: Any, times: dict[SourcePartition, int], ends: Offsets)
     return {source: ends[source] if at[source] < 0 else min(at[source], ends[source]) for source in times}
 
 
+def _check_dated(consumer: Any, sources: set[SourcePartition], edges: dict[SourcePartition, tuple[int, int]]) -> None:
+    """Of partitions that have nothing since a time: refuse those in which no timestamp is a date in milliseconds."""
+    found = _offsets_at(consumer, dict.fromkeys(sources, YEAR_2000_MS), {s: edges[s][1] for s in sources})
+    undated = {source for source in sources if found[source] == edges[source][1]}
+    if undated:
+        raise ConfigurationError(
+            f"{label(undated)}: no record has a timestamp that is a date in milliseconds, so no time can be found; "
+            "name offsets, and correct the producer"
+        )
+
+
 @contextmanager
 def _asking(settings: Settings, reading: str) -> Iterator[Any]:
     """A consumer that asks and never joins a group nor commits. Raises StreamError where Kafka does not answer."""
@@ -186,6 +198,7 @@ def _resolve(
     chosen = {source: bounds.single.get(source, bounds.every or default) for source in edges}
     times = {source: bound.value for source, bound in chosen.items() if bound.kind == "time"}
     at = _offsets_at(consumer, times, {source: high for source, (_, high) in edges.items()})
+    _check_dated(consumer, {source for source in times if edges[source][0] < at[source] == edges[source][1]}, edges)
     for source, bound in chosen.items():
         low, high = edges[source]
         if bound.kind == "offset":

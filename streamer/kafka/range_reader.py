@@ -17,6 +17,7 @@ from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 import structlog
 from confluent_kafka import Consumer, KafkaError
 
+from encoder.ocsf.event_time import record_time
 from state.errors import SourcePartition
 from streamer.errors import StreamError
 from streamer.kafka.client import HOPELESS, build, consumer_properties, label, topic_partitions
@@ -126,7 +127,7 @@ class RangeReader(Generic[R]):
             message = queue.popleft()
             self._ahead[source] -= _size(message)
             if queue:
-                heapq.heapreplace(self._heads, (queue[0].timestamp, topic, partition))
+                heapq.heapreplace(self._heads, (record_time(queue[0].timestamp)[0], topic, partition))
             else:
                 heapq.heappop(self._heads)
                 if source in self._unfinished:
@@ -169,7 +170,7 @@ class RangeReader(Generic[R]):
             self._ahead[source] += _size(message)
             if source in self._missing:
                 self._missing.discard(source)
-                heapq.heappush(self._heads, (message.timestamp, *source))
+                heapq.heappush(self._heads, (record_time(message.timestamp)[0], *source))
             if self._ahead[source] > self._share and source not in self._paused:
                 self._paused.add(source)
                 self._consumer.pause(topic_partitions({source: 0}))

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from encoder.ocsf.event_time import FUTURE_TOLERANCE_MS, NO_TIME
 from encoder.ocsf.events import Coordinates, Message
-from encoder.ocsf.repairs import FUTURE_TOLERANCE_MS
 from state.errors import SourcePartition
 from state.memory.episodes import MemoryEpisodes
 from state.memory.timers import MemoryTimers
@@ -260,7 +260,7 @@ def plan(settings: Settings, since: Sequence[str], until: Sequence[str], warmup_
         start = offsets_since(settings, first_ms, start)
     # Of a partition whose records before are gone, or are not read, nothing is known before its first.
     bare = {s: (at, scored[s][1]) for s, at in start.items() if at > 0 and (at == low[s] or not warmup_ms)}
-    since_ms = max([first_ms, *_heads(settings, bare).values()])
+    since_ms = max([first_ms, *(now_ms if at == NO_TIME else at for at in _heads(settings, bare).values())])
     return Plan(scored, start, since_ms + FUTURE_TOLERANCE_MS if any(start.values()) else 0)
 
 

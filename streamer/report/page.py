@@ -59,6 +59,9 @@ def page(report: Report) -> str:
         parts.append(_section("Budget", _budget(report.days)))
     if report.scores is not None:
         parts.append(_section("Scores", _scores(report.scores), card=False))
+    if report.repairs:
+        rows = "".join(f"<tr><td>{escape(part)}</td></tr>" for part in report.repairs.split("; "))
+        parts.append(_section("Repairs of recent events", f"<table>{rows}</table>"))
     if report.drift:
         rows = "".join(f"<tr><td>{escape(part)}</td></tr>" for part in report.drift.split("; "))
         parts.append(_section("Drift of the last day and week", f"<table>{rows}</table>"))

@@ -16,11 +16,13 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from encoder.ocsf.event_time import common_range
 from state.episodes import CREATE
 from streamer.alerting.alert_reader import AlertEpisode, Finding, group_episodes, integer, own, parse
 from streamer.errors import ConfigurationError
 
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
+YEAR_MS = 366 * DAY_MS
 TOP = 20
 DECADES = 12
 PARTS = 24
@@ -55,8 +57,8 @@ class Days:
 @dataclass(frozen=True)
 class Report:
     """A report. bars: (start ms, alerts by severity level 1 to 5) of equal spans; causes: the most frequent ones; top:
-    the episodes of highest risk; drift: the verdict of the running service, its parts joined by "; ". The page omits
-    what is None or empty."""
+    the episodes of highest risk; drift, repairs: what the running service says of them, parts joined by "; ". The page
+    omits what is None or empty."""
 
     title: str
     made_ms: int
@@ -69,6 +71,7 @@ class Report:
     causes: tuple[tuple[str, int], ...] = ()
     top: tuple[AlertEpisode, ...] = ()
     drift: str = ""
+    repairs: str = ""
 
 
 @dataclass
@@ -81,6 +84,7 @@ class Material:
     evaluation: dict[str, dict[str, Any]] = field(default_factory=dict)
     sources: list[str] = field(default_factory=list)
     drift: str = ""
+    repairs: str = ""
 
     def add_file(self, path: Path) -> None:
         """Add an evaluation (JSON), scores or findings (JSON lines). Raises ConfigurationError for anything else."""
@@ -128,6 +132,7 @@ def report(material: Material, *, title: str, made_ms: int, promised: float | No
         tuple(Counter(str(own(finding).get("cause")) for finding in creates).most_common(8)),
         tuple(sorted(episodes, key=_rank)[:TOP]),
         material.drift,
+        material.repairs,
     )
 
 
@@ -177,6 +182,8 @@ def _bars(creates: Sequence[Finding]) -> tuple[tuple[int, tuple[int, ...]], ...]
     times = [_first_seen(finding) for finding in creates]
     if not times:
         return ()
+    if max(times) - min(times) > YEAR_MS and (common := common_range(np.array(times))) is not None:
+        times = [min(max(at, common[0]), common[1]) for at in times]  # A clock that was reset must not hide the rest.
     span = HOUR_MS
     while (max(times) - min(times)) // span >= MAX_BARS:
         span *= 2

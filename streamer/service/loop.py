@@ -38,6 +38,7 @@ from streamer.kafka.producer import Output, PlainPublisher, Publisher, Transacti
 from streamer.service.bundle_rollout import BundleRollout
 from streamer.service.metrics import Metrics, serve
 from streamer.service.ports import Alerting, BatchScorer, Bundles, EmittedAlert, EntityStore
+from streamer.service.repair_watch import RepairWatch
 from streamer.service.shadow import Shadow
 from streamer.service.window_rebuild import Rebuild
 from streamer.settings import Settings
@@ -131,6 +132,7 @@ class Service:
         self._moved_at = time.monotonic()
         self._aborts = 0
         self._rebuild: Rebuild | None = None
+        self._repairs = RepairWatch()
         self._watched_at = 0.0
         self._source = EventConsumer(settings, self._release, self._prepare)
         source, shadow = self._source, settings.shadow
@@ -359,6 +361,9 @@ class Service:
         # Whole or not at all: if one output cannot be made, what is there is committed as its partitions are given up.
         self._group.add(self._outputs_of(batch, scored, alerts))
         self.metrics.repaired(scored.repairs)
+        for kind, share in self._repairs.observe(len(scored), scored.repairs).items():
+            _log.warning("a repair touches many events, look at their senders", repair=kind, share=f"{share:.0%}")
+        self.metrics.set_repair_shares(self._repairs.shares)
 
     def _outputs_of(self, batch: Batch, scored: ScoredBatch, alerts: Sequence[EmittedAlert]) -> _Group:
         group, settings = _Group(), self._settings
@@ -371,7 +376,7 @@ class Service:
             group.outputs.append(output._replace(instead=letter))
             if alert.row >= 0 and alert.activity == CREATE:
                 message = batch.messages[where[source[:3]]]
-                group.alert_times[alert.uid] = int(scored.time[alert.row]), message.timestamp
+                group.alert_times[alert.uid] = int(scored.time[alert.row]), message.recorded_at
             else:
                 group.updates[alert.uid] = alert.activity
         for reject in scored.rejects:
@@ -385,7 +390,7 @@ class Service:
         group.events = len(scored)
         group.incomplete = 0 if scored.complete is None else int((~scored.complete).sum())
         group.messages = len(batch.messages)
-        group.appended = [min(message.timestamp for message in batch.messages)]
+        group.appended = [min(message.recorded_at for message in batch.messages)]
         return group
 
     def _commit(self) -> None:

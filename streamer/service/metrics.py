@@ -57,6 +57,9 @@ class Metrics:
             "crashing_events", "Events that crashed the detector and went to the dead-letter topic, by stage", "stage"
         )
         self.repairs = counter("repairs", "Repairs of events, by kind", "kind")
+        self.repair_share = gauge(
+            "repair_share", "Share of recent events that a repair touched, of those above a tenth", "kind"
+        )
         self.transactions = counter("transactions", "Groups of batches by how they ended", "outcome")
         self.waits = counter("redis_waits", "Times that a batch had to wait for Redis")
         self.losses = counter(
@@ -118,6 +121,10 @@ class Metrics:
         """Count the repairs of a batch."""
         for kind, count in repairs.items():
             self.repairs.labels(kind).inc(count)
+
+    def set_repair_shares(self, shares: Mapping[str, float]) -> None:
+        """Show the shares of these repairs, and of no others."""
+        _show_only(self.repair_share, {(kind,): share for kind, share in shares.items()})
 
     def set_lag(self, lag: Mapping[tuple[str, int], int]) -> None:
         """Show the lag of these partitions and of no others."""

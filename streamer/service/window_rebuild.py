@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 
+from encoder.ocsf.event_time import FUTURE_TOLERANCE_MS, NO_TIME, YEAR_2000_MS
 from encoder.ocsf.events import Message
-from encoder.ocsf.repairs import FUTURE_TOLERANCE_MS
 from state.errors import SourcePartition, StateLostError
 from streamer.kafka.client import KafkaUnavailableError, Offsets, label
 from streamer.kafka.consumer import CHUNK, message_of
@@ -103,13 +103,16 @@ class Rebuild:
         """Find where to read from, and from when on nothing is missing if Kafka does not reach back that far."""
         wanted = {source: offset for source, offset in self._lost.resume.items() if source in self._targets}
         at = self._reader.offsets_for_times(dict.fromkeys(wanted, self._now_ms - self._windows.age_ms))
+        dated = self._reader.offsets_for_times(dict.fromkeys(wanted, YEAR_2000_MS))
         bounds = self._reader.bounds(wanted)
         for source, offset in wanted.items():
             low, _ = bounds[source]
-            # Where all of it is older than that, the answer is -1.
-            old_enough = at[source] if at[source] >= 0 else self._targets[source]
+            # Where all of it is older than that, the answer is -1; also where no timestamp is a date in milliseconds:
+            # then all of it is read.
+            first = low if at[source] < 0 and dated[source] < 0 else at[source]
+            old_enough = first if first >= 0 else self._targets[source]
             self._positions[source] = min(max(old_enough, offset or 0), self._targets[source])
-            if 0 <= at[source] <= low and low > (offset or 0):
+            if 0 <= first <= low and low > (offset or 0):
                 self._horizon_ms[source] = _UNKNOWN
             _log.warning(
                 "windows are filled again",
@@ -142,7 +145,9 @@ class Rebuild:
                 if raw.offset() < self._targets[source]:
                     messages.append(message_of(raw))
                     if self._horizon_ms.get(source) == _UNKNOWN:
-                        self._horizon_ms[source] = max(messages[-1].timestamp, 0) + FUTURE_TOLERANCE_MS
+                        recorded_at = messages[-1].recorded_at
+                        since = self._now_ms if recorded_at == NO_TIME else recorded_at
+                        self._horizon_ms[source] = since + FUTURE_TOLERANCE_MS
                 else:
                     self._reader.at_end.add(source)
             if self._reader.at_end >= set(self._targets):

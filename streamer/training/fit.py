@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from encoder.ocsf.activity_counts import ActivityCounts, activity_counts
 from encoder.ocsf.decoder import decode
 from encoder.ocsf.entities import KINDS, Entities
 from encoder.ocsf.entities import entities as find_entities
-from encoder.ocsf.events import EventBatch, Message
+from encoder.ocsf.event_time import NO_TIME
+from encoder.ocsf.events import EventBatch
+from encoder.ocsf.repairs import widespread
 from encoder.training.embedding_quality import check_embedding
 from encoder.training.masked_fields import train
 from encoder.training.sequence import SequenceReport, fit_sequences
@@ -50,7 +52,7 @@ from streamer.detection.rate_score import RateScorer
 from streamer.detection.record_score import RecordScorer
 from streamer.detection.sequence_score import SequenceScorer
 from streamer.errors import RipcurrentError
-from streamer.event_files import Unread, batches
+from streamer.event_files import Reread, Unread, batches, with_common_times
 from streamer.redaction import Redactor
 
 HELD_OUT = 0.15
@@ -64,11 +66,11 @@ MAX_CODES = 80_000_000
 MAX_ENTITIES = 50_000
 """Entities whose windows are held at once while training is replayed, some 7 kB each; the longest unseen go first."""
 DAY_MS = 86_400_000
+MIN_SPAN_MS = 60_000
+"""The least time that training counts as; events of which none has a time count as a day's."""
 PLACE = "@event"
 """In an exemplar, beside the attributes of the normal event: where it stood. No attribute path begins so."""
 
-Reread = Callable[[], Iterable[Sequence[Message]]]
-"""Gives the same messages each time it is called: a range of a topic."""
 StageProgress = Callable[[str, int, int, str], None]
 """Called with (stage, done, total or 0, what to show beside it)."""
 
@@ -162,15 +164,16 @@ def fit(
     scorer = EventScorer(record, sequences, rates, event, cooccurrence)
     redactor = Redactor(redact)
     members = first[record.baseline.members].tolist()
-    span = max(int(np.ptp(loaded.time)), 60_000)
+    dated = loaded.time[loaded.time != NO_TIME]
+    span = max(int(np.ptp(dated)), MIN_SPAN_MS) if len(dated) else DAY_MS
     training = {
         "events": loaded.events,
         "used": n,
         "held_out": len(later),
         "distinct": len(features),
         "rejects": len(loaded.unread),
-        "from": int(loaded.time[0]),
-        "to": int(loaded.time[-1]),
+        "from": int(dated[0]) if len(dated) else None,
+        "to": int(dated[-1]) if len(dated) else None,
         "events_per_day": loaded.events / (span / DAY_MS),
         "steps": report.steps,
         "loss": report.losses,
@@ -197,7 +200,7 @@ def fit(
 
 
 def _decoded(paths: Sequence[Path] | Reread, unread: Unread) -> Iterator[EventBatch]:
-    for batch in paths() if callable(paths) else batches(paths, lost=unread.in_file):
+    for batch in with_common_times(paths) if callable(paths) else batches(paths, lost=unread.in_file):
         events, rejects = decode(batch)
         for reject in rejects:
             message = batch[reject.message]
@@ -491,4 +494,7 @@ def summary(fitted: Fitted) -> list[tuple[str, Any]]:
     ]
     if fitted.repairs:
         rows.insert(1, ("repairs", ", ".join(f"{n:,} {kind}" for kind, n in fitted.repairs.most_common())))
+    if found := widespread(fitted.repairs, fitted.events):
+        shares = ", ".join(f"{kind} in {share:.0%} of the events" for kind, share in found.items())
+        rows.insert(2, ("warning", f"{shares}: look at what the senders write before you rely on this bundle"))
     return rows
