@@ -40,7 +40,7 @@ FORMER_NAMES = {"line": "threshold"}
 class KafkaSettings(BaseModel):
     """How to reach Kafka, and as whom."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     bootstrap_servers: str = Field(
         default="localhost:9092", repr=False, description="host:port of one or more brokers, comma-separated"
@@ -107,7 +107,7 @@ class KafkaSettings(BaseModel):
 class RedisSettings(BaseModel):
     """How to reach the Redis or Valkey that holds the windows, and how long to wait for it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     url: str = Field(
         default="redis://localhost:6379/0", repr=False, description="redis://, rediss:// (TLS) or unix:// URL"
@@ -166,6 +166,7 @@ class Settings(BaseSettings):
         env_ignore_empty=True,
         extra="forbid",
         frozen=True,
+        allow_inf_nan=False,
     )
 
     bundle: Path = Field(
@@ -383,7 +384,7 @@ def _read_file(config: Path | None) -> dict[str, Any]:
     if config is None and not path.exists():
         return {}
     try:
-        tree = tomllib.loads(path.read_text())
+        tree = tomllib.loads(path.read_text("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:

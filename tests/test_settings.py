@@ -80,6 +80,8 @@ def test_every_setting_can_be_given_as_a_variable(monkeypatch: pytest.MonkeyPatc
         ("[kafka]\nbootstrap_servers = 'me:word@host:9092'", r"setting kafka.bootstrap_servers: .*sasl_username"),
         ("batch_size = ", r"ripcurrent.toml is not TOML"),
         ("kafka = 'x'", r"kafka"),
+        ("alerts_per_day = inf", r"setting alerts_per_day = inf: input should be a finite number"),
+        ("[redis]\ntimeout_s = inf", r"setting redis.timeout_s = inf: input should be a finite number"),
     ],
 )
 def test_a_wrong_file_is_refused_in_one_line_that_names_key_and_way_out(text: str, message: str) -> None:
@@ -87,6 +89,11 @@ def test_a_wrong_file_is_refused_in_one_line_that_names_key_and_way_out(text: st
     with pytest.raises(ConfigurationError, match=message) as caught:
         load()
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_may_come_from_windows() -> None:
+    Path("ripcurrent.toml").write_bytes(b"\xef\xbb\xbfbatch_size = 7\r\n[kafka]\r\ngroup_id = 'blue'\r\n")
+    assert (load().batch_size, load().kafka.group_id) == (7, "blue")
 
 
 def test_an_unknown_variable_is_refused_and_the_tests_own_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
