@@ -9,7 +9,6 @@ Promises ratios that mean something on other machines; the rates themselves are 
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import multiprocessing
 import os
@@ -31,6 +30,7 @@ from unittest.mock import patch
 
 import numpy as np
 import orjson
+import tcp_proxy
 import torch
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
@@ -375,32 +375,6 @@ def report(size: int, events: int, fields: int, floors: Sequence[tuple[float, fl
     sys.stdout.flush()
 
 
-def away(port: int, target: int) -> None:
-    """Pass on what comes to a port to another, each byte AWAY_S later, and what comes back the same way."""
-
-    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        loop = asyncio.get_running_loop()
-        due = 0.0
-        while data := await reader.read(1 << 16):
-            due = max(due, loop.time() + AWAY_S)
-            loop.call_at(due, writer.write, data)
-        loop.call_later(AWAY_S, writer.close)
-
-    async def joined(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            there = await asyncio.open_connection("127.0.0.1", target)
-        except OSError:
-            writer.close()
-            return
-        await asyncio.gather(pass_on(reader, there[1]), pass_on(there[0], writer), return_exceptions=True)
-
-    async def serve_forever() -> None:
-        server = await asyncio.start_server(joined, "127.0.0.1", port)
-        await server.serve_forever()
-
-    asyncio.run(serve_forever())
-
-
 @contextmanager
 def far_servers() -> Iterator[tuple[str, str]]:
     """Bootstrap servers and URL of a Kafka and a Valkey of our own that are AWAY_S away."""
@@ -409,7 +383,8 @@ def far_servers() -> Iterator[tuple[str, str]]:
         kafka = servers.KafkaServer({"advertised.listeners": f"PLAINTEXT://127.0.0.1:{at[0]}"})
         valkey = stack.enter_context(servers.ValkeyServer())
         for port, server in zip(at, (kafka, valkey), strict=True):
-            proxy = multiprocessing.get_context("spawn").Process(target=away, args=(port, server.port), daemon=True)
+            arguments = (port, server.port, AWAY_S)
+            proxy = multiprocessing.get_context("spawn").Process(target=tcp_proxy.serve, args=arguments, daemon=True)
             proxy.start()
             stack.callback(proxy.terminate)
         stack.enter_context(kafka)

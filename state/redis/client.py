@@ -28,6 +28,8 @@ _TRANSIENT = (
 )
 _REFUSED = (redis.AuthenticationError, redis.exceptions.AuthorizationError, redis.exceptions.NoPermissionError)
 _PAUSE_S = 0.05
+_LATEST = 0.2
+"""Weight of the latest answer in the round trip."""
 _T = TypeVar("_T")
 
 
@@ -60,6 +62,8 @@ class RedisServer:
         )
         pool = self._redis.connection_pool.connection_kwargs
         self.place = f"Redis at {pool.get('path') or '{}:{}'.format(pool.get('host'), pool.get('port'))}"
+        self.round_trip_s = 0.0
+        """From the start of a request to the first answer to it, a moving average; 0 before the first."""
 
     def close(self) -> None:
         """Close the connections."""
@@ -82,13 +86,21 @@ class RedisServer:
         pool = self._redis.connection_pool
         connection: Any = pool.get_connection()
         replies: list[Any] = []
+        began = time.perf_counter()
+
+        def read() -> None:
+            replies.append(connection.read_response())
+            if len(replies) == 1:
+                taken = time.perf_counter() - began
+                self.round_trip_s += (taken - self.round_trip_s) * (_LATEST if self.round_trip_s else 1.0)
+
         try:
             for start in range(0, len(commands), self._depth):
                 connection.send_packed_command(connection.pack_commands(commands[start : start + self._depth]))
                 while len(replies) < start:
-                    replies.append(connection.read_response())
+                    read()
             while len(replies) < len(commands):
-                replies.append(connection.read_response())
+                read()
         except BaseException:
             connection.disconnect()  # what it still had to answer must not be taken for the answer to something else
             raise

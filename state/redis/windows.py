@@ -89,6 +89,10 @@ class RedisWindows:
         """Close the connections; what is stored stays."""
         self._server.close()
 
+    def round_trips(self) -> dict[str, float]:
+        """How long the server takes to answer, in seconds, by its name; empty before its first answer."""
+        return {self._server.place: self._server.round_trip_s} if self._server.round_trip_s else {}
+
     def append(self, entries: WindowEntries) -> Windows:
         validate(entries, self.dim)
         return self._server.retried(lambda: self._append(entries))

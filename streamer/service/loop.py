@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -48,6 +48,8 @@ ALIVE_S = 60.0
 STUCK_S = 300.0
 """How long the loop may do one thing before /healthz says so: longer than it waits for Kafka in mid-transaction."""
 DRAIN_S = 20.0
+SLOW_S = 0.1
+"""A server that takes longer to answer is named by /readyz: a batch waits for several answers."""
 WATCH_S = 5.0
 """How often the windows are looked at when there is nothing to score: what an idle stream loses must not stay lost."""
 
@@ -182,7 +184,7 @@ class Service:
                     except _StoppingError:
                         break
                 self.metrics.set_lag(self._source.lag)
-                self.metrics.set_round_trips(self._publisher.connections.round_trip_s)
+                self.metrics.set_round_trips(self._publisher.connections.round_trip_s, self._store_round_trips())
 
     def _work(self) -> None:
         """The next batch, if there is one, from its events to the group that its outputs go into; and the commit of
@@ -203,7 +205,9 @@ class Service:
     @contextmanager
     def _opened_edges(self) -> Iterator[None]:
         address, port = self._settings.metrics_address, self._settings.metrics_port
-        server = serve(self.metrics, address, port, alive=self.not_alive, ready=self.not_ready) if port else None
+        server = None
+        if port:
+            server = serve(self.metrics, address, port, alive=self.not_alive, ready=self.not_ready, slow=self.slow)
         try:
             self._publisher.open()
             if self._ledger is not None:  # After the publisher, which ends the transaction that a killed one left open.
@@ -526,6 +530,20 @@ class Service:
         if self._rebuild is not None:
             return self._waiting_for or f"windows are filled again, {self._rebuild.left} messages are left"
         return self._waiting_for or self._workers_problem() or self._source.held_back()
+
+    def slow(self) -> str:
+        """Which servers take longer than SLOW_S to answer, or an empty string. It does not make /readyz fail: events
+        are scored, only later."""
+        brokers = {f"Kafka at {name}": taken for name, taken in self._publisher.connections.round_trip_s.items()}
+        taken_by = brokers | dict(self._store_round_trips())
+        return "; ".join(
+            f"{server} is slow, it takes {taken * 1000:.0f} ms to answer"
+            for server, taken in taken_by.items()
+            if taken > SLOW_S
+        )
+
+    def _store_round_trips(self) -> Mapping[str, float]:
+        return self._windows.round_trips() if self._windows is not None else {}
 
 
 def _output(topic: str, alert: Written, now_ms: int) -> Output:

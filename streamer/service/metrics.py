@@ -83,6 +83,7 @@ class Metrics:
         )
         self.lag = gauge("lag_messages", "Messages behind the end of the partition", "topic", "partition")
         self.round_trip = gauge("kafka_round_trip_seconds", "Until a broker answers the producer, 95 %", "broker")
+        self.store_round_trip = gauge("redis_round_trip_seconds", "Until Redis answers, a moving average", "server")
         self.threshold = gauge("line_p_value", "Events at or under this p-value are alerts")
         self.promised = gauge("budget_promised_per_day", "Alerts a day that normal traffic may cost")
         self.spent = gauge("budget_spent_today", "Alerts (Create) of the latest day of event time")
@@ -130,9 +131,10 @@ class Metrics:
         """Show the lag of these partitions and of no others."""
         _show_only(self.lag, {(topic, str(partition)): behind for (topic, partition), behind in lag.items()})
 
-    def set_round_trips(self, seconds: Mapping[str, float]) -> None:
-        """Show how long these brokers take to answer, and no others."""
-        _show_only(self.round_trip, {(broker,): taken for broker, taken in seconds.items()})
+    def set_round_trips(self, brokers: Mapping[str, float], stores: Mapping[str, float]) -> None:
+        """Show how long these servers take to answer, in seconds, and no others."""
+        for gauge, seconds in ((self.round_trip, brokers), (self.store_round_trip, stores)):
+            _show_only(gauge, {(server,): taken for server, taken in seconds.items()})
 
 
 def _show_only(gauge: Gauge, values: Mapping[tuple[str, ...], float]) -> None:
@@ -145,11 +147,17 @@ def _show_only(gauge: Gauge, values: Mapping[tuple[str, ...], float]) -> None:
 
 
 def serve(
-    metrics: Metrics, address: str, port: int, *, alive: Callable[[], str], ready: Callable[[], str]
+    metrics: Metrics,
+    address: str,
+    port: int,
+    *,
+    alive: Callable[[], str],
+    ready: Callable[[], str],
+    slow: Callable[[], str] = str,
 ) -> ThreadingHTTPServer:
     """Serve /metrics, /healthz and /readyz on a port of an address, in a thread, until `shutdown()`.
 
-    alive and ready return why not, or an empty string.
+    alive and ready return why not, or an empty string. slow returns what /readyz adds to "ok", or an empty string.
 
     Raises:
         ConfigurationError: the port is taken, or the address is not one of this host.
@@ -161,7 +169,9 @@ def serve(
                 self._answer(200, generate_latest(metrics.registry), "text/plain; version=0.0.4; charset=utf-8")
             elif self.path in ("/healthz", "/readyz"):
                 problem = alive() if self.path == "/healthz" else alive() or ready()
-                self._answer(503 if problem else 200, f"{problem or 'ok'}\n".encode(), "text/plain; charset=utf-8")
+                note = slow() if self.path == "/readyz" else ""
+                body = problem or (f"ok, but {note}" if note else "ok")
+                self._answer(503 if problem else 200, f"{body}\n".encode(), "text/plain; charset=utf-8")
             else:
                 self._answer(404, b"/metrics, /healthz or /readyz\n", "text/plain; charset=utf-8")
 
