@@ -37,6 +37,8 @@ from loop_harness import (
     running,
     until,
 )
+from service_process import Service as FittedService
+from service_process import alerts_of, lines
 from test_window_rebuild import assert_undisturbed
 from test_window_rebuild import service_for as service_with_windows
 
@@ -498,21 +500,17 @@ def test_poison_changes_nothing_for_the_rest(topics: Topics, malformed: int, eve
     assert topics.alerts() == sorted(label for label in scored if p_value(label) <= LINE)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_a_million_events_with_faults_at_random(own_kafka: KafkaServer, unique: Callable[[str], str]) -> None:
-    """SIGKILL, SIGTERM, SIGSTOP, a worker more or less, and a broker that is killed or stands still."""
-    n, garbage_every = 1_000_000, 1000
-    topics = create(own_kafka.bootstrap, unique("million"), partitions=8)
-    event = orjson.dumps(EVENT)
-    produce(topics, (b"garbage %d" % i if i % garbage_every == 0 else event for i in range(n)))
+def run_with_faults(
+    own_kafka: KafkaServer, topics: Topics, n: int, command: Callable[[str], Sequence[str]], limit_s: float
+) -> None:
+    """Two workers or three read n messages while SIGKILL, SIGTERM, SIGSTOP, a worker more or less, and a broker that is
+    killed or stands still come at random, 40 of them at most. command: of the worker with this instance id."""
     chance = random.Random(17)
-    settings = {"batch_size": 1000, "delay": 0.05, "kafka.properties": {"session.timeout.ms": 6000}}
     workers: dict[str, subprocess.Popen[bytes]] = {}
     faults: Counter[str] = Counter()
 
     def start(name: str) -> None:
-        workers[name] = subprocess.Popen(process_of(topics, **settings, **{"kafka.instance_id": name}))
+        workers[name] = subprocess.Popen(command(name))
 
     def fault() -> None:
         name = chance.choice(sorted(workers))
@@ -538,7 +536,7 @@ def test_a_million_events_with_faults_at_random(own_kafka: KafkaServer, unique: 
     try:
         start("a")
         start("b")
-        while done(topics) < n and time.monotonic() - began < 1800:
+        while done(topics) < n and time.monotonic() - began < limit_s:
             time.sleep(chance.uniform(1, 6))
             if sum(faults.values()) < 40:
                 fault()
@@ -554,13 +552,62 @@ def test_a_million_events_with_faults_at_random(own_kafka: KafkaServer, unique: 
             worker.terminate()
         for worker in workers.values():
             worker.wait(60)
-    print(f"{n:,} events in {time.monotonic() - began:.0f} s with {dict(faults)}")
+    print(f"{n:,} messages in {time.monotonic() - began:.0f} s with {dict(faults)}")
     assert done(topics) == n
+
+
+def assert_each_scored_or_dead(topics: Topics, n: int, garbage_every: int) -> set[str]:
+    """Of n messages, each `garbage %d` is once in the dead letters, and each other once in the scores. Returns the
+    labels of these."""
     scored = Counter(message.key().decode() for message in topics.read("scores"))
     assert (len(scored), set(scored.values())) == (n - n // garbage_every, {1})
     dead = Counter(message.value() for message in topics.read("dead"))
     assert dead == Counter(b"garbage %d" % i for i in range(0, n, garbage_every))
+    return set(scored)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_million_events_with_faults_at_random(own_kafka: KafkaServer, unique: Callable[[str], str]) -> None:
+    n, garbage_every = 1_000_000, 1000
+    topics = create(own_kafka.bootstrap, unique("million"), partitions=8)
+    event = orjson.dumps(EVENT)
+    produce(topics, (b"garbage %d" % i if i % garbage_every == 0 else event for i in range(n)))
+    settings = {"batch_size": 1000, "delay": 0.05, "kafka.properties": {"session.timeout.ms": 6000}}
+    run_with_faults(
+        own_kafka, topics, n, lambda name: process_of(topics, **settings, **{"kafka.instance_id": name}), 1800
+    )
+    scored = assert_each_scored_or_dead(topics, n, garbage_every)
     assert topics.alerts() == sorted(label for label in scored if p_value(label) <= LINE) != []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_hundred_thousand_events_with_a_fitted_bundle_and_faults_at_random(
+    own_kafka: KafkaServer, unique: Callable[[str], str], folder: Path
+) -> None:
+    """The events of a simulated day, day after day, with a threshold that follows the budget."""
+    n, garbage_every = 100_000, 1000
+    topics = create(own_kafka.bootstrap, unique("bundle"), partitions=8)
+    day = [orjson.loads(line) for line in lines(folder / "test.ndjson")]
+
+    def value(i: int) -> bytes:
+        if i % garbage_every == 0:
+            return b"garbage %d" % i
+        days, event = divmod(i, len(day))
+        return orjson.dumps(day[event] | {"time": day[event]["time"] + days * 86_400_000})
+
+    produce(topics, map(value, range(n)))
+    with ValkeyServer() as valkey:
+
+        def command(name: str) -> Sequence[str]:
+            return FittedService(
+                topics, folder / "bundle", valkey.url, 0, kafka_instance_id=name, threshold=None
+            ).command
+
+        run_with_faults(own_kafka, topics, n, command, 1800)
+    assert_each_scored_or_dead(topics, n, garbage_every)
+    assert alerts_of(topics)
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from streamer.kafka import held_back as held_back_module
 from streamer.kafka import producer as publishing
 from streamer.kafka.client import TransactionAbortedError, check_topics, claim_instance, patiently
 from streamer.kafka.consumer import QUEUED_BATCHES, STALL_S, EventConsumer
+from streamer.kafka.partition_reader import PartitionReader
 from streamer.kafka.producer import TransactionalPublisher
 from streamer.service.loop import Service
 
@@ -139,6 +140,22 @@ def test_a_broker_that_restarts_costs_nothing_but_time(unique: Callable[[str], s
         assert raised == []
         assert topics.alerts() == topics.expected_alerts(800)
         assert len({message.key() for message in topics.read("scores")}) == len(topics.read("scores")) == 800
+
+
+@pytest.mark.extended
+def test_the_end_of_a_topic_is_read_after_its_broker_has_restarted(unique: Callable[[str], str]) -> None:
+    """Each start of a broker gives its partitions a new leader epoch, and a question with an old one is refused."""
+    with KafkaServer() as server:
+        topics = create(server.bootstrap, unique("epoch"), partitions=1)
+        topics.produce_events(5)
+        source = (topics.events, 0)
+        reader = PartitionReader(topics.settings(), "reader")
+        assert reader.written([source]) == {source: 5}
+        for kill in (True, False):
+            server.restart(kill=kill)
+            assert patiently("the end", lambda: reader.written([source]), lambda: 20.0) == {source: 5}
+            assert patiently("the bounds", lambda: reader.bounds([source]), lambda: 20.0) == {source: (0, 5)}
+        reader.close()
 
 
 @pytest.mark.extended

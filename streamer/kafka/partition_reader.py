@@ -6,7 +6,7 @@ error that passes is logged and read over. `streamer.kafka.range_reader` waits f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import structlog
@@ -89,12 +89,15 @@ class PartitionReader:
         with unavailable():
             return bounds_of(self._consumer, sources)
 
-    def written(self, sources: Iterable[SourcePartition]) -> Offsets:
+    def written(self, sources: Collection[SourcePartition]) -> Offsets:
         """The offset after the last of each partition, open transactions included; `bounds` ends before them."""
         latest: Any = OffsetSpec.latest()  # type: ignore[no-untyped-call]
         asked = {TopicPartition(*source): latest for source in sources}
         isolation, seconds = IsolationLevel.READ_UNCOMMITTED, KAFKA_S
         with unavailable():
+            for topic in {topic for topic, _ in sources}:
+                # Or the client asks as before a restart of the broker, and is refused until its metadata expire.
+                self._admin.list_topics(topic, seconds)
             answers = self._admin.list_offsets(asked, isolation_level=isolation, request_timeout=seconds)
             return {(p.topic, p.partition): answer.result(seconds + 2).offset for p, answer in answers.items()}
 
