@@ -147,7 +147,7 @@ def features_of(stream: Stream, kept: Path) -> Features:
                 arrays["uids"].tolist(),
             )
     loaded = fitting._load([stream.train], lambda *_: None)
-    held = fitting._held_out(loaded.time)
+    held = fitting.held_out(loaded.time)
     schema, train = fitted_to(loaded.schema, loaded.features, np.flatnonzero(~held))
     vectorize = Vectorizer(schema)
     parts: list[FeatureBatch] = []

@@ -112,7 +112,7 @@ def test_garbage_is_rejected_alone_and_the_rest_scores_the_same(
     stream = messages(days[1], 60)
     bad = [Message("garbage", 0, i, 0, value) for i, value in enumerate([b"{", b"[]", b"", None, b"null", b"\xff\x00"])]
     mixed = score(fitted[0], [[*stream[:30], *bad, *stream[30:]]])[0]
-    assert len(mixed.unread) == len(bad)
+    assert len(mixed.rejects) == len(bad)
     assert_same_p_values(mixed.p_value, score(fitted[0], [stream])[0].p_value)
 
 
@@ -263,7 +263,7 @@ def test_exemplars_hold_listed_attributes_masked(days: tuple[Path, Path], quick:
 
 def test_too_few_events_to_fit_are_refused(tmp_path: Path) -> None:
     (tmp_path / "few.ndjson").write_bytes(b'{"class_uid": 1}\n' * 3 + b"garbage\n")
-    with pytest.raises(FitError, match="3 events could be read and 1 could not"):
+    with pytest.raises(FitError, match=r"3 events could be read; .*1 could not be"):
         fit([tmp_path / "few.ndjson"], tmp_path / "b")
 
 

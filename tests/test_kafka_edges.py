@@ -313,7 +313,7 @@ def test_a_broker_that_calls_itself_what_nobody_here_knows_is_named_at_start(uni
             check_topics(settings)
         (kafka,) = [check for check in examine(settings) if check.what == "kafka"]
         assert kafka.mark == "bad"
-        assert "broker.inside.invalid:9092" in kafka.told
+        assert "broker.inside.invalid:9092" in kafka.text
 
 
 def test_a_partition_that_an_open_transaction_holds_back_is_named(
@@ -337,8 +337,8 @@ def test_a_partition_that_an_open_transaction_holds_back_is_named(
         assert "and 11 messages wait behind it" in service.not_ready()
         assert service.not_alive() == ""
         (found,) = transactions(topics.settings())
-        assert (found.mark, found.told.startswith(said)) == ("warn", True)
-        assert f"describe-producers --topic {topics.events} --partition 1" in found.told
+        assert (found.mark, found.text.startswith(said)) == ("warn", True)
+        assert f"describe-producers --topic {topics.events} --partition 1" in found.text
         producer.commit_transaction(20)
         until(lambda: service.not_ready() == "")
         topics.wait_until_read(41)

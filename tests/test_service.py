@@ -236,7 +236,7 @@ def test_a_batch_that_fails_while_its_outputs_are_made_leaves_none_of_them(topic
         row, activity = 0, 1
 
         @property
-        def uid(self) -> str:
+        def key(self) -> bytes:
             raise RuntimeError("no alert")
 
     class FailingLater(EachRow):

@@ -78,15 +78,15 @@ def test_every_event_is_valid_ocsf_of_one_of_seven_classes() -> None:
 def test_equal_arguments_give_equal_bytes_in_another_process() -> None:
     here = digest(simulate(seed=5, days=2, events_per_day=SMALL, incidents={1: tuple(KINDS)}))
     program = (
-        "from tests.test_simulator import *; "
+        "from test_simulator import *; "
         "print(digest(simulate(seed=5, days=2, events_per_day=SMALL, incidents={1: tuple(KINDS)})))"
     )
-    environment = {**os.environ, "PYTHONHASHSEED": "77"}
-    root = Path(__file__).parent.parent
+    tests = Path(__file__).parent
+    environment = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": str(tests.parent)}
     there = subprocess.run(
         [sys.executable, "-c", program],
         env=environment,
-        cwd=root,
+        cwd=tests,
         capture_output=True,
         text=True,
         timeout=60,

@@ -290,5 +290,5 @@ def test_a_ledger_that_kafka_would_forget_is_refused(kafka: str, unique: Callabl
     admin.create_topics([NewTopic(name, 1, 1)])[name].result(10)
     with pytest.raises(ConfigurationError, match=r"cleanup\.policy=compact"):
         ThresholdLedger(topics.settings(ledger=name), "one", RATE).open()
-    with pytest.raises(ValueError, match="no line"):
+    with pytest.raises(ValueError, match="no threshold"):
         RecordedThresholds.read(topics.settings()).at(np.array([0]))
