@@ -224,10 +224,6 @@ def test_lost_windows_are_filled_past_an_event_that_crashes(topics: Topics) -> N
             return {}
 
         def committed(self, offsets: Any) -> None: ...
-        def identify(self, topics: Any) -> None: ...
-        def identified(self) -> dict[Any, int]:
-            return {}
-
         def round_trips(self) -> dict[str, float]:
             return {}
 
