@@ -21,8 +21,8 @@ lint: $(VENV)/.installed  ## Style, types and import layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Test processes, each with a Kafka and a Valkey of its own; a file's tests run in one of them.
-PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+# Test processes, each with a Kafka and a Valkey of its own; a file's tests run in one of them. They mostly wait.
+PARALLEL := --numprocesses 4 --dist loadfile
 
 test: lint  ## Each promise once, on a real Kafka and a real Valkey: at most eight minutes on two cores
 	$(BIN)/pytest $(PARALLEL)

@@ -171,6 +171,7 @@ def test_the_evaluation_reads_what_the_detector_reads(tmp_path: Path) -> None:
     assert [uid for uid, _ in found] == [str(line) for line in range(2, 62)]
 
 
+@pytest.mark.extended
 def test_a_command_reads_pipes_and_ends_with_1_where_nothing_can_be_read(folder: Path, tmp_path: Path) -> None:
     bundle = ["--bundle", str(folder / "bundle")]
     for name in ("-", "/dev/stdin"):

@@ -90,6 +90,7 @@ def test_a_rewind_gives_again_what_is_not_committed(topics: Topics) -> None:
         source.close()
 
 
+@pytest.mark.extended
 def test_what_is_read_again_after_partitions_went_and_came_back_is_in_no_batch_twice(topics: Topics) -> None:
     """Both within the time in which a batch fills."""
     topics.produce_events(600)

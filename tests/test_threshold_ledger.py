@@ -108,6 +108,7 @@ def test_a_process_that_is_started_again_goes_on_with_what_was_spent_and_by_whic
     assert_undisturbed(topics, n)
 
 
+@pytest.mark.extended
 def test_a_process_that_is_killed_and_started_again_has_the_thresholds_of_an_undisturbed_run(topics: Topics) -> None:
     n = 4000
     produce_hours(topics, 0, n)

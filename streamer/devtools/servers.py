@@ -257,6 +257,8 @@ class ValkeyServer(_Server):
         super().__init__()
         self._options = {"save": "", "appendonly": "no", "appendfsync": "always", "maxmemory-policy": "noeviction"}
         self._options |= {"bind": "127.0.0.1", "dir": str(self.directory)} | dict(options or {})
+        if self._options.get("cluster-enabled") == "yes":  # By itself it takes port + 10000, which may be in use.
+            self._options.setdefault("cluster-port", str(free_port()))
 
     @property
     def url(self) -> str:
