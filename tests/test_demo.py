@@ -26,7 +26,7 @@ from encoder.ocsf.events import Message
 from streamer.alerting.detection_finding import build_alerts
 from streamer.alerting.finding_frame import Alert
 from streamer.detection.batches import ScoredBatch
-from streamer.devtools.demo import Scorecard, Seen, demo
+from streamer.devtools.demo import COMMAND, Scorecard, Seen, demo
 from streamer.devtools.simulator.generator import Label
 from streamer.errors import ConfigurationError, StreamError
 from streamer.explain.attribution import Explanation
@@ -169,6 +169,11 @@ def test_an_interrupted_demo_leaves_no_process_and_no_file(tmp_path: Path, how: 
     for child in children:
         assert not Path(f"/proc/{child}").exists()
     assert not [left for left in tmp_path.iterdir() if left.name.startswith("ripcurrent-demo")]
+
+
+def test_the_demo_runs_the_command_that_users_run() -> None:
+    said = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("ripcurrent ")
 
 
 if __name__ == "__main__":

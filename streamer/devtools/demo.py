@@ -49,7 +49,7 @@ PRODUCED_FOR_S = 30.0
 STARTS_WITHIN_S = 90.0
 SILENT_FOR_S = 60.0
 """How long the service may make no progress before the demo ends with an error."""
-COMMAND = (sys.executable, "-c", "from streamer.cli import main; main()")
+COMMAND = (sys.executable, "-c", "from streamer.cli.main import main; main()")
 _SEVERITY = {1: "dim", 2: "cyan", 3: "yellow", 4: "red", 5: "bold red"}
 
 
