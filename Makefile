@@ -27,8 +27,9 @@ PARALLEL := --numprocesses 4 --dist loadfile
 test: lint  ## Each promise once, on a real Kafka and a real Valkey: at most eight minutes on two cores
 	$(BIN)/pytest $(PARALLEL)
 
+# Two processes: these tests kill and slow down servers, and a machine with too much to do looks like a fault.
 extended: $(VENV)/.installed  ## What `make test` leaves out and every change must pass
-	$(BIN)/pytest $(PARALLEL) -m 'extended and not slow and not gpu'
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'extended and not slow and not gpu'
 
 test-all: test  ## `make test`, then the rest that every change must pass
 	$(MAKE) extended

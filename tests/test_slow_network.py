@@ -56,7 +56,7 @@ def done(topics: Topics) -> int:
     return sum(max(offset, 0) for offset in topics.committed().values())
 
 
-@pytest.mark.extended
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["Kafka", "Redis"])
 @pytest.mark.parametrize("how", [*SLOW, *BROKEN])
 def test_a_network_that_delays_throttles_cuts_or_half_closes_loses_and_doubles_nothing(
