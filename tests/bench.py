@@ -42,7 +42,6 @@ import encoder.models.record_encoder
 import encoder.training.masked_fields
 import encoder.training.sequence
 import state.baseline.baseline
-import state.baseline.density
 import state.redis.windows
 import streamer.alerting.pipeline
 import streamer.detection.detector
@@ -85,7 +84,7 @@ STAGES: Sequence[tuple[str, Any, tuple[str, ...]]] = (
     ("encode: conditional rarity", encoder.models.rarity.ContextRarity, ("__call__", "summary")),
     ("encode: network", encoder.models.record_encoder.RecordEncoder, ("encode", "anonymised")),
     ("score records: baseline", state.baseline.baseline.Baseline, ("search",)),
-    ("score records: density", state.baseline.density.Density, ("__call__",)),
+    ("score records: group distance", state.baseline.group_distance.GroupDistance, ("__call__",)),
     ("score records: calibration", streamer.detection.record_score.RecordScorer, ("raw", "parts", "evidence")),
     ("entities, what each adds", streamer.detection.detector, ("find_entities", "activity_counts")),
     ("windows (Redis)", state.redis.windows.RedisWindows, ("append", "prepare", "committed", "check_epoch")),

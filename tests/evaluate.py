@@ -36,13 +36,10 @@ from numpy.typing import NDArray
 
 from encoder.features.schema import Schema
 from encoder.features.vectorizer import FeatureBatch, Vectorizer, fitted_to
-from encoder.models.rarity import ContextRarity
-from encoder.models.record_encoder import RecordEncoder
 from encoder.ocsf.decoder import decode
-from encoder.training import masked_fields
 from state.calibration import FEW, Calibration
 from streamer.alerting.file_thresholds import daily_threshold
-from streamer.detection.record_score import RecordScorer
+from streamer.detection.record_score import FAR, FOR_ACTOR, FOR_TYPE, NEAR, PARTS
 from streamer.detection.score_files import score_files
 from streamer.event_files import batches, event_uid
 from streamer.offline.evaluation import Labels, at_budget, by_sequence, metrics, read_labels, recall_at
@@ -53,18 +50,16 @@ REFERENCE = Path(__file__).parent / "evaluation" / "reference_figures.json"
 UNRANKED = ("cloud",)
 """Streams that are measured and count for nothing in the figure of merit: a realism check, not a quality bar."""
 BUDGETS = (20, 100)
-PARTS = ("odd_value", "odd_for_actor", "novelty", "density")
-"""The parts of today's record score: two countings, the distance to the nearest, and density within the type."""
 CHOICES: dict[str, tuple[str, ...]] = {
-    "all parts, summed": PARTS,
-    "without density": ("odd_value", "odd_for_actor", "novelty"),
-    "without the nearest": ("odd_value", "odd_for_actor", "density"),
-    "without the rarest value for the type": ("odd_for_actor", "novelty", "density"),
-    "without the values for the actor": ("odd_value", "novelty", "density"),
-    "countings alone": ("odd_value", "odd_for_actor"),
-    "distances alone": ("novelty", "density"),
+    "all parts": PARTS,
+    "without the nearest": (FOR_ACTOR, FOR_TYPE, FAR),
+    "without the many": (FOR_ACTOR, FOR_TYPE, NEAR),
+    "without the rarest value for the type": (FOR_ACTOR, FAR, NEAR),
+    "without the values for the actor": (FOR_TYPE, FAR, NEAR),
+    "values alone": (FOR_ACTOR, FOR_TYPE),
+    "distances alone": (FAR, NEAR),
 }
-"""Parts whose evidence is added up without weights. The first row of the table is the score as it is served."""
+"""Parts whose evidence is added up without weights. The first is the score as it is served."""
 TRAIN = ".train.ndjson.gz"
 
 
@@ -182,60 +177,47 @@ def measure_record(stream: Stream, seed: int, out: Path) -> dict[str, Any]:
     first, in_block = fitting._distinct(known.train, np.flatnonzero(~known.held))
     held = known.train.take(np.flatnonzero(known.held))
     loaded = time.perf_counter()
-    encoder, scorer = fit_record(known, first, in_block, held, seed)
+    part = fitting.fit_record(
+        known.schema, known.train.take(first), in_block, held, seed=seed, device=torch.device("cpu")
+    )
 
     def parts_of(features: FeatureBatch) -> NDArray[np.float64]:
         first, like = features.distinct()
         distinct = features.take(first)
         types = distinct.codes[:, 0].astype(np.int64)
-        return evidence_of_parts(scorer, scorer.raw(encoder.encode(distinct), types), types)[:, like]
+        return part.scorer.parts(part.scorer.raw(part.encoder.encode(distinct), types), types)[:, like]
 
     fitted = time.perf_counter()
     evidence = {"held": parts_of(held), "test": parts_of(known.test)}
     np.savez(out / f"{stream.name}.{seed}.parts.npz", uids=np.array(known.uids), allow_pickle=False, **evidence)
-    found = of_rows(stream, evidence["held"][-1], evidence["test"][-1], known.uids)
+    found = of_parts(stream, evidence["held"], evidence["test"], known.uids, PARTS)
     times = {"load_s": loaded - began, "fit_s": fitted - loaded, "score_s": time.perf_counter() - fitted}
     return found | {name: round(seconds, 1) for name, seconds in times.items()}
 
 
-def fit_record(
-    known: Features, first: NDArray[np.intp], in_block: NDArray[np.float64], held: FeatureBatch, seed: int
-) -> tuple[RecordEncoder, RecordScorer]:
-    """The record part as `fit` makes it. first: intp [k], the distinct rows; in_block: float64 [k, blocks]."""
-    features, weights, device = known.train.take(first), in_block.sum(1), torch.device("cpu")
-    rarity = ContextRarity.fit(known.schema, features, in_block)
-    validation = held.take(held.distinct()[0])
-    net, _ = masked_fields.train(known.schema, features, weights, validation, seed=seed, device=device)
-    encoder = RecordEncoder(known.schema, net, rarity, device)
-    return encoder, fitting._fit_record(encoder, features, weights, held, seed)[0]
-
-
-def evidence_of_parts(
-    scorer: RecordScorer, raw: dict[str, NDArray[np.float64]], types: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """float64 [5, n], nats: each of PARTS, and at last the record score as it is served."""
-    calibrated = scorer.parts(raw, types)
-    countings = [scorer.calibrations[name].evidence(raw[name]) for name in PARTS[:3]]
-    return np.stack([*countings, calibrated.density, scorer.evidence(calibrated)])
-
-
-def of_rows(stream: Stream, held: NDArray[np.float64], test: NDArray[np.float64], uids: list[str]) -> dict[str, Any]:
-    """The figures of evidence, in nats, that is calibrated on that of held-out events."""
-    p_value = Calibration.fit(held, tail_from=FEW).p_value(test)
-    return figures(read_labels(stream.labels, uids), test, p_value)
+def of_parts(
+    stream: Stream,
+    held: NDArray[np.float64],
+    test: NDArray[np.float64],
+    uids: list[str],
+    chosen: tuple[str, ...],
+) -> dict[str, Any]:
+    """The figures of some parts of the record score. held, test: float64 [parts, n], nats."""
+    rows = [PARTS.index(name) for name in chosen]
+    evidence = test[rows].sum(0)
+    p_value = Calibration.fit(held[rows].sum(0), tail_from=FEW).p_value(evidence)
+    return figures(read_labels(stream.labels, uids), evidence, p_value)
 
 
 def choose(streams: list[Stream], seed: int, out: Path) -> str:
     """CHOICES on the evidence that is kept, as Markdown; and of each stream the choice that the others would make."""
-    rows_of = {"as served": [len(PARTS)]} | {name: [PARTS.index(p) for p in chosen] for name, chosen in CHOICES.items()}
-    ap: dict[str, dict[str, float]] = {name: {} for name in rows_of}
+    ap: dict[str, dict[str, float]] = {name: {} for name in CHOICES}
     lines = ["| choice | " + " | ".join(stream.name for stream in streams) + " |", "|---" * (len(streams) + 1) + "|"]
-    for name, rows in rows_of.items():
+    for name, chosen in CHOICES.items():
         cells = []
         for stream in streams:
             with np.load(out / f"{stream.name}.{seed}.parts.npz") as kept:
-                held, test = (kept[which][rows].sum(0) for which in ("held", "test"))
-                found = of_rows(stream, held, test, kept["uids"].tolist())
+                found = of_parts(stream, kept["held"], kept["test"], kept["uids"].tolist(), chosen)
             judged = found["by_sequence"] if stream.name.startswith("sequences") else found
             ap[name][stream.name] = judged["ap"]
             cells.append(f"{judged['auroc']:.3f} / {judged['ap']:.3f}")
@@ -244,7 +226,7 @@ def choose(streams: list[Stream], seed: int, out: Path) -> str:
         left_out = []
         for stream in streams:
             others = [other.name for other in streams if other is not stream and other.name not in UNRANKED]
-            best = max(rows_of, key=lambda name: float(np.mean([ap[name][other] for other in others])))
+            best = max(CHOICES, key=lambda name: float(np.mean([ap[name][other] for other in others])))
             left_out.append(f"{best}, {ap[best][stream.name]:.3f}")
         lines.append("| the best of all others, AP | " + " | ".join(left_out) + " |")
     return "\n".join(lines)

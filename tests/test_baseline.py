@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 import state.baseline.baseline
 from state.baseline.baseline import Baseline
-from state.baseline.density import MIN_REFERENCE, TRIM, Density
 from state.baseline.search import BaselineError, Exact, Hnsw
 
 DIM = 16
@@ -63,30 +62,6 @@ def test_exact_search_does_not_depend_on_the_batch(count: int, queries: int, see
     whole, _ = exact.search(asked, min(3, count))
     alone = np.concatenate([exact.search(asked[i : i + 1], min(3, count))[0] for i in range(queries)])
     np.testing.assert_allclose(whole, alone, rtol=0, atol=1e-6)
-
-
-def test_a_fold_of_unlabelled_attacks_is_left_out_of_the_baseline() -> None:
-    """4 % of the events of training are attacks that are like each other and nothing else."""
-    normal, attacks = vectors(2000, 0), (vectors(80, 1) * 0.05 + 30).astype(np.float16)
-    data, types, weights = np.concatenate([normal, attacks]), np.ones(2080, np.int64), np.ones(2080)
-    density = Density.fit(data, weights, types, seed=0)
-    sparse = density.sparse(data, weights, types)
-    assert sparse[2000:].all() and sparse.mean() <= TRIM
-    trusting = Baseline.build(data, seed=0)
-    wary = Baseline.build(
-        data, seed=0, sparse=lambda places: density.sparse(data[places], weights[places], types[places])
-    )
-    assert len(wary) == len(trusting) - int(sparse.sum())
-    another = (vectors(1, 2) * 0.05 + 30).astype(np.float16)
-    assert wary.search(another, 1)[0] > 10 > trusting.search(another, 1)[0]
-
-
-def test_what_nothing_is_known_of_is_not_lonely() -> None:
-    """A type without a reference, and a single vector that all events of a type share."""
-    few, one = vectors(MIN_REFERENCE - 1, 0), vectors(1, 1)
-    data, weights = np.concatenate([few, one]), np.append(np.ones(len(few)), 1000.0)
-    types = np.append(np.ones(len(few), np.int64), 2)
-    assert not Density.fit(data, weights, types, seed=0).sparse(data, weights, types).any()
 
 
 def test_few_vectors_are_searched_exactly_and_a_tiny_baseline_gives_what_it_has() -> None:

@@ -12,17 +12,9 @@ from numpy.typing import NDArray
 
 from state.calibration import FEW, Calibration
 from streamer.detection.combine import SEQUENCE_DISCOUNT, EventScorer, discounted
-from streamer.detection.record_score import Parts
 from streamer.detection.sequence_score import SequenceScorer
 
 NATS = st.floats(0, 600, allow_nan=False)
-
-
-@given(NATS, NATS)
-def test_density_and_surprise_are_little_more_than_the_stronger(density: float, surprise: float) -> None:
-    (joined,) = Parts(np.array([density]), np.array([surprise])).combined()
-    strongest = max(2 * density, surprise)
-    assert strongest * (1 - 1e-9) - 1e-9 <= joined <= strongest * 1.2600 + 1e-9  # 2 ** (1 / 3)
 
 
 def test_a_sequence_says_nothing_until_it_is_rare() -> None:

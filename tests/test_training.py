@@ -16,7 +16,7 @@ from encoder.features.vectorizer import FeatureBatch, Vectorizer
 from encoder.models.record_network import HEAD_VALUES, network_codes, network_sizes
 from encoder.models.resnet import TabularResNet
 from encoder.training import masked_fields as training
-from encoder.training.masked_fields import fit_identity, train
+from encoder.training.masked_fields import fit_identity, initial_network, train
 from encoder.training.trainer import TrainingRun
 
 
@@ -41,7 +41,8 @@ def rows(events: Sequence[dict[str, Any]]) -> tuple[Schema, FeatureBatch, np.nda
 def trained(events: Sequence[dict[str, Any]], seed: int = 0) -> tuple[Schema, FeatureBatch, TabularResNet, TrainingRun]:
     schema, features, weights = rows(events)
     held = features.take(np.arange(len(features) // 2, len(features)))
-    net, report = train(schema, features, weights, held, seed=seed, device=torch.device("cpu"))
+    initial = initial_network(schema, features, weights, seed=seed)
+    net, report = train(initial, schema, features, weights, held, seed=seed, device=torch.device("cpu"))
     return schema, features, net, report
 
 
@@ -68,6 +69,7 @@ def test_progress_is_told() -> None:
     schema, features, weights = rows(feed())
     told: list[tuple[int, int, float]] = []
     train(
+        initial_network(schema, features, weights, seed=0),
         schema,
         features,
         weights,
@@ -143,5 +145,6 @@ def test_poor_features_can_be_trained_on(events: list[dict[str, Any]]) -> None:
 def test_training_without_a_validation_slice_keeps_the_last_weights() -> None:
     schema, features, weights = rows(feed())
     none = features.take(np.empty(0, np.intp))
-    _, report = train(schema, features, weights, none, seed=0, device=torch.device("cpu"))
+    net = initial_network(schema, features, weights, seed=0)
+    _, report = train(net, schema, features, weights, none, seed=0, device=torch.device("cpu"))
     assert report.validation == [] and report.steps == 200

@@ -39,7 +39,7 @@ _COMMON = 5
 
 
 def fit_identity(net: TabularResNet, schema: Schema, features: FeatureBatch, weights: NDArray[np.float64]) -> None:
-    """Fit the identity path: one-hot codes and scaled quantiles, projected on their principal directions.
+    """Fit the identity path: one-hot codes and scaled quantiles, projected (`_directions`).
 
     features: n distinct rows; weights: float64 [n], the number of events of each. Values with fewer than five events
     and unknown names do not count in the distance.
@@ -70,8 +70,7 @@ def fit_identity(net: TabularResNet, schema: Schema, features: FeatureBatch, wei
     x = sparse.hstack([one_hot[:, used], sparse.csr_matrix(_NUMBER_SCALE * quantiles)]).tocsr()
     width = x.shape[1]
     out = net.identity_codes.shape[1]
-    few = width <= out
-    directions = np.eye(width) if few else TruncatedSVD(min(out, n), random_state=0).fit(x).components_.T
+    directions = np.eye(width) if width <= out else _directions(x, out)
     codes_map = np.zeros((total, out), np.float32)
     codes_map[used, : directions.shape[1]] = directions[: len(used)] * scale[used, None]
     numbers_map = np.zeros((features.quantiles.shape[1], out), np.float32)
@@ -84,7 +83,33 @@ def fit_identity(net: TabularResNet, schema: Schema, features: FeatureBatch, wei
     net.identity_bias.copy_(torch.from_numpy(bias))
 
 
+def _directions(x: sparse.csr_matrix, out: int) -> NDArray[np.float64]:
+    """float64 [width, out]: half are the principal directions, half random ones in what these leave (Achlioptas 2003).
+
+    Rare values vary too little for a principal direction. In random directions the distances that they make are kept on
+    average.
+    """
+    n, width = x.shape
+    principal = TruncatedSVD(min(out // 2, n), random_state=0).fit(x).components_.T
+    left = out - principal.shape[1]
+    drawn = np.random.default_rng(0).standard_normal((width, left)) / left**0.5
+    return np.concatenate([principal, drawn - principal @ (principal.T @ drawn)], axis=1)
+
+
+def initial_network(
+    schema: Schema, features: FeatureBatch, weights: NDArray[np.float64], *, seed: int
+) -> TabularResNet:
+    """A network whose identity path is fitted and whose residual part is nothing yet. features: distinct rows;
+    weights: float64 [n], events each stands for."""
+    torch.manual_seed(seed)
+    sizes = network_sizes(schema)
+    net = TabularResNet(sizes=sizes, numbers=features.quantiles.shape[1], width=WIDTH, depth=DEPTH, embedding=EMBEDDING)
+    fit_identity(net, schema, features, weights)
+    return net
+
+
 def train(
+    net: TabularResNet,
     schema: Schema,
     features: FeatureBatch,
     weights: NDArray[np.float64],
@@ -101,11 +126,8 @@ def train(
     Rows are drawn in proportion to the square root of their multiplicity, so that rare rows count. checkpoint: a file
     from which training resumes after a kill.
     """
-    torch.manual_seed(seed)
-    sizes = network_sizes(schema)
-    net = TabularResNet(sizes=sizes, numbers=features.quantiles.shape[1], width=WIDTH, depth=DEPTH, embedding=EMBEDDING)
-    fit_identity(net, schema, features, weights)
-    net.to(device)
+    sizes = net.sizes
+    net.to(device).train().requires_grad_(True)
     codes = torch.from_numpy(network_codes(features.codes, sizes)).to(device)
     quantiles = torch.from_numpy(features.quantiles).to(device)
     draw = torch.from_numpy(np.sqrt(weights))

@@ -1,1 +1,1 @@
-"""The baseline of normal: nearest neighbours (HNSW or exact) and density."""
+"""The baseline of normal: nearest neighbours (HNSW or exact) and distance to random groups."""

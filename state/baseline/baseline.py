@@ -1,5 +1,4 @@
-"""The baseline of normal: a search over deduplicated vectors (HNSW or exact), and the density of one event type's
-reference sample.
+"""The baseline of normal: a search over deduplicated vectors, by HNSW or exact.
 
 Promises: it is built with one thread, so that the same vectors give the same index; searches refuse NaN; an index file
 loads only with its own manifest and into its own space. An index is never changed in place: build another one and swap.
@@ -9,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,24 +65,15 @@ class Baseline:
         return len(self.members)
 
     @classmethod
-    def build(
-        cls,
-        vectors: NDArray[np.float16],
-        *,
-        seed: int,
-        sparse: Callable[[NDArray[np.int64]], NDArray[np.bool_]] | None = None,
-    ) -> Baseline:
-        """vectors: float16 [n, d], with duplicates. Of more than MAX_VECTORS distinct ones a sample is kept that
-        ignores their frequency, so that rare normal vectors stay. sparse: a function from rows, int64 [m], to bool [m],
-        whether to leave each out. Raises BaselineError without vectors."""
+    def build(cls, vectors: NDArray[np.float16], *, seed: int) -> Baseline:
+        """vectors: float16 [n, d], any number of them equal. Of more than MAX_VECTORS distinct ones, a sample that does
+        not mind how often each came, so that what is rare but normal stays in. Raises BaselineError for none."""
         if not len(vectors):
             raise BaselineError("a baseline of no vectors: there is nothing to compare events with")
         refuse_nan(vectors)
         _, members = np.unique(vectors, axis=0, return_index=True)
         # Insert in random order: a graph built cluster by cluster has unreachable clusters.
         members = np.random.default_rng(seed).permutation(members)[:MAX_VECTORS].astype(np.int64)
-        if sparse is not None:
-            members = members[~sparse(members)]
         return cls(Hnsw.build(vectors[members].astype(np.float32), seed=seed), vectors.shape[1], members)
 
     def vectors(self) -> NDArray[np.float16]:

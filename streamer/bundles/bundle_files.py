@@ -29,7 +29,7 @@ from encoder.models.record_encoder import RecordEncoder
 from encoder.models.record_network import EMBEDDING
 from encoder.models.sequence_model import SequenceModel
 from state.baseline.baseline import Baseline
-from state.baseline.density import Density
+from state.baseline.group_distance import GroupDistance
 from state.calibration import Calibration
 from state.cooccurrence import Cooccurrence
 from state.drift_guard import EntityDrifts
@@ -120,11 +120,10 @@ def _scorer_arrays(scorer: EventScorer) -> dict[str, NDArray[Any]]:
     arrays: dict[str, NDArray[Any]] = {
         "baseline.members": record.baseline.members,
         "baseline.learned": record.baseline.learned,
-        "density.vectors": record.density.vectors,
-        "density.weights": record.density.weights,
-        "density.starts": record.density.starts,
-        "density.types": record.density.types,
-        "density.quantities": record.quantities,
+        "far.vectors": record.groups.vectors,
+        "far.starts": record.groups.starts,
+        "far.types": record.groups.types,
+        "quantities": record.quantities,
     }
     groups = {"record": record.calibrations, "event": {"event": scorer.event}}
     if scorer.sequences is not None:
@@ -163,8 +162,8 @@ def load(path: Path, device: str = "cpu") -> Bundle:
             path / _INDEX, manifest["baseline"], arrays["baseline.members"], dim=EMBEDDING, device=device
         )
         baseline.learned = arrays["baseline.learned"]
-        density = Density(*(arrays[f"density.{name}"] for name in ("vectors", "weights", "starts", "types")))
-        record = RecordScorer(baseline, density, arrays["density.quantities"], _calibrations(arrays, "record"))
+        groups = GroupDistance(*(arrays[f"far.{name}"] for name in ("vectors", "starts", "types")))
+        record = RecordScorer(baseline, groups, arrays["quantities"], _calibrations(arrays, "record"))
         sequences = None
         if manifest["sequences"] is not None:
             model = SequenceModel.from_state(

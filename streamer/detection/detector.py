@@ -33,7 +33,7 @@ from streamer.detection.drift import Drift
 from streamer.detection.inactivity import CAUSE as INACTIVITY
 from streamer.detection.inactivity import InactivityMonitor, coordinates_of, rows_of, unpack
 from streamer.detection.rate_score import RateScorer
-from streamer.detection.record_score import DENSITY_TRUST, Parts
+from streamer.detection.record_score import by_distance
 from streamer.detection.sequence_score import MISSING, ORDER
 from streamer.redaction import Redactor
 
@@ -257,11 +257,11 @@ def window_entries(events: EventBatch, entities: Entities, vectors: NDArray[np.f
     )
 
 
-def _causal_field(encoded: Encoded, parts: Parts) -> NDArray[np.int32]:
-    """int32 [n]: the field that the strongest part rests on: the farthest number where that is the density, else the
-    most surprising value."""
-    by_density = (DENSITY_TRUST * parts.density > parts.surprise) & (encoded.farthest_number >= 0)
-    return np.where(by_density, encoded.farthest_number, encoded.most_surprising_field)
+def _causal_field(encoded: Encoded, parts: NDArray[np.float64]) -> NDArray[np.int32]:
+    """int32 [n]: the field that says most about the strongest part: the number that is farthest from usual where a
+    distance is, else the least expected value. parts: float64 [4, n]."""
+    distant = by_distance(parts) & (encoded.farthest_number >= 0)
+    return np.where(distant, encoded.farthest_number, encoded.most_surprising_field)
 
 
 def compact(records: Sequence[bytes], schema: Schema) -> list[dict[str, Any]]:

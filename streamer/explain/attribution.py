@@ -27,7 +27,7 @@ from state.rolling_counts import LEVELS
 from state.windows import Windows, WindowStore
 from streamer.detection.cooccurrence_score import CAUSES as COOCCURRENCE_CAUSES
 from streamer.detection.inactivity import CAUSE as INACTIVITY
-from streamer.detection.record_score import NEIGHBOURS
+from streamer.detection.record_score import NEAR
 from streamer.detection.sequence_score import MISSING, ORDER
 from streamer.explain import peer_comparison
 from streamer.explain import rates as rate_attribution
@@ -140,7 +140,7 @@ class Explainer:
         features = encoder.vectorize(events)
         surprise = encoder.rarity(features)
         distances, places = record.baseline.search(encoder.vectors(features), EXAMPLES)
-        usual = float(np.median(record.calibrations["novelty"].scores))
+        usual = float(np.median(record.calibrations[NEAR].scores))
         timelines, rates = self._timelines(scored, rows), self._rates(scored, rows)
         named = peer_comparison.names_in(events)
         explanations = []
@@ -157,7 +157,7 @@ class Explainer:
                 Explanation(
                     fields,
                     tuple(near[:EXPLAINED_NEIGHBOURS]),
-                    float(distances[i, :NEIGHBOURS].mean()),
+                    float(distances[i, 0]),
                     usual,
                     *timelines.get(row, ((), ())),
                     event_rates,

@@ -32,11 +32,11 @@ from encoder.ocsf.event_time import NO_TIME
 from encoder.ocsf.events import EventBatch
 from encoder.ocsf.repairs import widespread
 from encoder.training.embedding_quality import check_embedding
-from encoder.training.masked_fields import train
+from encoder.training.masked_fields import initial_network, train
 from encoder.training.sequence import SequenceReport, fit_sequences
 from encoder.training.trainer import TrainingRun
 from state.baseline.baseline import Baseline
-from state.baseline.density import Density
+from state.baseline.group_distance import GroupDistance
 from state.calibration import FEW, Calibration
 from state.cooccurrence import CooccurrenceCounts, near
 from state.memory.windows import MemoryWindows
@@ -54,6 +54,7 @@ from streamer.detection.sequence_score import SequenceScorer
 from streamer.errors import RipcurrentError
 from streamer.event_files import Reread, Unread, batches, with_common_times
 from streamer.redaction import Redactor
+from streamer.training.vouching import types_with_quantities, vouching
 
 HELD_OUT = 0.15
 """The latest share of the training events, by event time, that calibrates: of those on working days, and of those on
@@ -133,7 +134,6 @@ def fit(
     schema, recoded = fitted_to(loaded.schema, loaded.features, np.flatnonzero(~held))
     loaded = replace(loaded, schema=schema, features=recoded)
     first, in_block = _distinct(loaded.features, np.flatnonzero(~held))
-    weights = in_block.sum(1)
     if len(first) < 2:
         raise FitError(
             f"the {n:,} events do not differ in anything that is learned from, and at least two kinds of event are "
@@ -141,21 +141,17 @@ def fit(
         )
     features, later = loaded.features.take(first), loaded.features.take(np.flatnonzero(held))
     tell("train", 0, 0, f"{len(features):,} distinct events of {n - len(later):,}")
-    rarity = ContextRarity.fit(loaded.schema, features, in_block)
-    where = torch.device(device)
-    net, report = train(
+    part = fit_record(
         loaded.schema,
         features,
-        weights,
-        later.take(later.distinct()[0]),
+        in_block,
+        later,
         seed=seed,
-        device=where,
+        device=torch.device(device),
         checkpoint=kept / "encoder.safetensors",
-        progress=lambda step, steps, loss: tell("train", step, steps, f"loss {loss:.3f}"),
+        tell=tell,
     )
-    encoder = RecordEncoder(loaded.schema, net, rarity, where)
-    tell("baseline", 0, 0, "")
-    record, by_record = _fit_record(encoder, features, weights, later, seed)
+    encoder, record, by_record, report = part.encoder, part.scorer, part.held_out, part.report
     anonymised = encoder.anonymised(loaded.features)
     sequences, rates, cooccurrence, by_history, learned = _fit_history(
         encoder, loaded, anonymised, held, seed, kept, tell
@@ -317,28 +313,60 @@ def _distinct(features: FeatureBatch, rows: NDArray[np.intp]) -> tuple[NDArray[n
     return rows[first], counts.reshape(-1, BLOCKS).astype(np.float64)
 
 
-def _fit_record(
-    encoder: RecordEncoder, features: FeatureBatch, weights: NDArray[np.float64], later: FeatureBatch, seed: int
-) -> tuple[RecordScorer, NDArray[np.float64]]:
-    """The record part, and its evidence against each held-out event."""
-    vectors = encoder.encode(features).vectors
-    types = features.codes[:, 0].astype(np.int64)
-    numbers = [i for i, field in enumerate(encoder.schema.fields) if field.kind == "number"]
-    measured = (features.codes[:, numbers] > 0).any(1)
-    density = Density.fit(vectors[measured], weights[measured], types[measured], seed=seed)
-    present = features.codes > 0
-    share = present[:, numbers].sum(1) / present.sum(1)
-    quantities = np.array([share[measured & (types == kind)].mean() for kind in density.types])
-    baseline = Baseline.build(
-        vectors, seed=seed, sparse=lambda places: density.sparse(vectors[places], weights[places], types[places])
+@dataclass(frozen=True)
+class FittedRecord:
+    """The record part of a bundle. held_out: float64 [h], nats, its evidence against each held-out event; report: how
+    the training of the network went."""
+
+    encoder: RecordEncoder
+    scorer: RecordScorer
+    held_out: NDArray[np.float64]
+    report: TrainingRun
+
+
+def fit_record(
+    schema: Schema,
+    features: FeatureBatch,
+    in_block: NDArray[np.float64],
+    later: FeatureBatch,
+    *,
+    seed: int,
+    device: torch.device,
+    checkpoint: Path | None = None,
+    tell: StageProgress = lambda *_: None,
+) -> FittedRecord:
+    """Fit the record part to n distinct rows. in_block: float64 [n, blocks], how many events of each block of time each
+    row stands for; later: the h held-out events, which calibrate."""
+    weights, types = in_block.sum(1), features.codes[:, 0].astype(np.int64)
+    rarity = ContextRarity.fit(schema, features, in_block)
+    net = initial_network(schema, features, weights, seed=seed)
+    identity = RecordEncoder(schema, net, rarity, device).vectors(features)
+    vouch = np.flatnonzero(vouching(schema, features, in_block, identity, seed=seed))
+    trusted = features.take(vouch)
+    net, report = train(
+        net,
+        schema,
+        trusted,
+        weights[vouch],
+        later.take(later.distinct()[0]),
+        seed=seed,
+        device=device,
+        checkpoint=checkpoint,
+        progress=lambda step, steps, loss: tell("train", step, steps, f"loss {loss:.3f}"),
     )
-    scorer = RecordScorer(baseline, density, quantities)
+    encoder = RecordEncoder(schema, net, rarity, device)
+    tell("baseline", 0, 0, "")
+    vectors = encoder.vectors(trusted)
+    baseline = Baseline.build(vectors, seed=seed)
+    baseline.members = vouch[baseline.members]
+    groups = GroupDistance.fit(vectors, weights[vouch], types[vouch], seed=seed)
+    scorer = RecordScorer(baseline, groups, types_with_quantities(schema, features, weights))
     first, like = later.distinct()
     distinct = later.take(first)
     kinds = distinct.codes[:, 0].astype(np.int64)
     raw = scorer.raw(encoder.encode(distinct), kinds)
     scorer.fit({name: score[like] for name, score in raw.items()}, kinds[like])
-    return scorer, scorer.evidence(scorer.parts(raw, kinds))[like]
+    return FittedRecord(encoder, scorer, scorer.evidence(scorer.parts(raw, kinds))[like], report)
 
 
 def _fit_history(
@@ -487,7 +515,7 @@ def summary(fitted: Fitted) -> list[tuple[str, Any]]:
             f"{manifest['training']['held_out']:,} events held out to calibrate",
         ),
         ("schema", f"{len(schema.fields)} fields ({fields}), {len(schema.set_aside)} paths set aside"),
-        ("baseline", f"{len(record.baseline):,} vectors, {len(record.density.types)} event types with quantities"),
+        ("baseline", f"{len(record.baseline):,} vectors, {len(record.quantities)} event types with quantities"),
         ("rate", f"{manifest['training']['events_per_day']:,.0f} events a day"),
         ("bundle", fitted.bundle.version),
         ("took", f"{fitted.seconds:.0f} s"),

@@ -24,7 +24,7 @@ from state.drift_guard import DriftGuard, Released
 from streamer.alerting.file_thresholds import thresholds_of
 from streamer.bundles.bundle_files import load, save
 from streamer.detection.bundle import Bundle
-from streamer.detection.record_score import NEIGHBOURS
+from streamer.detection.record_score import NEAR
 from streamer.detection.score_files import score_files
 from streamer.errors import RipcurrentError
 from streamer.event_files import Unread, batches
@@ -116,8 +116,8 @@ def _quarantined(
     done = 0
     for batch in batches(paths):
         events, vectors, _, entity = _read(bundle, batch)
-        distance = first_fit.search(vectors, NEIGHBOURS)[0].mean(1).astype(np.float64)
-        novelty = record.calibrations["novelty"].evidence(distance)
+        distance = first_fit.search(vectors, 1)[0][:, 0].astype(np.float64)
+        novelty = record.calibrations[NEAR].evidence(distance)
         known = np.array([vector.tobytes() in present for vector in vectors], bool)
         quarantine.hold(events.time, vectors, entity, alert[done : done + len(events)], known, novelty)
         done += len(events)
