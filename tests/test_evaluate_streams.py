@@ -82,7 +82,7 @@ def test_the_record_part_is_measured_and_its_parts_compared_without_fitting_agai
     assert (again["auroc"], again["ap"]) == (fresh["auroc"], fresh["ap"]), "the features that were kept are the same"
     monkeypatch.setattr(masked_fields, "train", None)
     rows = choose([stream], 0, out).splitlines()
-    assert rows[2] == f"| as served | {fresh['auroc']:.3f} / {fresh['ap']:.3f} |"
-    assert len(rows) == 2 + 1 + len(evaluate.CHOICES)
+    assert rows[2] == f"| all parts | {fresh['auroc']:.3f} / {fresh['ap']:.3f} |"
+    assert len(rows) == 2 + len(evaluate.CHOICES)
     with (tmp_path / "own.labels.csv").open(newline="") as labels:
         assert sum(int(row["label"]) for row in csv.DictReader(labels)) > 0
