@@ -120,7 +120,7 @@ def test_a_service_of_today_goes_on_where_release_0_1_0_stopped(
     log = capfd.readouterr().err
     assert (
         "windows are filled" in log
-    )  # The windows of another embedding are not comparable, and are filled from Kafka.
+    )  # Those of another embedding say nothing.
 
     scores = [orjson.loads(message.value()) for message in topics.read("scores")]
     expected = {place(score) for score in whole("scores")}
