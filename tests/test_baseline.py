@@ -94,6 +94,21 @@ def test_the_canary_sees_a_graph_that_misses_and_exact_search_takes_over(monkeyp
     np.testing.assert_allclose(poor.search(queries[:100], 5)[0], nearest(data, queries[:100], 5), atol=1e-5)
 
 
+def test_what_training_had_is_at_distance_zero_though_the_graph_misses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state.baseline.baseline, "EXACT_UP_TO", 0)
+    data = np.unique(vectors(3000, 0), axis=0)
+    index = hnswlib.Index(space="l2", dim=DIM)
+    index.init_index(max_elements=len(data), M=2, ef_construction=2, random_seed=0)
+    index.add_items(data.astype(np.float32), np.arange(len(data)), num_threads=1)
+    poor = Baseline(Hnsw(index), DIM, np.arange(len(data)))
+    assert (Hnsw(index).search(data, 1)[0] > 0.1).any(), "the graph misses some"
+    queries = np.concatenate([data, data + np.float16(0.5)])
+    distances, places = poor.search(queries, 1)
+    assert not distances[: len(data)].any()
+    np.testing.assert_array_equal(places[: len(data), 0], np.arange(len(data)))
+    assert (distances[len(data) :] > 0).all()
+
+
 @pytest.mark.parametrize("exact_up_to", [0, 10**9], ids=["hnsw", "exact"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_a_number_is_refused(monkeypatch: pytest.MonkeyPatch, exact_up_to: int, bad: float) -> None:

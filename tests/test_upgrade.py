@@ -118,9 +118,7 @@ def test_a_service_of_today_goes_on_where_release_0_1_0_stopped(
             done += len(run)
             topics.wait_until_read(done, 240)
     log = capfd.readouterr().err
-    assert (
-        "windows are filled" in log
-    )  # Those of another embedding say nothing.
+    assert "windows are filled" in log  # Those of another embedding say nothing.
 
     scores = [orjson.loads(message.value()) for message in topics.read("scores")]
     expected = {place(score) for score in whole("scores")}

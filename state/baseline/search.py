@@ -92,4 +92,4 @@ def refuse_nan(vectors: NDArray[np.float16]) -> None:
         raise BaselineError(f"{int(bad.sum())} of {len(vectors)} vectors hold NaN or infinity (first: {bad.argmax()})")
 
 
-M, EF_CONSTRUCTION, EF = 16, 200, 128
+M, EF_CONSTRUCTION, EF = 16, 200, 32
