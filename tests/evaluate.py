@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,6 +118,10 @@ def measure(stream: Stream, seed: int) -> dict[str, Any]:
     return found | {"fit_s": round(fitted - began, 1), "score_s": round(ended - fitted, 1)}
 
 
+FEATURES = tuple(field.name for field in fields(FeatureBatch))
+"""The arrays of a `FeatureBatch`."""
+
+
 @dataclass(frozen=True)
 class Features:
     """What the record part is fitted to and judged by: the schema, n training rows in order of time, which of them are
@@ -136,9 +140,9 @@ def features_of(stream: Stream, kept: Path) -> Features:
         with np.load(kept) as arrays:
             return Features(
                 Schema.from_json(arrays["schema"].tobytes()),
-                FeatureBatch(*(arrays[f"train.{name}"] for name in ("codes", "quantiles", "actor"))),
+                FeatureBatch(*(arrays[f"train.{name}"] for name in FEATURES)),
                 arrays["held"],
-                FeatureBatch(*(arrays[f"test.{name}"] for name in ("codes", "quantiles", "actor"))),
+                FeatureBatch(*(arrays[f"test.{name}"] for name in FEATURES)),
                 arrays["uids"].tolist(),
             )
     loaded = fitting._load([stream.train], lambda *_: None)
@@ -152,13 +156,9 @@ def features_of(stream: Stream, kept: Path) -> Features:
         parts.append(vectorize(events))
         lines = events.coordinates.offset.tolist()
         uids += [event_uid(record, line + 1) for record, line in zip(events.records, lines, strict=True)]
-    test = FeatureBatch(
-        np.concatenate([part.codes for part in parts]),
-        np.concatenate([part.quantiles for part in parts]),
-        np.concatenate([part.actor for part in parts]),
-    )
-    arrays = {f"train.{name}": getattr(train, name) for name in ("codes", "quantiles", "actor")}
-    arrays |= {f"test.{name}": getattr(test, name) for name in ("codes", "quantiles", "actor")}
+    test = FeatureBatch.concatenate(parts)
+    arrays = {f"train.{name}": getattr(train, name) for name in FEATURES}
+    arrays |= {f"test.{name}": getattr(test, name) for name in FEATURES}
     np.savez(
         kept,
         schema=np.frombuffer(schema.to_json(), np.uint8),

@@ -47,20 +47,15 @@ def value(name: str, event: dict[str, Any], schema: Schema = SCHEMA) -> str:
 
 
 def same(a: FeatureBatch, b: FeatureBatch) -> bool:
-    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("codes", "quantiles", "actor"))
-
-
-def joined(parts: Sequence[FeatureBatch]) -> FeatureBatch:
-    return FeatureBatch(
-        np.concatenate([part.codes for part in parts]),
-        np.concatenate([part.quantiles for part in parts]),
-        np.concatenate([part.actor for part in parts]),
-    )
+    discrete = all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("codes", "quantiles", "actor"))
+    return discrete and np.array_equal(a.numbers, b.numbers, equal_nan=True)
 
 
 def check(batch: FeatureBatch, schema: Schema, n: int) -> None:
     assert batch.codes.shape == (n, len(schema.fields)) and batch.codes.dtype == np.int32
     assert batch.quantiles.dtype == np.float32 and batch.actor.dtype == np.int64
+    assert batch.numbers.dtype == np.float32 and batch.numbers.shape == batch.quantiles.shape
+    assert not np.any(np.isinf(batch.numbers)) and np.all(np.isnan(batch.numbers) <= (batch.quantiles == 0.5))
     assert np.all(np.isfinite(batch.quantiles)) and np.all((batch.quantiles >= 0) & (batch.quantiles <= 1))
     assert np.all(batch.codes >= 0) and np.all(batch.codes < [field.size for field in schema.fields])
     assert np.all(batch.codes[:, 0] != MISSING) and np.all(batch.codes[:, -1] >= FIRST)
@@ -78,8 +73,8 @@ def test_any_event_has_features_by_any_schema(given: list[dict[str, Any]]) -> No
 def test_features_do_not_depend_on_the_batch_or_on_what_came_before(given: list[dict[str, Any]], cut: int) -> None:
     fresh = features(given)
     assert same(fresh, features(given, VECTORIZER))
-    assert same(fresh, joined([features(given[:cut]), features(given[cut:])]))
-    assert same(fresh, joined([features([event], VECTORIZER) for event in given]))
+    assert same(fresh, FeatureBatch.concatenate([features(given[:cut]), features(given[cut:])]))
+    assert same(fresh, FeatureBatch.concatenate([features([event], VECTORIZER) for event in given]))
 
 
 def test_features_do_not_depend_on_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +84,7 @@ def test_features_do_not_depend_on_the_caches(monkeypatch: pytest.MonkeyPatch) -
     small = Vectorizer(SCHEMA)
     for batch in (1, 17, 202):
         parts = [features(events[start : start + batch], small) for start in range(0, len(events), batch)]
-        assert same(joined(parts), fresh)
+        assert same(FeatureBatch.concatenate(parts), fresh)
 
 
 def test_long_values_are_not_remembered() -> None:
@@ -102,8 +97,8 @@ def test_long_values_are_not_remembered() -> None:
 def test_features_are_the_same_in_every_process() -> None:
     program = (
         "from test_vectorizer import features, feed; import hashlib; f = features(feed());"
-        "print(hashlib.sha256(f.codes.tobytes() + f.quantiles.tobytes() + f.actor.tobytes()).hexdigest(),"
-        " f.distinct()[1].sum())"
+        "arrays = f.codes, f.quantiles, f.actor, f.numbers;"
+        "print(hashlib.sha256(b''.join(x.tobytes() for x in arrays)).hexdigest(), f.distinct()[1].sum())"
     )
     outputs = {
         subprocess.run(
@@ -176,6 +171,7 @@ def test_ages_have_their_rank_among_those_of_training() -> None:
     )
     place = [field.name for field in schema.fields if field.kind == "number"].index("file.created_time" + AGE)
     assert made.quantiles[:, place].tolist() == [0.5, 1.0, 0.5]
+    assert made.numbers[0, place] == pytest.approx(np.log1p(50)) and np.isnan(made.numbers[2, place])
     position = [field.name for field in schema.fields].index("file.created_time" + AGE)
     assert made.codes[2, position] == UNKNOWN and made.codes[0, position] >= FIRST
 
@@ -206,6 +202,10 @@ def test_numbers_have_their_rank_among_training_values() -> None:
     assert rank[0] == 0 and rank[4] == rank[5] == 1
     assert rank[1] < 0.01 and rank[2] == pytest.approx(0.5, abs=0.02) and rank[3] > 0.98
     assert rank[6] == rank[8] == rank[9] == 0.5 and rank[7] == pytest.approx(0.5, abs=0.02)
+    number = found.numbers[:, place].tolist()
+    assert number[0] == pytest.approx(-np.log1p(1e9)) and number[5] == pytest.approx(np.log(1e30))
+    assert number[1] == 0 and number[2] == pytest.approx(np.log(500)) and number[7] == pytest.approx(np.log(501))
+    assert np.isnan([number[i] for i in (6, 8, 9)]).all()
     codes = found.codes[:, names.index("unmapped.bytes_in")].tolist()
     assert codes[0] == FIRST and codes[4] == SCHEMA.fields[names.index("unmapped.bytes_in")].size - 1
     assert codes[6] == codes[8] == codes[9] == UNKNOWN

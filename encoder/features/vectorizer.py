@@ -1,12 +1,14 @@
-"""Turns events into features, in training and serving: integer codes of all fields, and quantiles of numbers.
+"""Turns events into features, in training and serving: integer codes of all fields, and numbers with their quantiles.
 
-Promises: it raises for no decoded event, never emits NaN or infinity, and gives the same features in every process and
-for any batches. It does not know what the codes are used for.
+Promises: it raises for no decoded event, never emits infinity, emits NaN only for a number that is missing, and gives
+the same features in every process and for any batches. It does not know what the codes are used for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from dataclasses import fields as dataclass_fields
 from sys import getsizeof
 from typing import Any
 
@@ -33,23 +35,30 @@ class FeatureBatch:
 
     codes: int32 [n, fields], 0 MISSING, 1 UNKNOWN, then the field's vocabulary or bins; quantiles: float32
     [n, numbers], the number's mid-rank among training values in [0, 1], 0.5 where it is missing; actor: int64 [n], who
-    acts (0: nobody named).
+    acts (0: nobody named); numbers: float32 [n, numbers], the number itself on the signed log scale
+    (`encoder.features.normalization.number`), NaN where it is missing.
     """
 
     codes: NDArray[np.int32]
     quantiles: NDArray[np.float32]
     actor: NDArray[np.int64]
+    numbers: NDArray[np.float32]
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[FeatureBatch]) -> FeatureBatch:
+        """The events of one or more parts, in order."""
+        return cls(*(np.concatenate([getattr(part, each.name) for part in parts]) for each in dataclass_fields(cls)))
 
     def __len__(self) -> int:
         return len(self.codes)
 
     def take(self, rows: NDArray[np.intp]) -> FeatureBatch:
-        return FeatureBatch(self.codes[rows], self.quantiles[rows], self.actor[rows])
+        return FeatureBatch(self.codes[rows], self.quantiles[rows], self.actor[rows], self.numbers[rows])
 
     def distinct(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """The first row of each distinct event, intp [k], and for every event the index of its distinct row, intp [n].
         Logs repeat themselves, so later steps compute distinct rows only."""
-        columns = np.concatenate([self.codes, self.quantiles.view(np.int32)], axis=1)
+        columns = np.concatenate([self.codes, self.quantiles.view(np.int32), self.numbers.view(np.int32)], axis=1)
         keys = row_hash(columns)
         _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         return first, inverse.ravel()
@@ -186,20 +195,21 @@ class Vectorizer:
         n = len(events)
         codes = np.full((n, len(self.schema.fields)), MISSING, np.int32)
         quantiles = np.full((n, self.numbers), 0.5, np.float32)
+        numbers = np.full((n, self.numbers), np.nan, np.float32)
         unseen = np.zeros(n, np.int64)
         for path, column in events.columns.items():
             if path in self._columns:
                 self._columns[path].put(column, codes)
             elif path in self._numbers:
-                self._put_numbers(self._numbers[path], column, codes, quantiles)
+                self._put_numbers(self._numbers[path], column, codes, quantiles, numbers)
             elif path in self._ages:
                 since = Column(column.rows, ages(column, events.time))
-                self._put_numbers(self._ages[path], since, codes, quantiles)
+                self._put_numbers(self._ages[path], since, codes, quantiles, numbers)
             elif path not in self._known:
                 unseen[column.rows] += 1
         codes[:, 0] = self._code_types(events.type_uid)
         codes[:, -1] = FIRST + np.searchsorted(_UNSEEN_STEPS, unseen, side="right")
-        return FeatureBatch(codes, quantiles, self.actors(codes))
+        return FeatureBatch(codes, quantiles, self.actors(codes), numbers)
 
     def _code_types(self, type_uid: NDArray[np.int32]) -> NDArray[np.int32]:
         at = np.minimum(np.searchsorted(self._types, type_uid), len(self._types) - 1)
@@ -215,7 +225,11 @@ class Vectorizer:
 
     @staticmethod
     def _put_numbers(
-        number_: _Number, column: Column, codes: NDArray[np.int32], quantiles: NDArray[np.float32]
+        number_: _Number,
+        column: Column,
+        codes: NDArray[np.int32],
+        quantiles: NDArray[np.float32],
+        numbers: NDArray[np.float32],
     ) -> None:
         position, place, grid, edges = number_
         if set(map(type, column.values)) <= {int, float}:
@@ -236,6 +250,7 @@ class Vectorizer:
         codes[rows, position] = np.where(readable, FIRST + np.searchsorted(edges, x), UNKNOWN)
         rank = (np.searchsorted(grid, x, "left") + np.searchsorted(grid, x, "right")) / (2 * max(len(grid), 1))
         quantiles[rows, place] = np.where(readable, rank, 0.5)
+        numbers[rows, place] = np.where(readable, x, np.nan)
 
 
 def fitted_to(schema: Schema, features: FeatureBatch, rows: NDArray[np.intp]) -> tuple[Schema, FeatureBatch]:
@@ -257,4 +272,4 @@ def fitted_to(schema: Schema, features: FeatureBatch, rows: NDArray[np.intp]) ->
         recoded = np.concatenate([[MISSING, UNKNOWN], np.where(had, FIRST - 1 + np.cumsum(had), UNKNOWN)])
         codes[:, position] = recoded[codes[:, position]]
     narrowed = replace(schema, fields=tuple(fields))
-    return narrowed, FeatureBatch(codes, features.quantiles, Vectorizer(narrowed).actors(codes))
+    return narrowed, replace(features, codes=codes, actor=Vectorizer(narrowed).actors(codes))

@@ -116,7 +116,7 @@ class RecordEncoder:
         bins = codes[:, self._numbers]
         codes[:, self._numbers] = np.where(bins < FIRST, bins, FIRST + (bins - FIRST) // self._coarse * self._coarse)
         coarse = np.round(features.quantiles * QUANTITY_STEPS) / np.float32(QUANTITY_STEPS)
-        hidden = FeatureBatch(codes, coarse, features.actor)
+        hidden = FeatureBatch(codes, coarse, features.actor, np.full_like(features.numbers, np.nan))
         first, like = hidden.distinct()
         return self.vectors(hidden.take(first))[like]
 

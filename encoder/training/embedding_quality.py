@@ -56,6 +56,7 @@ def check_embedding(encoder: RecordEncoder, features: FeatureBatch, *, seed: int
         np.where(hidden, MISSING, sample.codes).astype(np.int32),
         np.where(hidden[:, numbers], np.float32(0.5), sample.quantiles),
         sample.actor,
+        np.where(hidden[:, numbers], np.float32(np.nan), sample.numbers),
     )
     moved = encoder.vectors(partly).astype(np.float32)
     few = min(NEIGHBOURS, len(rows) - 1)

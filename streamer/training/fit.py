@@ -242,11 +242,7 @@ def _load(paths: Sequence[Path] | Reread, tell: StageProgress) -> _Loaded:
         places.extend(events.coordinates.label(i) for i in kept.tolist())
         seen += len(events)
         tell("vectorize", seen, total, "")
-    features = FeatureBatch(
-        np.concatenate([part.codes for part in parts]),
-        np.concatenate([part.quantiles for part in parts]),
-        np.concatenate([part.actor for part in parts]),
-    )
+    features = FeatureBatch.concatenate(parts)
     moments = np.concatenate(times)
     order = np.argsort(moments, kind="stable")
     return _Loaded(
