@@ -29,6 +29,9 @@ DERIVED = (FOLDER, WORD, NETWORK, AGE)
 
 _GUID = re.compile(r"\{?[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f-]{18,}\}?")
 _HEX = re.compile(r"\b(0x)?(?=[0-9a-f]*\d)([0-9a-f]{8,}|(?=\d*[a-f])[0-9a-f]{6,7})\b")
+_POD = re.compile(r"(?<=#-)[bcdfghjklmnpqrstvwxz2456789]{5}(?![\w-])")
+"""The random end of a name that Kubernetes gives to a pod, after the hash of its deployment; each redeploy has another.
+The characters are those of its `util/rand`."""
 _DIGITS = re.compile(r"\d+")
 _PROFILE = re.compile(r"(\\users\\|/home/|/users/|documents and settings\\)[^\\/]+")
 _EXACT = re.compile(r"(^|[._])(code|id|ip|ips|mac|port|version|cidr)$")
@@ -42,15 +45,15 @@ MAX_TEXT = 200
 
 
 def normalise(value: Any, path: str) -> str:
-    """The form of a value in a vocabulary. Text: lower case, with placeholders for ids, hexadecimal and other numbers
-    (not in codes and addresses) and for owners of home folders; integers: unchanged, except that ephemeral ports are
-    one value; lists: as sets."""
+    """The form of a value in a vocabulary. Text: lower case, with placeholders for ids, hexadecimal and other numbers,
+    for what a redeploy changes in the names of pods (none of these in codes and addresses), and for owners of home
+    folders; integers: unchanged, except that ephemeral ports are one value; lists: as sets."""
     kind = type(value)
     if kind is str:
         text = _PROFILE.sub(r"\1*", value[: 4 * MAX_TEXT].lower())
         if _EXACT.search(path):
             return text[:MAX_TEXT]
-        return _DIGITS.sub("0", _HEX.sub("#", _GUID.sub("{}", text)))[:MAX_TEXT]
+        return _DIGITS.sub("0", _POD.sub("#", _HEX.sub("#", _GUID.sub("{}", text))))[:MAX_TEXT]
     if kind is bool:
         return "true" if value else "false"
     if kind is int or kind is float:
