@@ -1,6 +1,7 @@
 """`make evaluate`: each labelled recording of a folder, fitted and scored with the defaults, beside simple detectors.
 
-    python tests/evaluate.py FOLDER [--out DIR] [--seeds 0,1,2] [--streams flows-nsl,web] [--jobs 2] [--fast] [--choose]
+    python tests/evaluate.py FOLDER [--out DIR] [--seeds 0,1,2] [--streams flows-nsl,web] [--jobs 2]
+        [--fast] [--choose] [--together]
 
 A folder holds `NAME.train.ndjson.gz`, `NAME.test.ndjson.gz` and `NAME.labels.csv` (columns uid, label and, if any,
 sequence). A training part without a test of its own, such as `NAME-dirty`, is judged by the test of `NAME`. Each stream
@@ -11,12 +12,16 @@ run that was cut off goes on. Writes `evaluation.md` and `evaluation.json` to DI
 of each part of the record score stay in DIR; --choose compares CHOICES of parts on that evidence, without fitting
 again. Of each stream it reports the choice that is best on all the others (leave one out).
 
+--together measures one record part fitted to all streams with a test of their own, interleaved as on one topic: every
+stream begins and ends when all do. Each test part is judged by it.
+
 The figures of the simple detectors are those of `tests/evaluation/reference_figures.json` (AUROC, AP, R@20), taken once
 and frozen: `ripcurrent evaluate` measures detectors of the same names on a stream of your own.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import subprocess
@@ -148,15 +153,7 @@ def features_of(stream: Stream, kept: Path) -> Features:
     loaded = fitting._load([stream.train], lambda *_: None)
     held = fitting.held_out(loaded.time)
     schema, train = fitted_to(loaded.schema, loaded.features, np.flatnonzero(~held))
-    vectorize = Vectorizer(schema)
-    parts: list[FeatureBatch] = []
-    uids: list[str] = []
-    for batch in batches([stream.test]):
-        events, _ = decode(batch)
-        parts.append(vectorize(events))
-        lines = events.coordinates.offset.tolist()
-        uids += [event_uid(record, line + 1) for record, line in zip(events.records, lines, strict=True)]
-    test = FeatureBatch.concatenate(parts)
+    test, uids = test_features(stream, schema)
     arrays = {f"train.{name}": getattr(train, name) for name in FEATURES}
     arrays |= {f"test.{name}": getattr(test, name) for name in FEATURES}
     np.savez(
@@ -170,10 +167,27 @@ def features_of(stream: Stream, kept: Path) -> Features:
     return Features(schema, train, held, test, uids)
 
 
+def test_features(stream: Stream, schema: Schema) -> tuple[FeatureBatch, list[str]]:
+    """The features of the n test events and their n uids."""
+    vectorize = Vectorizer(schema)
+    parts: list[FeatureBatch] = []
+    uids: list[str] = []
+    for batch in batches([stream.test]):
+        events, _ = decode(batch)
+        parts.append(vectorize(events))
+        lines = events.coordinates.offset.tolist()
+        uids += [event_uid(record, line + 1) for record, line in zip(events.records, lines, strict=True)]
+    return FeatureBatch.concatenate(parts), uids
+
+
+def features_file(stream: Stream, out: Path) -> Path:
+    return out / f"{stream.name}.{code_digest('encoder/ocsf', 'encoder/features')}.npz"
+
+
 def measure_record(stream: Stream, seed: int, out: Path) -> dict[str, Any]:
     """The record part alone. Leaves the raw parts of held-out and test events in `out`."""
     began = time.perf_counter()
-    known = features_of(stream, out / f"{stream.name}.{code_digest('encoder/ocsf', 'encoder/features')}.npz")
+    known = features_of(stream, features_file(stream, out))
     first, in_block = fitting._distinct(known.train, np.flatnonzero(~known.held))
     held = known.train.take(np.flatnonzero(known.held))
     loaded = time.perf_counter()
@@ -207,6 +221,73 @@ def of_parts(
     evidence = test[rows].sum(0)
     p_value = Calibration.fit(held[rows].sum(0), tail_from=FEW).p_value(evidence)
     return figures(read_labels(stream.labels, uids), evidence, p_value)
+
+
+TOGETHER = "together"
+_SPAN_MS = 14 * 86_400_000
+"""How long the interleaved streams last: two weeks."""
+_FROM_MS = 1_767_571_200_000
+
+
+def measure_together(streams: list[Stream], seed: int, out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Of each stream, the figures of the record part that is fitted to all of them."""
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = [stream for stream in streams if stream.test.name == f"{stream.name}.test.ndjson.gz"]
+    train = out / f"{TOGETHER}{TRAIN}"
+    interleave([stream.train for stream in chosen], train)
+    began = time.perf_counter()
+    whole = Stream(TOGETHER, train, chosen[0].test, chosen[0].labels)
+    known = features_of(whole, features_file(whole, out))
+    first, in_block = fitting._distinct(known.train, np.flatnonzero(~known.held))
+    held = known.train.take(np.flatnonzero(known.held))
+    part = fitting.fit_record(
+        known.schema, known.train.take(first), in_block, held, seed=seed, device=torch.device("cpu")
+    )
+    calibration = Calibration.fit(evidence_of(part, held), tail_from=FEW)
+    seconds = time.perf_counter() - began
+    found = {}
+    for stream in chosen:
+        began = time.perf_counter()
+        test, uids = test_features(stream, part.encoder.schema)
+        evidence = evidence_of(part, test)
+        result = figures(read_labels(stream.labels, uids), evidence, calibration.p_value(evidence))
+        found[stream.name] = [result | {"fit_s": seconds, "score_s": time.perf_counter() - began}]
+    return found
+
+
+def evidence_of(part: fitting.FittedRecord, features: FeatureBatch) -> NDArray[np.float64]:
+    """float64 [n], nats: the sum of all parts."""
+    first, like = features.distinct()
+    distinct = features.take(first)
+    types = distinct.codes[:, 0].astype(np.int64)
+    return part.scorer.parts(part.scorer.raw(part.encoder.encode(distinct), types), types).sum(0)[like]
+
+
+def interleave(trains: list[Path], out: Path) -> None:
+    """All events of some files, each file stretched to the same span of time. Moments within an event move together, so
+    that the time between them stays."""
+    rows: list[tuple[float, bytes]] = []
+    for path in trains:
+        events = [orjson.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+        times = [event["time"] for event in events]
+        first, span = min(times), max(max(times) - min(times), 1)
+        for event in events:
+            share = (event["time"] - first) / span
+            shift = round(_FROM_MS + share * _SPAN_MS) - event["time"]
+            rows.append((share, orjson.dumps(shifted(event, event["time"], shift))))
+    rows.sort(key=lambda row: row[0])
+    out.write_bytes(gzip.compress(b"\n".join(row for _, row in rows), 1))
+
+
+def shifted(value: Any, moment: int, by: int) -> Any:
+    """The same JSON value, its whole numbers within ten years of a moment (ms) moved by so many ms."""
+    if isinstance(value, dict):
+        return {name: shifted(each, moment, by) for name, each in value.items()}
+    if isinstance(value, list):
+        return [shifted(each, moment, by) for each in value]
+    decade = 315_360_000_000
+    near = isinstance(value, int) and not isinstance(value, bool) and abs(value - moment) < decade
+    return value + by if near else value
 
 
 def choose(streams: list[Stream], seed: int, out: Path) -> str:
@@ -324,6 +405,7 @@ def main(
     jobs: int = 2,
     fast: bool = False,
     choose_parts: Annotated[bool, typer.Option("--choose")] = False,
+    together: bool = False,
     one: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Measure the streams of a folder."""
@@ -337,6 +419,11 @@ def main(
     if one:
         found = measure_record(chosen[0], numbers[0], out) if fast else measure(chosen[0], numbers[0])
         print(orjson.dumps(found).decode())
+        return
+    if together:
+        found = summary(measure_together(chosen, numbers[0], out))
+        print(table(found))
+        (out / "together.json").write_bytes(orjson.dumps(found, option=orjson.OPT_INDENT_2))
         return
     found = summary(results(chosen, numbers, out, jobs, fast or choose_parts))
     if choose_parts:

@@ -140,7 +140,7 @@ class Explainer:
         features = encoder.vectorize(events)
         surprise = encoder.rarity(features)
         distances, places = record.baseline.search(encoder.vectors(features), EXAMPLES)
-        usual = float(np.median(record.calibrations[NEAR].scores))
+        usual = _typical(record.calibrations[NEAR].scores)
         timelines, rates = self._timelines(scored, rows), self._rates(scored, rows)
         named = peer_comparison.names_in(events)
         explanations = []
@@ -374,6 +374,12 @@ def _beginning(texts: list[str]) -> str:
     """The longest common prefix."""
     first, last = min(texts), max(texts)
     return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+
+
+def _typical(distances: NDArray[np.float64]) -> float:
+    """The median of the distances that are not zero: most normal events are exactly like one of training."""
+    apart = distances[distances > 0]
+    return float(np.median(apart)) if len(apart) else 0.0
 
 
 def _as_text(value: Any) -> str:
