@@ -54,7 +54,7 @@ from streamer.detection.sequence_score import SequenceScorer
 from streamer.errors import RipcurrentError
 from streamer.event_files import Reread, Unread, batches, with_common_times
 from streamer.redaction import Redactor
-from streamer.training.vouching import types_with_quantities, vouching
+from streamer.training.vouching import not_alone, types_with_quantities, vouching
 
 HELD_OUT = 0.15
 """The latest share of the training events, by event time, that calibrates: of those on working days, and of those on
@@ -353,10 +353,12 @@ def fit_record(
     encoder = RecordEncoder(schema, net, rarity, device)
     tell("baseline", 0, 0, "")
     vectors = encoder.vectors(trusted)
-    baseline = Baseline.build(vectors, seed=seed)
-    baseline.members = vouch[baseline.members]
+    quantities = types_with_quantities(schema, features, weights)
+    indexed = np.flatnonzero(not_alone(types[vouch], weights[vouch], quantities))
+    baseline = Baseline.build(vectors[indexed], seed=seed)
+    baseline.members = vouch[indexed[baseline.members]]
     groups = GroupDistance.fit(vectors, weights[vouch], types[vouch], seed=seed)
-    scorer = RecordScorer(baseline, groups, types_with_quantities(schema, features, weights))
+    scorer = RecordScorer(baseline, groups, quantities)
     first, like = later.distinct()
     distinct = later.take(first)
     kinds = distinct.codes[:, 0].astype(np.int64)
