@@ -22,7 +22,7 @@ _INTERVALS = (2.0, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 90.0, 120.0, 240.0)
 @dataclass(frozen=True)
 class Routine:
     """What a service account does by itself. versions: (from ms, task), in order; every: minutes between runs, 0 where
-    it runs at `hours` of the day; haste: how much shorter its waits are; traced: its events carry the id of the run;
+    it runs at `hours` of the day; strays: ms by which a run may be late; traced: its events carry the id of the run;
     service: whose containers it runs in, if not on `host`."""
 
     bot: Account

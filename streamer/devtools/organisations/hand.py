@@ -5,12 +5,13 @@ Every method tells the product that would see the act, if the organisation has o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from streamer.devtools.organisations.dice import Dice
 from streamer.devtools.organisations.internet import Site, Spot
 from streamer.devtools.organisations.journal import Journal
-from streamer.devtools.organisations.organisation import Organisation, Program, Service
+from streamer.devtools.organisations.organisation import DAY, Organisation, Program, Service
 from streamer.devtools.organisations.products import Account, Event, Host, Product
 
 _METHODS = {"GET": 3, "POST": 6, "PUT": 7, "DELETE": 2, "HEAD": 4}
@@ -99,6 +100,9 @@ class Hand:
             self.wait(8)
             code = 0 if self.dice.chance(0.97) else 1
             self.tell(source, 1007, 2, {**event, "exit_code": code}, text=f"{program.name} ended with {code}")
+
+    def name_file(self, topics: Sequence[str]) -> str:
+        return self.organisation.naming.file(topics, self.dice, f"{int(self.now // DAY) % 10_000:04}")
 
     def touch(self, folder: str, name: str, activity: int, program: Program, size: float, host: Host | None = None,
               *, failed: str = "", renamed: str = "") -> None:  # fmt: skip

@@ -361,11 +361,11 @@ def mass_file_change(scene: Scene) -> str:
     kind, pause = dice.pick(("change", "rename", "delete")), dice.around(1.5, 0.9)
     for _ in range(dice.whole(30, 200)):
         hand.wait(pause)
-        name, size = naming.file(topics, dice, str(int(hand.now // DAY) % 10_000)), dice.around(120_000)
+        name, size = hand.name_file(topics), dice.around(120_000)
         if kind != "delete":
             hand.touch(role.folder, name, 3, program, size, server)
         if kind != "change":
-            renamed = naming.file(topics, dice, "0") if kind == "rename" else ""
+            renamed = hand.name_file(topics) if kind == "rename" else ""
             hand.touch(role.folder, name, 5 if renamed else 4, program, size, server, renamed=renamed)
     return person.account.name
 

@@ -6,6 +6,8 @@ incidents need come from the same functions as all others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from streamer.devtools.organisations.dice import Dice
 
 _ONSETS = "b br c ch d dr f fl g gr h j k kl l m n p pl qu r s sh sk st t tr v w z".split()  # noqa: SIM905
@@ -118,7 +120,7 @@ class Naming:
             "release": f"{service}.r{140 + release}.{number}",
         }[self.pods]
 
-    def file(self, topics: list[str], dice: Dice, when: str) -> str:
+    def file(self, topics: Sequence[str], dice: Dice, when: str) -> str:
         word, n = dice.skewed(topics), int(dice.random() ** 2 * 80)
         ending = self.extensions[sum(map(ord, word)) % len(self.extensions)]
         return {

@@ -37,7 +37,6 @@ class People:
         self.stores = [organisation.internet.site(dice) for _ in range(2)]
         self.weights = {name: weight * dice.around(1.0, 0.4) for name, weight in COMMON.items()}
         self.admin_weights = {name: weight * dice.around(1.0, 0.5) for name, weight in ADMIN.items()}
-        self.form = dice.below(3)
         self.noon = dice.between(11.0, 13.5)
         self.tools = {
             system: [self.new_tool(system, dice) for _ in range(12)] for system in ("windows", "macos", "linux")
@@ -188,7 +187,7 @@ class People:
         dice = hand.dice
         program = dice.skewed(self._own(person))
         home = HOMES[person.role.system].format(person.account.name, "Documents")
-        name = self.organisation.naming.file(person.topics, dice, str(int(hand.now // 86_400_000) % 10_000))
+        name = hand.name_file(person.topics)
         hand.launch(program, name)
         size = dice.around(70_000, 1.0)
         for activity in (2, *(3 for _ in range(dice.whole(0, 3)))):
@@ -208,9 +207,9 @@ class People:
         topics = self.organisation.naming.topics(role.name)
         for _ in range(dice.whole(1, 4)):
             hand.wait(15)
-            name = self.organisation.naming.file(topics, dice, str(int(hand.now // 86_400_000) % 10_000))
+            name = hand.name_file(topics)
             activity = dice.weighted((2, 3, 1, 4, 5), (60, 20, 12, 4, 4))
-            renamed = self.organisation.naming.file(topics, dice, "0") if activity == 5 else ""
+            renamed = hand.name_file(topics) if activity == 5 else ""
             hand.touch(role.folder, name, activity, program, dice.around(120_000), server, renamed=renamed)
 
     def sign_on(self, hand: Hand, person: Person) -> None:
@@ -337,9 +336,9 @@ class People:
         hand.log_on(server, 3)
         for _ in range(dice.whole(8, 40)):
             hand.wait(1.5)
-            name = self.organisation.naming.file(topics, dice, "0")
+            name = hand.name_file(topics)
             program = dice.skewed(self._own(person))
-            renamed = self.organisation.naming.file(topics, dice, "0") if dice.chance(0.35) else ""
+            renamed = hand.name_file(topics) if dice.chance(0.35) else ""
             hand.touch(role.folder, name, 5 if renamed else 4, program, dice.around(120_000), server, renamed=renamed)
 
     def welcome(self, day: int) -> None:

@@ -89,7 +89,7 @@ class Touch:
     server: Host | None = None
 
     def perform(self, hand: Hand, failed: bool) -> None:
-        name = hand.organisation.naming.file(list(self.topics), hand.dice, _date(hand.now))
+        name = hand.name_file(self.topics)
         folder = self.folder.replace("~", hand.account.name)
         size = hand.dice.around(self.size, 1.0)
         hand.touch(folder, name, self.activity, self.program, size, self.server, failed="locked" if failed else "")
@@ -189,11 +189,6 @@ def perform(hand: Hand, planned: Sequence[Planned], haste: float = 1.0) -> None:
             hand.wait(pause)
             pause *= 2.5
         each.step.perform(hand, False)
-
-
-def _date(now: float) -> str:
-    day = int(now // 86_400_000)
-    return f"{day % 10_000:04}"
 
 
 # How they are drawn.
