@@ -263,3 +263,15 @@ def test_the_example_events_of_the_schema_project_have_features() -> None:
     schema = learn([json.loads(line) for line in lines])
     check(Vectorizer(schema)(batch), schema, 93)
     check(VECTORIZER(batch), SCHEMA, 93)
+
+
+def test_a_type_that_several_products_fill_is_a_type_for_each() -> None:
+    def event(product: str, **more: Any) -> dict[str, Any]:
+        return {"class_uid": 1008, "activity_id": 99, "time": 1, "metadata": {"product": {"name": product}}} | more
+
+    events = [event(product, log_name=product) for product in ("Metrics", "Sensor 7") for _ in range(60)]
+    events += [event("Rare", log_name="rare")] * 3 + [{"class_uid": 3002, "activity_id": 1, "time": 1}] * 5
+    schema, batch = Schema.from_json(learn(events).to_json()), decoded(events)
+    assert set(schema.fields[0].values) == {"100899", "100899@metrics", "100899@sensor 0", "300201"}
+    types = [schema.fields[0].values[code - FIRST] for code in Vectorizer(schema)(batch).codes[:, 0].tolist()]
+    assert types == ["100899@metrics"] * 60 + ["100899@sensor 0"] * 60 + ["100899"] * 3 + ["300201"] * 5

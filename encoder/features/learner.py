@@ -28,7 +28,7 @@ from encoder.features.normalization import (
     normalise,
     number,
 )
-from encoder.features.schema import ACTORS, UNSEEN_PATHS, Field, Kind, Schema
+from encoder.features.schema import ACTORS, OF_PRODUCT, PRODUCT, UNSEEN_PATHS, Field, Kind, Schema
 from encoder.ocsf.events import EncoderError, EventBatch
 
 MIN_PRESENT = 5
@@ -42,6 +42,10 @@ MAX_PATHS = 64 * MAX_FIELDS
 MORE_PATHS = "#more_paths"
 NUMBER_BINS = 24
 NUMBER_GRID = 1024
+
+
+SHARED = 50
+"""Events of a type from which on a product has the type for itself, where several products fill it."""
 
 
 class _DistinctCount:
@@ -127,12 +131,19 @@ class SchemaLearner:
         self._paths: dict[str, _PathStatistics] = {}
         self._ages: dict[str, _PathStatistics] = {}
         self._types: Counter[int] = Counter()
+        self._types_of_products: Counter[tuple[int, str]] = Counter()
         self._events = 0
         self._more_paths = False
 
     def add(self, events: EventBatch) -> None:
         self._events += len(events)
         self._types.update(events.type_uid.tolist())
+        if (products := events.columns.get(PRODUCT)) is not None:
+            pairs = Counter(zip(events.type_uid[products.rows].tolist(), map(_text, products.values), strict=True))
+            for (type_uid, product), count in pairs.items():
+                self._types_of_products[type_uid, normalise(product, PRODUCT)] += count
+            if len(self._types_of_products) > 2 * MAX_TRACKED:
+                self._types_of_products = Counter(dict(self._types_of_products.most_common(MAX_TRACKED)))
         for path, column in events.columns.items():
             if path not in self._paths and len(self._paths) >= MAX_PATHS:
                 self._more_paths = True
@@ -150,7 +161,7 @@ class SchemaLearner:
         set_aside: dict[str, str] = {}
         if self._more_paths:
             set_aside[MORE_PATHS] = f"paths that came after the first {MAX_PATHS:,} were not read"
-        types = _vocabulary(Counter({str(uid): count for uid, count in self._types.items()}))
+        types = _vocabulary(self._event_types())
         fields = [Field("type_uid", "type_uid", "category", "type_uid", self._events, types)]
         ordered = sorted(self._paths.items(), key=lambda item: (-item[1].present, item[0]))
         seen: dict[str, str] = {}
@@ -173,6 +184,23 @@ class SchemaLearner:
         )
         actors = tuple(path for path in ACTORS if any(field.path == path for field in fields))
         return Schema(tuple(fields), dict(sorted(set_aside.items())), actors, self._events)
+
+    def _event_types(self) -> Counter[str]:
+        """Event types by their events: a `type_uid`, or where several products fill one, `type_uid@product` for each.
+        Two products that write the same type mean other things by it: a log of pod metrics, and one of file access."""
+        of_type: dict[int, list[tuple[str, int]]] = {}
+        for (type_uid, product), count in self._types_of_products.items():
+            if count >= SHARED:
+                of_type.setdefault(type_uid, []).append((product, count))
+        types = Counter({str(type_uid): count for type_uid, count in self._types.items()})
+        for type_uid, products in of_type.items():
+            if len(products) > 1:
+                types |= Counter({f"{type_uid}{OF_PRODUCT}{product}": count for product, count in products})
+        return types
+
+
+def _text(value: Any) -> str:
+    return value if type(value) is str else orjson.dumps(value).decode()
 
 
 def _last(path: str) -> str:

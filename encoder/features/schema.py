@@ -25,6 +25,10 @@ Kind = Literal["category", "identity", "number", "presence"]
 MISSING, UNKNOWN, FIRST = 0, 1, 2
 """Codes: the attribute is absent; its value did not occur in training; the first value of the vocabulary."""
 
+PRODUCT = "metadata.product.name"
+OF_PRODUCT = "@"
+"""Between type_uid and product, in the name of an event type that several products fill."""
+
 
 @dataclass(frozen=True)
 class Field:
@@ -121,8 +125,10 @@ def _check(schema: Schema) -> None:
             raise ValueError(f"grid and edges of {field.name} have to ascend")
         if field.kind == "number" and not field.edges:
             raise ValueError(f"{field.name} is a number without edges")
-    if not schema.fields[0].values or not all(value.isdecimal() for value in schema.fields[0].values):
-        raise ValueError("the values of type_uid have to be numbers, one or more")
+    if not schema.fields[0].values or not all(
+        value.partition(OF_PRODUCT)[0].isdecimal() for value in schema.fields[0].values
+    ):
+        raise ValueError("the values of type_uid have to be numbers (or number@product), one or more")
 
 
 def _field_from_json(raw: dict[str, Any]) -> Field:

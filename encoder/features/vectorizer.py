@@ -17,7 +17,7 @@ import orjson
 from numpy.typing import NDArray
 
 from encoder.features.normalization import AGE, FOLDER, ages, normalise, number
-from encoder.features.schema import FIRST, MISSING, UNKNOWN, UNSEEN_PATHS, Field, Schema
+from encoder.features.schema import FIRST, MISSING, OF_PRODUCT, PRODUCT, UNKNOWN, UNSEEN_PATHS, Field, Schema
 from encoder.ocsf.events import Column, EventBatch
 
 CACHE_BYTES = 64 << 20
@@ -179,11 +179,13 @@ class Vectorizer:
         caches = _Caches()
         self._columns = {path: _CategoryColumn(path, fields, caches) for path, fields in by_path.items()}
         types = schema.fields[0].values
-        self._types = np.array(sorted(int(value) for value in types), np.int64)
+        self._types = np.array(sorted(int(value) for value in types if OF_PRODUCT not in value), np.int64)
         self._type_codes = np.array(
             [FIRST + types.index(str(value)) for value in self._types.tolist()], np.int32
         )  # a type's code by its rank among the sorted types
         positions = {field.name: i for i, field in enumerate(schema.fields)}
+        self._product = positions.get(PRODUCT, 0)
+        self._by_product = _types_by_product(schema, self._product) if self._product else None
         self._actors = [positions[path] for path in schema.actors]
 
     @property
@@ -208,6 +210,8 @@ class Vectorizer:
             elif path not in self._known:
                 unseen[column.rows] += 1
         codes[:, 0] = self._code_types(events.type_uid)
+        if self._by_product is not None:
+            codes[:, 0] = self._by_product[codes[:, 0], codes[:, self._product]]
         codes[:, -1] = FIRST + np.searchsorted(_UNSEEN_STEPS, unseen, side="right")
         return FeatureBatch(codes, quantiles, self.actors(codes), numbers)
 
@@ -251,6 +255,20 @@ class Vectorizer:
         rank = (np.searchsorted(grid, x, "left") + np.searchsorted(grid, x, "right")) / (2 * max(len(grid), 1))
         quantiles[rows, place] = np.where(readable, rank, 0.5)
         numbers[rows, place] = np.where(readable, x, np.nan)
+
+
+def _types_by_product(schema: Schema, position: int) -> NDArray[np.int32] | None:
+    """int32 [types, products]: the code of a type that several products fill, by its own code and the product's; None
+    where no type is filled by several. position: of the product's field."""
+    types, products = schema.fields[0], schema.fields[position]
+    codes = {value: FIRST + place for place, value in enumerate(types.values)}
+    known = {value: FIRST + place for place, value in enumerate(products.values)}
+    table = np.tile(np.arange(types.size, dtype=np.int32)[:, None], products.size)
+    for value, code in codes.items():
+        type_uid, _, product = value.partition(OF_PRODUCT)
+        if product in known and type_uid in codes:
+            table[codes[type_uid], known[product]] = code
+    return table if (table != table[:, :1]).any() else None
 
 
 def fitted_to(schema: Schema, features: FeatureBatch, rows: NDArray[np.intp]) -> tuple[Schema, FeatureBatch]:

@@ -324,6 +324,8 @@ def value(path: str, text: str, record: Mapping[str, Any]) -> str:
     if text in _YES_NO:
         return _YES_NO[text]
     name = path.rsplit(".", 1)[-1]
+    if path == "type_uid":
+        text = text.partition("@")[0]  # the product, where several fill the type
     if text.isdecimal() and len(text) < 12:
         number = int(text)
         if name in _ENUMS:

@@ -17,7 +17,7 @@ import orjson
 from numpy.typing import NDArray
 
 from encoder.features.normalization import number
-from encoder.features.schema import FIRST
+from encoder.features.schema import FIRST, OF_PRODUCT
 from encoder.ocsf.entities import KINDS, RULES
 from encoder.ocsf.entities import entities as find_entities
 from encoder.ocsf.events import Column, Coordinates, EventBatch
@@ -102,7 +102,9 @@ def _peer_count(bundle: Bundle, mine: str) -> int:
 
 def _type_of(bundle: Bundle, codes: NDArray[np.int32]) -> str:
     """The `type_uid` of an event as text, "" where it did not occur in training."""
-    return bundle.encoder.schema.fields[0].values[codes[0] - FIRST] if codes[0] >= FIRST else ""
+    if codes[0] < FIRST:
+        return ""
+    return bundle.encoder.schema.fields[0].values[codes[0] - FIRST].partition(OF_PRODUCT)[0]
 
 
 def names_in(events: EventBatch) -> list[Names]:
