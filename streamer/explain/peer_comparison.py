@@ -104,7 +104,8 @@ def _type_of(bundle: Bundle, codes: NDArray[np.int32]) -> str:
     """The `type_uid` of an event as text, "" where it did not occur in training."""
     if codes[0] < FIRST:
         return ""
-    return bundle.encoder.schema.fields[0].values[codes[0] - FIRST].partition(OF_PRODUCT)[0]
+    event_type: str = bundle.encoder.schema.fields[0].values[codes[0] - FIRST]
+    return event_type.partition(OF_PRODUCT)[0]
 
 
 def names_in(events: EventBatch) -> list[Names]:
