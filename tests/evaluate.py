@@ -256,11 +256,12 @@ def measure_together(streams: list[Stream], seed: int, out: Path) -> dict[str, l
 
 
 def evidence_of(part: fitting.FittedRecord, features: FeatureBatch) -> NDArray[np.float64]:
-    """float64 [n], nats: the sum of all parts."""
+    """float64 [n], nats: the record score."""
     first, like = features.distinct()
     distinct = features.take(first)
     types = distinct.codes[:, 0].astype(np.int64)
-    return part.scorer.parts(part.scorer.raw(part.encoder.encode(distinct), types), types).sum(0)[like]
+    parts = part.scorer.parts(part.scorer.raw(part.encoder.encode(distinct), types), types)
+    return part.scorer.evidence(parts, types)[like]
 
 
 def interleave(trains: list[Path], out: Path) -> None:

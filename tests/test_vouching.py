@@ -108,7 +108,7 @@ def test_the_record_score_finds_the_next_attack_though_training_held_some(
     def judged(asked: FeatureBatch) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         types = asked.codes[:, 0].astype(np.int64)
         parts = part.scorer.parts(part.scorer.raw(part.encoder.encode(asked), types), types)
-        return parts, part.scorer.evidence(parts)
+        return parts, part.scorer.evidence(parts, types)
 
     (_, usual), (parts, odd) = judged(normal), judged(attacks)
     assert np.quantile(odd, 0.1) > np.quantile(usual, 0.99)

@@ -124,6 +124,7 @@ def _scorer_arrays(scorer: EventScorer) -> dict[str, NDArray[Any]]:
         "far.starts": record.groups.starts,
         "far.types": record.groups.types,
         "quantities": record.quantities,
+        "products": record.products,
     }
     groups = {"record": record.calibrations, "event": {"event": scorer.event}}
     if scorer.sequences is not None:
@@ -163,7 +164,9 @@ def load(path: Path, device: str = "cpu") -> Bundle:
         )
         baseline.learned = arrays["baseline.learned"]
         groups = GroupDistance(*(arrays[f"far.{name}"] for name in ("vectors", "starts", "types")))
-        record = RecordScorer(baseline, groups, arrays["quantities"], _calibrations(arrays, "record"))
+        record = RecordScorer(
+            baseline, groups, arrays["quantities"], arrays["products"], _calibrations(arrays, "record")
+        )
         sequences = None
         if manifest["sequences"] is not None:
             model = SequenceModel.from_state(

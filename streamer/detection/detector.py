@@ -106,7 +106,7 @@ class Detector:
         timer.end("encode")
         types = distinct.codes[:, 0].astype(np.int64)
         parts = scorer.record.parts(scorer.record.raw(encoded, types), types)
-        record = scorer.record.evidence(parts)[like]
+        record = scorer.record.evidence(parts, types)[like]
         cause = self._causes[_causal_field(encoded, parts)][like]
         entities = find_entities(events)
         entries = window_entries(events, entities, anonymised)

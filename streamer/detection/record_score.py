@@ -2,8 +2,9 @@
 
 Four parts, each calibrated to -log p on held-out events: how rare its values are for who acts, and for its type; how
 far it lies from the many events of its type, and from the nearest event of training. Their sum is calibrated again
-(Fisher's method, with the dependence of the parts calibrated away). No part has a weight. Which training events the
-distances go by was decided before (`streamer.training.vouching`).
+(Fisher's method, with the dependence of the parts calibrated away). No part has a weight. Each product is calibrated on
+its own events where there are enough: what is far for a metric is near for a log of processes. Which training events
+the distances go by was decided before (`streamer.training.vouching`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from state.calibration import Calibration
 
 FOR_ACTOR, FOR_TYPE, FAR, NEAR = "rarity_for_actor", "rarity_for_type", "far", "near"
 PARTS = (FOR_ACTOR, FOR_TYPE, FAR, NEAR)
+RECORD = "record"
+OWN_CALIBRATION = 500
+"""Held-out events from which on a product is calibrated on its own; all others are on all events together."""
 
 
 @dataclass
@@ -27,12 +31,15 @@ class RecordScorer:
     """What the record score compares with, and how it is calibrated.
 
     quantities: int64 [q], sorted, the event types that carry quantities: the rarest value of an event speaks for the
-    other types alone, because among many numbers some name is always rare.
+    other types alone, because among many numbers some name is always rare. products: int64 [event types], a number for
+    the product of each type by its code; types beyond it, and 0, belong to none. calibrations: by part, of all events;
+    and by `part.product`.
     """
 
     baseline: Baseline
     groups: GroupDistance
     quantities: NDArray[np.int64]
+    products: NDArray[np.int64]
     calibrations: dict[str, Calibration] = field(default_factory=dict)
 
     def raw(self, encoded: Encoded, types: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
@@ -47,22 +54,44 @@ class RecordScorer:
     def fit(self, raw: dict[str, NDArray[np.float64]], types: NDArray[np.int64]) -> None:
         """Calibrate on the raw parts of held-out events."""
         for name in PARTS:
-            speaks = self._speaks(name, types)
-            if speaks.any():
-                self.calibrations[name] = Calibration.fit(raw[name][speaks])
-        self.calibrations["record"] = Calibration.fit(self.parts(raw, types).sum(0))
+            self._calibrate(name, raw[name], types, self._speaks(name, types))
+        self._calibrate(RECORD, self.parts(raw, types).sum(0), types, np.ones(len(types), np.bool_))
+
+    def _calibrate(
+        self, name: str, scores: NDArray[np.float64], types: NDArray[np.int64], speaks: NDArray[np.bool_]
+    ) -> None:
+        if speaks.any():
+            self.calibrations[name] = Calibration.fit(scores[speaks])
+        product = self._product(types)
+        for each in np.unique(product[speaks & (product > 0)]).tolist():
+            rows = speaks & (product == each)
+            if rows.sum() >= OWN_CALIBRATION:
+                self.calibrations[f"{name}.{each}"] = Calibration.fit(scores[rows])
 
     def parts(self, raw: dict[str, NDArray[np.float64]], types: NDArray[np.int64]) -> NDArray[np.float64]:
         """float64 [4, n], nats: the evidence of each of PARTS, 0 where it does not speak."""
-        evidence = np.zeros((len(PARTS), len(types)))
-        for place, name in enumerate(PARTS):
-            if (calibration := self.calibrations.get(name)) is not None:
-                evidence[place] = np.where(self._speaks(name, types), calibration.evidence(raw[name]), 0.0)
+        return np.stack(
+            [np.where(self._speaks(name, types), self._calibrated(name, raw[name], types), 0.0) for name in PARTS]
+        )
+
+    def evidence(self, parts: NDArray[np.float64], types: NDArray[np.int64]) -> NDArray[np.float64]:
+        """float64 [4, n] to float64 [n], nats: all parts as one. types: int64 [n]."""
+        return self._calibrated(RECORD, parts.sum(0), types)
+
+    def _calibrated(self, name: str, scores: NDArray[np.float64], types: NDArray[np.int64]) -> NDArray[np.float64]:
+        """float64 [n], nats: by the calibration of the product where it has one, 0 where there is none at all."""
+        whole = self.calibrations.get(name)
+        evidence = np.zeros(len(scores)) if whole is None else whole.evidence(scores)
+        product = self._product(types)
+        for each in np.unique(product).tolist():
+            if (own := self.calibrations.get(f"{name}.{each}")) is not None:
+                rows = product == each
+                evidence[rows] = own.evidence(scores[rows])
         return evidence
 
-    def evidence(self, parts: NDArray[np.float64]) -> NDArray[np.float64]:
-        """float64 [4, n] to float64 [n], nats: all parts as one."""
-        return self.calibrations["record"].evidence(parts.sum(0))
+    def _product(self, types: NDArray[np.int64]) -> NDArray[np.int64]:
+        known = types < len(self.products)
+        return np.where(known, self.products[np.where(known, types, 0)], 0)
 
     def _speaks(self, name: str, types: NDArray[np.int64]) -> NDArray[np.bool_]:
         return ~np.isin(types, self.quantities) if name == FOR_TYPE else np.ones(len(types), np.bool_)

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from encoder.features.learner import SchemaLearner
-from encoder.features.schema import MISSING, Schema
+from encoder.features.schema import FIRST, MISSING, PRODUCT, Schema
 from encoder.features.vectorizer import FeatureBatch, Vectorizer, fitted_to
 from encoder.models.rarity import BLOCKS, ContextRarity
 from encoder.models.record_encoder import RecordEncoder
@@ -358,13 +358,27 @@ def fit_record(
     baseline = Baseline.build(vectors[indexed], seed=seed)
     baseline.members = vouch[indexed[baseline.members]]
     groups = GroupDistance.fit(vectors, weights[vouch], types[vouch], seed=seed)
-    scorer = RecordScorer(baseline, groups, quantities)
+    scorer = RecordScorer(baseline, groups, quantities, products_of_types(schema, features, weights))
     first, like = later.distinct()
     distinct = later.take(first)
     kinds = distinct.codes[:, 0].astype(np.int64)
     raw = scorer.raw(encoder.encode(distinct), kinds)
     scorer.fit({name: score[like] for name, score in raw.items()}, kinds[like])
-    return FittedRecord(encoder, scorer, scorer.evidence(scorer.parts(raw, kinds))[like], report)
+    return FittedRecord(encoder, scorer, scorer.evidence(scorer.parts(raw, kinds), kinds)[like], report)
+
+
+def products_of_types(schema: Schema, features: FeatureBatch, weights: NDArray[np.float64]) -> NDArray[np.int64]:
+    """int64 [event types]: the code of the product that most events of each type are of, 0 where there is none or all
+    events are of one. features: n distinct rows; weights: float64 [n], events each stands for."""
+    products = np.zeros(schema.fields[0].size, np.int64)
+    position = next((i for i, field in enumerate(schema.fields) if field.name == PRODUCT), 0)
+    if position:
+        size = schema.fields[position].size
+        pairs = features.codes[:, 0].astype(np.int64) * size + features.codes[:, position]
+        events = np.bincount(pairs, weights, minlength=len(products) * size).reshape(-1, size)
+        most = events.argmax(1)
+        products[:] = np.where((events.max(1) > 0) & (most >= FIRST), most, 0)
+    return products
 
 
 def _fit_history(
