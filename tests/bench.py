@@ -39,7 +39,7 @@ from confluent_kafka.cimpl import NewTopic
 import encoder.features.vectorizer
 import encoder.models.rarity
 import encoder.models.record_encoder
-import encoder.training.masked_fields
+import encoder.training.replaced_fields
 import encoder.training.sequence
 import state.baseline.baseline
 import state.redis.windows
@@ -319,7 +319,7 @@ def train(history: Path, out: Path) -> tuple[dict[str, float], Bundle]:
     """Fit, and say for each network how many events or windows a second of CPU it was trained on."""
     rates = {}
     with ExitStack() as patches:
-        for name, where in (("record", encoder.training.masked_fields), ("sequence", encoder.training.sequence)):
+        for name, where in (("record", encoder.training.replaced_fields), ("sequence", encoder.training.sequence)):
 
             def timed(
                 *arguments: Any, name: str = name, where: Any = where, call: Any = where.train_network, **named: Any
@@ -329,7 +329,7 @@ def train(history: Path, out: Path) -> tuple[dict[str, float], Bundle]:
                 rates[name] = found.steps * where.BATCH / (time.process_time() - began)
                 return found
 
-            patches.enter_context(patch.object(where, "descend", timed))
+            patches.enter_context(patch.object(where, "train_network", timed))
         return rates, fit([history], out).bundle
 
 
@@ -404,7 +404,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, far_servers() if far else near_servers() as (bootstrap, redis_url):
         os.chdir(folder)
         torch.set_num_threads(1)  # as the command does
-        encoder.training.masked_fields.STEPS = encoder.training.sequence.STEPS = STEPS
+        encoder.training.replaced_fields.STEPS = encoder.training.sequence.STEPS = STEPS
         for size in SIZES[:1] if far else SIZES:
             measure(size, Path(folder), bootstrap, redis_url)
 

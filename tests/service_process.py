@@ -15,7 +15,7 @@ import pytest
 from loop_harness import PATIENCE_S, Topics, until
 from test_cli import COMMAND
 
-import encoder.training.masked_fields
+import encoder.training.replaced_fields
 import encoder.training.sequence
 
 LINE = 0.02
@@ -25,7 +25,7 @@ LINE = 0.02
 def short_training(steps: int = 30) -> Iterator[None]:
     """Both networks are trained for so many steps only. With 30, little depends on how well the detector detects."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoder.training.masked_fields, "STEPS", steps)
+        patch.setattr(encoder.training.replaced_fields, "STEPS", steps)
         patch.setattr(encoder.training.sequence, "STEPS", steps)
         yield
 

@@ -29,7 +29,7 @@ from cpu_time import least_cpu_s
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import encoder.training.masked_fields
+import encoder.training.replaced_fields
 import encoder.training.sequence
 from encoder.ocsf.decoder import decode
 from encoder.ocsf.entities import KINDS
@@ -218,7 +218,7 @@ def day(tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, ExplainedRo
     days = list(simulate(seed=5, days=3, events_per_day=2_600, incidents=schedule(3, clean=2)))
     write(days[:2], folder / "train.ndjson.gz")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoder.training.masked_fields, "STEPS", 200)
+        patch.setattr(encoder.training.replaced_fields, "STEPS", 200)
         patch.setattr(encoder.training.sequence, "STEPS", 100)
         bundle = fit([folder / "train.ndjson.gz"], folder / "bundle").bundle
     return explained(bundle, days[2].events, each=4)
@@ -468,7 +468,7 @@ def test_real_events_make_valid_alerts_at_a_bounded_cost(name: str) -> None:
 def test_every_stream_makes_valid_alerts_with_a_fitted_detector(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoder.training.masked_fields, "STEPS", 200)
+    monkeypatch.setattr(encoder.training.replaced_fields, "STEPS", 200)
     monkeypatch.setattr(encoder.training.sequence, "STEPS", 100)
     bundle = fit([Path(DATA or "") / f"{name}.train.ndjson.gz"], tmp_path / "bundle").bundle
     with gzip.open(Path(DATA or "") / f"{name}.test.ndjson.gz") as lines:

@@ -12,7 +12,7 @@ import orjson
 import pytest
 from p_values import assert_same_p_values
 
-import encoder.training.masked_fields
+import encoder.training.replaced_fields
 import encoder.training.sequence
 from encoder.ocsf.events import Message
 from state.memory.timers import MemoryTimers
@@ -48,7 +48,7 @@ def days(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def quick() -> Iterator[None]:
     """Short training: these tests are about what is done with a model, not about how good it is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoder.training.masked_fields, "STEPS", 200)
+        patch.setattr(encoder.training.replaced_fields, "STEPS", 200)
         patch.setattr(encoder.training.sequence, "STEPS", 200)
         yield
 

@@ -16,7 +16,7 @@ from encoder.models.record_encoder import RecordEncoder
 from encoder.models.record_network import DEPTH, EMBEDDING, WIDTH, network_sizes
 from encoder.models.resnet import TabularResNet
 from encoder.training.embedding_quality import EmbeddingChecks, check_embedding
-from encoder.training.masked_fields import fit_identity
+from encoder.training.replaced_fields import fit_identity
 
 
 def checked(events: Sequence[dict[str, Any]], scale: float = 1.0) -> EmbeddingChecks:
@@ -47,7 +47,6 @@ def test_a_training_is_drawn(tmp_path: Path) -> None:
 
     training = {
         "loss": [2.0, 1.0],
-        "validation_loss": [],
         "sequences": None,
         "embedding": {"silhouette": -0.1, "effective_rank": 20.0},
     }

@@ -66,10 +66,10 @@ def test_the_reference_figures_name_a_detector_and_three_figures_each() -> None:
 def test_the_record_part_is_measured_and_its_parts_compared_without_fitting_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from encoder.training import masked_fields
+    from encoder.training import replaced_fields
     from streamer.devtools.simulator.generator import simulate, write
 
-    monkeypatch.setattr(masked_fields, "STEPS", 30)
+    monkeypatch.setattr(replaced_fields, "STEPS", 30)
     days = list(simulate(seed=1, days=2, events_per_day=2600, incidents={1: ("rare_process_tree", "unseen_binary")}))
     write(days[:1], tmp_path / "own.train.ndjson.gz")
     write(days[1:], tmp_path / "own.test.ndjson.gz", tmp_path / "own.labels.csv")
@@ -80,7 +80,7 @@ def test_the_record_part_is_measured_and_its_parts_compared_without_fitting_agai
     again = evaluate.measure_record(stream, 0, out)
     assert fresh["auroc"] > 0.8 and fresh["events"] == len(days[1].events)
     assert (again["auroc"], again["ap"]) == (fresh["auroc"], fresh["ap"]), "the features that were kept are the same"
-    monkeypatch.setattr(masked_fields, "train", None)
+    monkeypatch.setattr(replaced_fields, "train", None)
     rows = choose([stream], 0, out).splitlines()
     assert rows[2] == f"| all parts | {fresh['auroc']:.3f} / {fresh['ap']:.3f} |"
     assert len(rows) == 2 + len(evaluate.CHOICES)

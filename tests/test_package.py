@@ -196,8 +196,8 @@ def test_a_file_is_simulated_and_scored_by_the_installed_command(installed: Inst
 
 DEMO = """
 import sys
-import encoder.training.masked_fields, encoder.training.sequence
-encoder.training.masked_fields.STEPS = encoder.training.sequence.STEPS = 30
+import encoder.training.replaced_fields, encoder.training.sequence
+encoder.training.replaced_fields.STEPS = encoder.training.sequence.STEPS = 30
 if len(sys.argv) > 1:
     from streamer.cli.main import main
     main()

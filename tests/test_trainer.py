@@ -1,5 +1,5 @@
-"""The promises of the descent: a run that was killed goes on to the weights of one that was not, the best weights are
-kept, and what belongs to another run is not gone on with."""
+"""The promises of the descent: a run that was killed goes on to the weights of one that was not, and
+what belongs to another run is not gone on with."""
 
 from __future__ import annotations
 
@@ -33,12 +33,8 @@ def run(path: Path | None, *, killed_at: int = -1, seed: int = 0) -> tuple[dict[
         x = torch.randn(16, 4, generator=torch.Generator().manual_seed(seed * STEPS + step))
         return (net(x)[:, 0] - x.sum(1)).square().mean()
 
-    def validate() -> float:
-        x = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
-        return float((net(x)[:, 0] - x.sum(1)).square().mean())
-
     kept = Checkpoint.of(path, [DATA], seed)
-    report = train_network(net, loss, steps=STEPS, weight_decay=1e-2, validate=validate, checkpoint=kept)
+    report = train_network(net, loss, steps=STEPS, weight_decay=1e-2, checkpoint=kept)
     return net.state_dict(), report, made
 
 
@@ -65,19 +61,3 @@ def test_a_checkpoint_that_cannot_be_read_is_begun_anew(tmp_path: Path) -> None:
     run(path)
     path.write_bytes(path.read_bytes()[:-7])
     assert run(path)[2][0] == 0
-
-
-def test_the_weights_are_the_best_and_enough_is_enough() -> None:
-    net = nn.Linear(1, 1)
-    losses = iter([3.0, 1.0, *[2.0] * 20])
-    seen: list[Tensor] = []
-
-    def validate() -> float:
-        seen.append(net.weight.clone())
-        return next(losses)
-
-    report = train_network(
-        net, lambda _: net(torch.ones(1, 1)).square().sum(), steps=STEPS * 5, weight_decay=0.0, validate=validate
-    )
-    assert report.validation == [3.0, 1.0, *[2.0] * 6] and report.steps == 8 * REPORT_EVERY
-    assert torch.equal(net.weight, seen[1])

@@ -17,8 +17,8 @@ from encoder.models.rarity import ContextRarity
 from encoder.models.record_encoder import RecordEncoder
 from encoder.ocsf.decoder import decode
 from encoder.ocsf.events import Message
-from encoder.training import masked_fields
-from encoder.training.masked_fields import initial_network
+from encoder.training import replaced_fields
+from encoder.training.replaced_fields import initial_network
 from streamer.detection.record_score import FAR, FOR_TYPE, NEAR, PARTS, by_distance
 from streamer.training.fit import fit_record
 from streamer.training.vouching import OUTSIDERS, not_alone, types_with_quantities, vouching
@@ -93,7 +93,7 @@ def test_a_type_of_names_alone_loses_nothing() -> None:
 def test_the_record_score_finds_the_next_attack_though_training_held_some(
     dirty: tuple[Schema, FeatureBatch, NDArray[np.bool_]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(masked_fields, "STEPS", 100)
+    monkeypatch.setattr(replaced_fields, "STEPS", 100)
     schema, features, _ = dirty
     generator = np.random.default_rng(1)
     vectorize = Vectorizer(schema)
@@ -120,7 +120,7 @@ def test_the_record_score_finds_the_next_attack_though_training_held_some(
 def test_evidence_of_held_out_events_is_as_rare_as_it_says(
     dirty: tuple[Schema, FeatureBatch, NDArray[np.bool_]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(masked_fields, "STEPS", 30)
+    monkeypatch.setattr(replaced_fields, "STEPS", 30)
     schema, features, _ = dirty
     half = np.arange(len(features)) % 2 == 0
     fitted, held = features.take(np.flatnonzero(half)), features.take(np.flatnonzero(~half))

@@ -1,8 +1,8 @@
 """Multi-stage residual networks over tabular features, after He et al. 2016 (arXiv:1512.03385), with their published
 depths and widths, and a measurement of gradients with and without shortcuts.
 
-Blocks are in the pre-activation form (He et al. 2016b, arXiv:1603.05027), which leaves the identity path untouched,
-with layer normalisation, so that an event's embedding does not depend on its batch.
+Blocks are in the pre-activation form (He et al. 2016b, arXiv:1603.05027), which leaves the shortcut untouched, with
+layer normalisation, so that an event's logits do not depend on its batch.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class StagedResNet(TabularResNet):
 
     >>> net = StagedResNet("resnet18", sizes=[3, 5], numbers=1, embedding=4)
     >>> net(torch.zeros(7, 2, dtype=torch.int64), torch.zeros(7, 1)).shape
-    torch.Size([7, 4])
+    torch.Size([7, 2])
     """
 
     def __init__(self, preset: str, *, sizes: Sequence[int], numbers: int, embedding: int) -> None:
@@ -104,9 +104,7 @@ class StagedResNet(TabularResNet):
                 self.blocks.append(block(width, stage))
                 width = stage * block.expansion
         self.norm = nn.LayerNorm(width)
-        self.residual = nn.Linear(width, embedding)
-        nn.init.zeros_(self.residual.weight)
-        nn.init.zeros_(self.residual.bias)
+        self.head = self._head(width)
 
 
 def gradient_magnitudes(*, residual: bool, layers: int = 20, width: int = 128, seed: int = 0) -> NDArray[np.float64]:

@@ -1,5 +1,4 @@
-"""The training loop of both networks: AdamW, a one-cycle learning rate, clipped gradients, and the weights with the
-smallest validation loss.
+"""The training loop of both networks: AdamW, a one-cycle learning rate, clipped gradients, a fixed number of steps.
 
 Promises the same weights for the same losses, also where a killed run resumes from its checkpoint: each step has its
 own random generator, so that only weights and moments carry over. It knows neither the task nor the data.
@@ -26,8 +25,6 @@ LEARNING_RATE = 2e-3
 WARM_UP = 0.1
 """Share of the steps in which the learning rate rises; then it falls as a cosine (Smith and Topin 2018)."""
 REPORT_EVERY = 100
-PATIENCE = 6
-"""Reports without a smaller validation loss, after which training stops."""
 
 MIN_STEPS = 50
 
@@ -37,21 +34,10 @@ StepProgress = Callable[[int, int, float], None]
 
 @dataclass
 class TrainingRun:
-    """The course of a run. steps: so far; losses: mean since the last report, validation: validation loss, at each
-    report."""
+    """The course of a run. steps: so far; losses: mean since the last report, at each report."""
 
     steps: int = 0
     losses: list[float] = field(default_factory=list)
-    validation: list[float] = field(default_factory=list)
-
-    @property
-    def best(self) -> bool:
-        """Whether the last report is the best."""
-        return bool(self.validation) and self.validation[-1] <= min(self.validation)
-
-    @property
-    def enough(self) -> bool:
-        return len(self.validation) > PATIENCE and min(self.validation[-PATIENCE:]) > min(self.validation)
 
 
 class Checkpoint:
@@ -104,25 +90,23 @@ def train_network(
     *,
     steps: int,
     weight_decay: float,
-    validate: Callable[[], float] | None = None,
     checkpoint: Checkpoint | None = None,
     progress: StepProgress | None = None,
 ) -> TrainingRun:
-    """Train `net`, or resume from the checkpoint. At the end it has the weights with the smallest validation loss.
+    """Train `net`, or resume from the checkpoint.
 
     loss: the loss of a step, by its number from 0; computed in bf16 where a GPU can (`torch.autocast`).
     """
     optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=WARM_UP)
     device = next(net.parameters()).device.type
-    best = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     report = TrainingRun()
     saved = checkpoint.load() if checkpoint is not None else None
     if saved is not None:
         report = saved[1]
-        best = _resume(net, optimizer, schedule, saved[0], report.steps)
+        _resume(net, optimizer, schedule, saved[0], report.steps)
     running = 0.0
-    while report.steps < steps and not report.enough:
+    while report.steps < steps:
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             batch_loss = loss(report.steps)
         optimizer.zero_grad(set_to_none=True)
@@ -135,21 +119,14 @@ def train_network(
         if report.steps % REPORT_EVERY == 0:
             report.losses.append(running / REPORT_EVERY)
             running = 0.0
-            if validate is not None:
-                with torch.no_grad():
-                    report.validation.append(validate())
-                if report.best:
-                    best = {name: tensor.clone() for name, tensor in net.state_dict().items()}
             if checkpoint is not None:
-                checkpoint.save(_state(net, optimizer, best), report)
+                checkpoint.save(_state(net, optimizer), report)
             if progress is not None:
                 progress(report.steps, steps, report.losses[-1])
-    if report.validation:
-        net.load_state_dict(best)
     return report
 
 
-def _state(net: nn.Module, optimizer: torch.optim.Optimizer, best: dict[str, Tensor]) -> dict[str, Tensor]:
+def _state(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     moments = {
         f"moments.{i}.{name}": tensor
         for i, of in optimizer.state_dict()["state"].items()
@@ -158,7 +135,7 @@ def _state(net: nn.Module, optimizer: torch.optim.Optimizer, best: dict[str, Ten
     now = {f"now.{name}": tensor for name, tensor in net.state_dict().items()}
     group = optimizer.param_groups[0]
     cycle = {"cycle.": torch.tensor([group["lr"], group["betas"][0]], dtype=torch.float64)}
-    return now | cycle | {f"best.{name}": tensor for name, tensor in best.items()} | moments
+    return now | cycle | moments
 
 
 def _resume(
@@ -167,9 +144,9 @@ def _resume(
     schedule: torch.optim.lr_scheduler.OneCycleLR,
     tensors: dict[str, Tensor],
     steps: int,
-) -> dict[str, Tensor]:
-    """Restore weights, moments and learning rate; returns the best weights."""
-    parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "moments": {}, "cycle": {}}
+) -> None:
+    """Restore weights, moments and learning rate."""
+    parts: dict[str, dict[str, Tensor]] = {"now": {}, "moments": {}, "cycle": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = tensor
@@ -185,4 +162,3 @@ def _resume(
     ]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
     schedule.last_epoch = steps
-    return {name: tensor.to(next(net.parameters()).device) for name, tensor in parts["best"].items()}

@@ -53,7 +53,7 @@ def plot_training(path: Path, training: Mapping[str, Any]) -> None:
     ConfigurationError where matplotlib is not installed."""
     sequences = training["sequences"] or {"loss": []}
     curves = (
-        ("encoder", "nats a hidden attribute", {"training": training["loss"], "held out": training["validation_loss"]}),
+        ("encoder", "nats an attribute", {"training": training["loss"]}),
         ("sequences", "nats a record, and a broken window", {"training": sequences["loss"]}),
     )
     with _figure(path, 12, 4) as figure:

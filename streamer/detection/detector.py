@@ -101,10 +101,10 @@ class Detector:
         first, like = features.distinct()
         distinct = features.take(first)
         timer.end("vectorize")
-        encoded = encoder.encode(distinct)
+        types = distinct.codes[:, 0].astype(np.int64)
+        encoded = encoder.encode(distinct, scorer.record.measured(types))
         anonymised = encoder.anonymised(distinct)[like]
         timer.end("encode")
-        types = distinct.codes[:, 0].astype(np.int64)
         parts = scorer.record.parts(scorer.record.raw(encoded, types), types)
         record = scorer.record.evidence(parts, types)[like]
         cause = self._causes[_causal_field(encoded, parts)][like]
@@ -258,10 +258,9 @@ def window_entries(events: EventBatch, entities: Entities, vectors: NDArray[np.f
 
 
 def _causal_field(encoded: Encoded, parts: NDArray[np.float64]) -> NDArray[np.int32]:
-    """int32 [n]: the field that says most about the strongest part: the number that is farthest from usual where a
-    distance is, else the least expected value. parts: float64 [4, n]."""
-    distant = by_distance(parts) & (encoded.farthest_number >= 0)
-    return np.where(distant, encoded.farthest_number, encoded.most_surprising_field)
+    """int32 [n]: the field that says most about the strongest part: the least expected value, or where a distance or
+    the network is stronger, the value that fits the rest of the event least. parts: float64 [5, n]."""
+    return np.where(by_distance(parts), encoded.most_replaced_field, encoded.most_surprising_field)
 
 
 def compact(records: Sequence[bytes], schema: Schema) -> list[dict[str, Any]]:

@@ -1,10 +1,11 @@
 """The record score: what one event says by itself.
 
-Four parts, each calibrated to -log p on held-out events: how rare its values are for who acts, and for its type; how
-far it lies from the many events of its type, and from the nearest event of training. Their sum is calibrated again
-(Fisher's method, with the dependence of the parts calibrated away). No part has a weight. Each product is calibrated on
-its own events where there are enough: what is far for a metric is near for a log of processes. Which training events
-the distances go by was decided before (`streamer.training.vouching`).
+Five parts, each calibrated to -log p on held-out events: how rare its values are for who acts, and for its type; how
+far it lies from the many events of its type, and from the nearest event of training; how surely some of its fields were
+replaced. Their sum is calibrated again (Fisher's method, with the dependence of the parts calibrated away). No part has
+a weight. Each product is calibrated on its own events where there are enough: what is far for a metric is near for a
+log of processes. Which training events the distances go by and the network learns from was decided before
+(`streamer.training.vouching`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from state.baseline.baseline import Baseline
 from state.baseline.group_distance import GroupDistance
 from state.calibration import Calibration
 
-FOR_ACTOR, FOR_TYPE, FAR, NEAR = "rarity_for_actor", "rarity_for_type", "far", "near"
-PARTS = (FOR_ACTOR, FOR_TYPE, FAR, NEAR)
+FOR_ACTOR, FOR_TYPE, FAR, NEAR, REPLACED = "rarity_for_actor", "rarity_for_type", "far", "near", "replaced"
+PARTS = (FOR_ACTOR, FOR_TYPE, FAR, NEAR, REPLACED)
 RECORD = "record"
 OWN_CALIBRATION = 500
 """Held-out events from which on a product is calibrated on its own; all others are on all events together."""
@@ -30,8 +31,9 @@ OWN_CALIBRATION = 500
 class RecordScorer:
     """What the record score compares with, and how it is calibrated.
 
-    quantities: int64 [q], sorted, the event types that carry quantities: the rarest value of an event speaks for the
-    other types alone, because among many numbers some name is always rare. products: int64 [event types], a number for
+    quantities: int64 [q], sorted, the event types that carry quantities. The network speaks for these alone, because
+    counting says all that it knows of names; the rarest value of an event speaks for the other types alone, because
+    among many numbers some name is always rare. products: int64 [event types], a number for
     the product of each type by its code; types beyond it, and 0, belong to none. calibrations: by part, of all events;
     and by `part.product`.
     """
@@ -49,6 +51,7 @@ class RecordScorer:
             FOR_TYPE: encoded.max_surprise.astype(np.float64),
             FAR: self.groups(encoded.vectors, types),
             NEAR: self.baseline.search(encoded.vectors, 1)[0][:, 0].astype(np.float64),
+            REPLACED: encoded.replaced.astype(np.float64),
         }
 
     def fit(self, raw: dict[str, NDArray[np.float64]], types: NDArray[np.int64]) -> None:
@@ -69,13 +72,13 @@ class RecordScorer:
                 self.calibrations[f"{name}.{each}"] = Calibration.fit(scores[rows])
 
     def parts(self, raw: dict[str, NDArray[np.float64]], types: NDArray[np.int64]) -> NDArray[np.float64]:
-        """float64 [4, n], nats: the evidence of each of PARTS, 0 where it does not speak."""
+        """float64 [5, n], nats: the evidence of each of PARTS, 0 where it does not speak."""
         return np.stack(
             [np.where(self._speaks(name, types), self._calibrated(name, raw[name], types), 0.0) for name in PARTS]
         )
 
     def evidence(self, parts: NDArray[np.float64], types: NDArray[np.int64]) -> NDArray[np.float64]:
-        """float64 [4, n] to float64 [n], nats: all parts as one. types: int64 [n]."""
+        """float64 [5, n] to float64 [n], nats: all parts as one. types: int64 [n]."""
         return self._calibrated(RECORD, parts.sum(0), types)
 
     def _calibrated(self, name: str, scores: NDArray[np.float64], types: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -94,11 +97,18 @@ class RecordScorer:
         return np.where(known, self.products[np.where(known, types, 0)], 0)
 
     def _speaks(self, name: str, types: NDArray[np.int64]) -> NDArray[np.bool_]:
-        return ~np.isin(types, self.quantities) if name == FOR_TYPE else np.ones(len(types), np.bool_)
+        if name not in (FOR_TYPE, REPLACED):
+            return np.ones(len(types), np.bool_)
+        return self.measured(types) if name == REPLACED else ~self.measured(types)
+
+    def measured(self, types: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """bool [n]: which events are of a type that carries quantities; the network judges these alone."""
+        return np.isin(types, self.quantities)
 
 
 def by_distance(parts: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """bool [n]: whether the distances of an event are odder than its values. parts: float64 [4, n]."""
-    values, distances = parts[:2].max(0), parts[2:].max(0)
-    larger: NDArray[np.bool_] = distances > values
+    """bool [n]: whether an event as a whole, by its distances or the network, is odder than its values by themselves.
+    parts: float64 [5, n]."""
+    values, whole = parts[:2].max(0), parts[2:].max(0)
+    larger: NDArray[np.bool_] = whole > values
     return larger

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from encoder.features.normalization import FOLDER, WORD, derived, normalise
 from encoder.features.schema import FIRST, UNKNOWN, Field
+from encoder.features.schema import MISSING as MISSING_VALUE
 from encoder.features.vectorizer import FeatureBatch
 from encoder.models.rarity import Surprise
 from encoder.ocsf.decoder import decode
@@ -31,6 +32,7 @@ from streamer.detection.record_score import NEAR
 from streamer.detection.sequence_score import MISSING, ORDER
 from streamer.explain import peer_comparison
 from streamer.explain import rates as rate_attribution
+from streamer.explain.expected_values import Expected, expected_values, tail, usual_range
 from streamer.explain.leave_one_out import LATEST, cut, weights
 from streamer.explain.peer_comparison import PeerComparison
 from streamer.explain.rates import RateFinding
@@ -100,11 +102,13 @@ _TEMPLATED = re.compile(r"\{\}|#|\*")
 
 @dataclass(frozen=True)
 class _Event:
-    """One of the events that are explained together; `row` is its row in their arrays."""
+    """One of the events that are explained together; `row` is its row in their arrays. replaced: float32 [fields]
+    (`RecordEncoder.replaced_fields`)."""
 
     events: EventBatch
     features: FeatureBatch
     surprise: Surprise
+    replaced: NDArray[np.float32]
     row: int
 
     def raw(self, path: str) -> Any:
@@ -140,6 +144,7 @@ class Explainer:
         features = encoder.vectorize(events)
         surprise = encoder.rarity(features)
         distances, places = record.baseline.search(encoder.vectors(features), EXAMPLES)
+        replaced = encoder.replaced_fields(features)
         usual = _typical(record.calibrations[NEAR].scores)
         timelines, rates = self._timelines(scored, rows), self._rates(scored, rows)
         named = peer_comparison.names_in(events)
@@ -148,11 +153,11 @@ class Explainer:
             near = [orjson.loads(self.bundle.exemplars[place]) for place in places[i].tolist()]
             similar = near[: int((distances[i] <= usual).sum())]
             event, cause, entity = (
-                _Event(events, features, surprise, i),
+                _Event(events, features, surprise, replaced[i], i),
                 str(scored.cause[row]),
                 str(scored.entity[row]),
             )
-            fields, event_rates = self._fields(event, near, cause), rates.get(row, ())
+            fields, event_rates = self._fields(event, near, places[i], cause), rates.get(row, ())
             explanations.append(
                 Explanation(
                     fields,
@@ -286,9 +291,11 @@ class Explainer:
         topic, partition = windows.sources[windows.source[i, slot]]
         return f"{topic}:{partition}:{windows.offset[i, slot]}:{windows.index[i, slot]}"
 
-    def _fields(self, event: _Event, near: list[dict[str, Any]], cause: str) -> tuple[FieldFinding, ...]:
+    def _fields(
+        self, event: _Event, near: list[dict[str, Any]], places: NDArray[np.int64], cause: str
+    ) -> tuple[FieldFinding, ...]:
         """The fields that contributed, at most one of each group: the field of the cause first, then by surprise (the
-        larger of counts and network)."""
+        larger of counts and network). near, places: the nearest normal events, and their places among the exemplars."""
         encoder = self.bundle.encoder
         fields = encoder.schema.fields
         codes = event.features.codes[event.row]
@@ -299,36 +306,52 @@ class Explainer:
         # Where an actor rarely does this, every value is a little unusual for it. Report that once, for the event type.
         hardly_ever = min(by_actor.values())
         by_actor = {i: surprises if i == 0 else surprises - hardly_ever for i, surprises in by_actor.items()}
-        counted = {i: max(by_type[i], by_actor[i]) for i in by_type}
-        numbers = [i for i, f in enumerate(fields) if f.kind == "number" and codes[i]]
-        likely = sorted(counted, key=lambda i: -counted[i])[: 2 * EXPLAINED_FIELDS]
-        named = [i for i in counted if f"record:{fields[i].path}" == cause and i not in likely]
-        expectations = encoder.expectations(event.features, event.row, np.array(likely + named + numbers, np.int32))
-        surprises = {e.field: max(e.surprise, counted.get(e.field, 0.0)) for e in expectations}
+        by_network = event.replaced.tolist()
+        surprises = {i: max(by_type[i], by_actor[i], by_network[i]) for i in by_type}
+        far = {}
+        for place, i in enumerate(i for i, field in enumerate(fields) if field.kind == "number"):
+            if codes[i] != MISSING_VALUE:
+                readable = codes[i] >= FIRST
+                far[i] = tail(fields[i], float(event.features.quantiles[event.row, place])) if readable else 0.0
+                surprises[i] = max(by_network[i], far[i])
         present = {field.path for field, code in zip(fields, codes.tolist(), strict=True) if code}
         actor = event.value(next((path for path in encoder.schema.actors if path in present), ""))
         findings: list[FieldFinding] = []
         columns, twins = encoder.rarity.columns, encoder.rarity.groups[int(codes[0])].tolist()
         group_of = {i: fields[columns[twin]].group for i, twin in zip(columns, twins, strict=True)}
         groups: set[str] = set()
-        first = {e for e in surprises if f"record:{fields[e].path}" == cause and surprises[e] >= WORTH_TELLING}
-        for e in sorted(expectations, key=lambda e: (e.field not in first, -surprises[e.field])):
-            field_, code = fields[e.field], int(codes[e.field])
-            group = group_of.get(e.field, field_.group)
-            if group in groups or field_.name.startswith("#") or (findings and surprises[e.field] < WORTH_TELLING):
+        first = {i for i in surprises if f"record:{fields[i].path}" == cause and surprises[i] >= WORTH_TELLING}
+        for i in sorted(surprises, key=lambda i: (i not in first, -surprises[i])):
+            field_, code = fields[i], int(codes[i])
+            group = group_of.get(i, field_.group)
+            if group in groups or field_.name.startswith("#") or (findings and surprises[i] < WORTH_TELLING):
                 continue
             groups.add(group)
             observed = event.value(field_.path)
-            unusual_for_actor = by_actor.get(e.field, 0.0) > max(by_type.get(e.field, 0.0) + 1, e.surprise)
+            unusual_for_actor = by_actor.get(i, 0.0) > max(by_type.get(i, 0.0) + 1, by_network[i])
             given = actor if unusual_for_actor and actor != observed else ""
             new = code == UNKNOWN and not field_.left_out and not field_.came_later(event.raw(field_.path))
             # The usual rarest word does not explain a text.
-            usual = e.expected if field_.derives != WORD else ()
-            expected = tuple((self._example(e.field, text, near), p) for text, p in usual)
-            findings.append(FieldFinding(field_.path, observed, expected, surprises[e.field], given, new))
+            usual: Expected = ()
+            if field_.derives != WORD:
+                usual = self._expected(i, code, near, places, far.get(i, 0.0) > by_network[i])
+            expected = tuple((self._example(i, text, near), p) for text, p in usual)
+            findings.append(FieldFinding(field_.path, observed, expected, surprises[i], given, new))
             if len(findings) == EXPLAINED_FIELDS:
                 break
         return tuple(findings)
+
+    def _expected(
+        self, place: int, code: int, near: list[dict[str, Any]], places: NDArray[np.int64], far: bool
+    ) -> Expected:
+        """What a field (by its place) was expected to be; far: by all events, not by the nearest ones. An exemplar
+        whose value is masked does not count."""
+        field = self.bundle.encoder.schema.fields[place]
+        if far:
+            return usual_range(field)
+        codes = self.bundle.codes[place, places].astype(np.int64)
+        masked = [not code and field.path in example for code, example in zip(codes.tolist(), near, strict=True)]
+        return expected_values(field, code, codes[~np.array(masked, np.bool_)])
 
     def _example(self, place: int, normalised: str, near: list[dict[str, Any]]) -> str:
         """An expected value of a field (by its place) as it looks before normalisation: the common part of the nearest

@@ -32,7 +32,7 @@ from encoder.ocsf.event_time import NO_TIME
 from encoder.ocsf.events import EventBatch
 from encoder.ocsf.repairs import widespread
 from encoder.training.embedding_quality import check_embedding
-from encoder.training.masked_fields import initial_network, train
+from encoder.training.replaced_fields import initial_network, train
 from encoder.training.sequence import SequenceReport, fit_sequences
 from encoder.training.trainer import TrainingRun
 from state.baseline.baseline import Baseline
@@ -173,7 +173,6 @@ def fit(
         "events_per_day": loaded.events / (span / DAY_MS),
         "steps": report.steps,
         "loss": report.losses,
-        "validation_loss": report.validation,
         "embedding": asdict(check_embedding(encoder, features, seed=seed)),
         "sequences": learned and {"loss": learned.losses, "network": learned.network, "counts": learned.counts},
         "seed": seed,
@@ -344,7 +343,6 @@ def fit_record(
         schema,
         trusted,
         weights[vouch],
-        later.take(later.distinct()[0]),
         seed=seed,
         device=device,
         checkpoint=checkpoint,
@@ -362,7 +360,7 @@ def fit_record(
     first, like = later.distinct()
     distinct = later.take(first)
     kinds = distinct.codes[:, 0].astype(np.int64)
-    raw = scorer.raw(encoder.encode(distinct), kinds)
+    raw = scorer.raw(encoder.encode(distinct, scorer.measured(kinds)), kinds)
     scorer.fit({name: score[like] for name, score in raw.items()}, kinds[like])
     return FittedRecord(encoder, scorer, scorer.evidence(scorer.parts(raw, kinds), kinds)[like], report)
 

@@ -100,7 +100,7 @@ def _read(
     events, _ = decode(batch)
     features = bundle.encoder.vectorize(events)
     first, like = features.distinct()
-    vectors = bundle.encoder.encode(features.take(first)).vectors[like]
+    vectors = bundle.encoder.vectors(features.take(first))[like]
     return events, vectors, features.codes, list(find_entities(events).primary)
 
 
