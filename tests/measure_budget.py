@@ -44,7 +44,7 @@ def weeks(folder: Path, seed: int) -> None:
     if not bundle.exists():
         fit([train], bundle)
     opened = load(bundle)
-    scored = _scored(test, folder / "scores.npz", bundle)
+    scored = scored_once(test, folder / "scores.npz", bundle)
     with labels.open(newline="") as rows:
         marks = {row["uid"]: row["sequence"] for row in csv.DictReader(rows)}
     incident = np.array([marks[uid] for uid in scored.uids])
@@ -58,7 +58,7 @@ def weeks(folder: Path, seed: int) -> None:
         fixed = np.full(len(scored), budget / float(opened.manifest["training"]["events_per_day"]))
         for name, threshold in (("stays", fixed), ("moves", thresholds_of(scored, budget, opened))):
             alert = scored.p_value <= threshold
-            false = _first_of_story(scored, alert) & normal
+            false = first_of_episode(scored, alert) & normal
             days = np.bincount(day[false], minlength=7 * (WEEKS - 1))
             by_week = days.reshape(-1, 7).mean(1)
             found = len(set(incident[alert]) - {""})
@@ -80,7 +80,7 @@ def held_out(path: Path) -> None:
     print(f"{path.name}: fitted on {cut:,}, then {len(scored):,}: {_told(scored.p_value)}", flush=True)
 
 
-def _scored(events: Path, kept: Path, bundle: Path) -> ScoredFile:
+def scored_once(events: Path, kept: Path, bundle: Path) -> ScoredFile:
     if not kept.exists():
         progress = lambda done: print(f"\r{done:,}", end="", file=sys.stderr)  # noqa: E731
         fresh = score_files([events], load(bundle), progress)
@@ -93,7 +93,7 @@ def _scored(events: Path, kept: Path, bundle: Path) -> ScoredFile:
     )
 
 
-def _first_of_story(scored: ScoredFile, alert: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def first_of_episode(scored: ScoredFile, alert: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Alerts but for those that go on about what was told less than an hour before: these update an alert."""
     first, last = np.zeros(len(alert), bool), {}
     for row in np.flatnonzero(alert).tolist():

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import ocsf_json_schema
 import orjson
 import pytest
 from cpu_time import least_cpu_s
 from evaluate import streams_of
+from measure_organisations import Truth, found_at
 from test_simulator import digest
 
 from encoder.ocsf.decoder import decode
@@ -421,3 +423,11 @@ def test_a_hundred_thousand_events_take_less_than_a_minute() -> None:
 def test_what_cannot_be_simulated_is_refused_by_name(arguments: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigurationError, match=named):
         simulate(0, **arguments)
+
+
+def test_an_incident_is_found_above_all_normal_events_but_so_many() -> None:
+    label = np.array([0, 1, 0, 1, 1, 0], np.int8)
+    incident = np.array(["", "a", "", "a", "b", ""])
+    score = np.array([5.0, 4.0, 3.0, 1.0, 3.0, 2.0])
+    truth = Truth(label, incident, {"a": "kind", "b": "kind"})
+    assert [found_at(truth, score, false_alarms) for false_alarms in (0, 1, 2)] == [set(), {"a"}, {"a", "b"}]
