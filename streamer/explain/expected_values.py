@@ -50,7 +50,7 @@ def _expected_number(field: Field, code: int, near: NDArray[np.integer]) -> Expe
     if missing > 0.5:
         return (("", missing),) if code != MISSING else ()
     bins = np.sort(near[near >= FIRST]) - FIRST
-    cut = int((1 - USUAL) / 2 * len(bins))
+    cut = round((1 - USUAL) / 2 * len(bins))
     low, high = (int(bins[cut]), int(bins[len(bins) - 1 - cut])) if len(bins) else (0, -1)
     if high < low or low <= code - FIRST <= high:
         return ()
