@@ -17,6 +17,8 @@ from state.baseline.group_distance import GroupDistance
 
 OUTSIDERS = 0.1
 """The share of the events of a type with quantities that vouches for nobody."""
+SAMPLES = 4
+"""References by which outsiders are found: by a single one, chance decides who is left in (docs/decisions/0006)."""
 MIN_TYPE = 200
 """Events with a number from which on a type counts as one with quantities."""
 
@@ -51,7 +53,10 @@ def vouching(
     for kind in quantities.tolist():
         rows = np.flatnonzero(types == kind)
         mass = weights[rows]
-        far = GroupDistance.fit(vectors[rows], mass, types[rows], seed=seed)(vectors[rows], types[rows])
+        samples = [
+            GroupDistance.fit(vectors[rows], mass, types[rows], seed=each) for each in range(seed, seed + SAMPLES)
+        ]
+        far = np.mean([groups(vectors[rows], types[rows]) for groups in samples], 0)
         odd = _evidence_among(rarity[rows], mass) + _evidence_among(far, mass)
         order = rows[np.argsort(odd, kind="stable")]
         keep[order[np.cumsum(weights[order]) > (1 - OUTSIDERS) * mass.sum()]] = False
