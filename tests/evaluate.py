@@ -44,7 +44,7 @@ from encoder.features.vectorizer import FeatureBatch, Vectorizer, fitted_to
 from encoder.ocsf.decoder import decode
 from state.calibration import FEW, Calibration
 from streamer.alerting.file_thresholds import daily_threshold
-from streamer.detection.record_score import FAR, FOR_ACTOR, FOR_TYPE, NEAR, PARTS, REPLACED
+from streamer.detection.record_score import FAR, FOR_ACTOR, FOR_TYPE, NEAR, NUMBERS, PARTS, REPLACED
 from streamer.detection.score_files import score_files
 from streamer.event_files import batches, event_uid
 from streamer.offline.evaluation import Labels, at_budget, by_sequence, metrics, read_labels, recall_at
@@ -57,11 +57,12 @@ UNRANKED = ("cloud",)
 BUDGETS = (20, 100)
 CHOICES: dict[str, tuple[str, ...]] = {
     "all parts": PARTS,
-    "without the nearest": (FOR_ACTOR, FOR_TYPE, FAR, REPLACED),
-    "without the many": (FOR_ACTOR, FOR_TYPE, NEAR, REPLACED),
-    "without the rarest value for the type": (FOR_ACTOR, FAR, NEAR, REPLACED),
-    "without the values for the actor": (FOR_TYPE, FAR, NEAR, REPLACED),
-    "without the network": (FOR_ACTOR, FOR_TYPE, FAR, NEAR),
+    "without the nearest": (FOR_ACTOR, FOR_TYPE, NUMBERS, FAR, REPLACED),
+    "without the many": (FOR_ACTOR, FOR_TYPE, NUMBERS, NEAR, REPLACED),
+    "without the rarest value for the type": (FOR_ACTOR, NUMBERS, FAR, NEAR, REPLACED),
+    "without the values for the actor": (FOR_TYPE, NUMBERS, FAR, NEAR, REPLACED),
+    "without the numbers in context": (FOR_ACTOR, FOR_TYPE, FAR, NEAR, REPLACED),
+    "without the network": (FOR_ACTOR, FOR_TYPE, NUMBERS, FAR, NEAR),
     "values alone": (FOR_ACTOR, FOR_TYPE),
     "distances alone": (FAR, NEAR),
 }

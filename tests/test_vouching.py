@@ -19,7 +19,7 @@ from encoder.ocsf.decoder import decode
 from encoder.ocsf.events import Message
 from encoder.training import replaced_fields
 from encoder.training.replaced_fields import initial_network
-from streamer.detection.record_score import FAR, FOR_TYPE, NEAR, PARTS, by_distance
+from streamer.detection.record_score import FAR, FOR_TYPE, NEAR, PARTS, REPLACED, strongest
 from streamer.training.fit import fit_record
 from streamer.training.vouching import OUTSIDERS, not_alone, types_with_quantities, vouching
 
@@ -114,7 +114,7 @@ def test_the_record_score_finds_the_next_attack_though_training_held_some(
     assert np.quantile(odd, 0.1) > np.quantile(usual, 0.99)
     assert parts[PARTS.index(FAR)].min() > 2 and parts[PARTS.index(NEAR)].min() > 2
     assert not parts[PARTS.index(FOR_TYPE)].any(), "it speaks of types without quantities alone"
-    assert by_distance(parts).mean() > 0.5
+    assert strongest(parts, np.isin(PARTS, (FAR, NEAR, REPLACED))).mean() > 0.5
 
 
 def test_evidence_of_held_out_events_is_as_rare_as_it_says(

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from encoder.features.schema import FIRST, MISSING, UNKNOWN, Schema
 from encoder.features.vectorizer import FeatureBatch, Vectorizer
+from encoder.models.contextual_numbers import ContextualNumbers
 from encoder.models.fixed_shape_runner import FixedShapeRunner, device_memory
 from encoder.models.rarity import TENSORS, ContextRarity
 from encoder.models.record_network import DEPTH, EMBEDDING, WIDTH, network_codes, network_sizes
@@ -38,7 +39,9 @@ class Encoded:
     most_surprising_field: int32 [n], the field (its place in the schema) whose value is the most surprising for the
     event type; replaced: float32 [n], nats, -log of the probability that none of the MOST_SURE fields was replaced,
     taken as independent; most_replaced_field: int32 [n], the field that was most surely replaced (of
-    events that are not judged: the most surprising one).
+    events that are not judged: the most surprising one); number_surprise: float32 [n], nats, and
+    most_surprising_number: int32 [n], of the numbers given what they are of (`ContextualNumbers.summary`); deviations:
+    float16 [n, k], of these numbers (`ContextualNumbers.deviations`).
     """
 
     vectors: NDArray[np.float16]
@@ -47,13 +50,24 @@ class Encoded:
     most_surprising_field: NDArray[np.int32]
     replaced: NDArray[np.float32]
     most_replaced_field: NDArray[np.int32]
+    number_surprise: NDArray[np.float32]
+    most_surprising_number: NDArray[np.int32]
+    deviations: NDArray[np.float16]
 
 
 class RecordEncoder:
-    """Schema, vectorizer, rarity counts and network as one, on `device`."""
+    """Schema, vectorizer, rarity counts, numbers in context and network as one, on `device`."""
 
-    def __init__(self, schema: Schema, net: TabularResNet, rarity: ContextRarity, device: torch.device) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        net: TabularResNet,
+        rarity: ContextRarity,
+        device: torch.device,
+        numbers: ContextualNumbers | None = None,
+    ) -> None:
         self.schema = schema
+        self.numbers = numbers or ContextualNumbers.none(schema)
         self.device = device
         self.vectorize = Vectorizer(schema)
         with device_memory(device):
@@ -63,9 +77,8 @@ class RecordEncoder:
             lambda codes, quantiles: self.net.embed(codes, quantiles).half(), device, size=CHUNK
         )
         self._logits = FixedShapeRunner(lambda codes, quantiles: self.net(codes, quantiles).half(), device, size=CHUNK)
-        numbers = [i for i, field in enumerate(schema.fields) if field.kind == "number"]
-        self._numbers = np.array(numbers, np.int32)
-        bins = [len(schema.fields[i].edges) + 1 for i in numbers]
+        self._numbers = self.numbers.fields
+        bins = [len(schema.fields[i].edges) + 1 for i in self._numbers.tolist()]
         self._coarse = np.array([max(1, round(count / QUANTITY_STEPS)) for count in bins], np.int32)
         self._identities = np.array([i for i, field in enumerate(schema.fields) if field.kind == "identity"], np.int32)
         self._discrete = np.array(rarity.columns, np.int32)
@@ -80,15 +93,18 @@ class RecordEncoder:
         try:
             net.load_state_dict(weights)
             rarity = ContextRarity(schema, *(state[f"rarity.{name}"] for name in TENSORS))
+            arrays = {name: state[f"numbers.{name}"].numpy() for name in ContextualNumbers.ARRAYS}
         except (RuntimeError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise EncoderError(f"the weights do not fit the feature schema ({reason}); fit the bundle again") from error
-        return cls(schema, net, rarity, device)
+        return cls(schema, net, rarity, device, ContextualNumbers(schema, **arrays))
 
     def state(self) -> dict[str, Tensor]:
         """Tensors from which, with the schema, `from_state` makes the same encoder."""
         tensors = {f"net.{name}": value.cpu().contiguous() for name, value in self.net.state_dict().items()}
-        return tensors | {f"rarity.{name}": getattr(self.rarity, name).cpu() for name in TENSORS}
+        tensors |= {f"rarity.{name}": getattr(self.rarity, name).cpu() for name in TENSORS}
+        arrays = {f"numbers.{name}": getattr(self.numbers, name) for name in ContextualNumbers.ARRAYS}
+        return tensors | {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def encode(self, features: FeatureBatch, judged: NDArray[np.bool_] | None = None) -> Encoded:
         """All that is known of n events by themselves; meant for distinct rows (`FeatureBatch.distinct`). judged: bool
@@ -103,6 +119,8 @@ class RecordEncoder:
             surest = logits.topk(min(MOST_SURE, logits.shape[1])).values
             replaced[rows] = functional.softplus(surest).sum(1).numpy()
             most_replaced_field[rows] = logits.argmax(1).numpy()
+        in_context = self.numbers.judge(features)
+        number_surprise, most_surprising_number = self.numbers.summary(in_context, len(features))
         return Encoded(
             self.vectors(features),
             max_surprise,
@@ -110,6 +128,9 @@ class RecordEncoder:
             most_surprising_field,
             replaced,
             most_replaced_field,
+            number_surprise.astype(np.float32),
+            most_surprising_number,
+            self.numbers.deviations(features, in_context),
         )
 
     def anonymised(self, features: FeatureBatch) -> NDArray[np.float16]:
@@ -125,6 +146,16 @@ class RecordEncoder:
         hidden = FeatureBatch(codes, coarse, features.actor, np.full_like(features.numbers, np.nan))
         first, like = hidden.distinct()
         return self.vectors(hidden.take(first))[like]
+
+    @property
+    def deviating_paths(self) -> tuple[str, ...]:
+        """The attribute path of each deviation."""
+        positions = self.numbers.fields[self.numbers.deviating].tolist()
+        return tuple(self.schema.fields[position].path for position in positions)
+
+    def window_vectors(self, features: FeatureBatch, deviations: NDArray[np.float16]) -> NDArray[np.float16]:
+        """float16 [n, 64 + k]: what windows hold of n events: their anonymised vectors, then their deviations."""
+        return np.concatenate([self.anonymised(features), deviations], axis=1)
 
     def vectors(self, features: FeatureBatch) -> NDArray[np.float16]:
         """float16 [n, 64]: the record embeddings."""

@@ -113,7 +113,7 @@ class _Finding:
             replace(
                 f,
                 observed=redactor.text(f.path, str(f.observed)),
-                given=redacted.text(f.given),
+                given=", ".join(redacted.text(name) for name in f.of) or redacted.text(f.given),
                 expected=tuple((redactor.text(f.path, str(text)), float(p)) for text, p in f.expected),
             )
             for f in explanation.fields
@@ -219,6 +219,10 @@ class _Finding:
             where = wording.subject(self.entity, record, field.path, {field.given, field.observed})
         else:
             where = f" in {self.action(field.path, {field.given, field.observed})}"
+        if kind == "shift":
+            whose = f" for {wording.shorten(field.given, 60)}" if field.given else ""
+            now = f"Shift of {name}{whose} against earlier events{where}: now {shown}"
+            return f"{now}{f'; {usual}' if usual else ''}"
         shown = f": {shown}" if shown in ("yes", "no") else f" {shown}"
         level = wording.compared(field.path, field.observed, field.expected)
         if field.given:

@@ -363,7 +363,7 @@ def _quantity(name: str, x: float) -> str:
             x /= 1000
             if abs(x) < 999.5 or unit == "TB":
                 return f"{x:.3g} {unit}"
-    if name == "duration" and x >= 0:
+    if name == "duration" and (x >= 1 or x == 0):
         return duration(round(x)) if x else "0"
     return f"{x:,.0f}" if x.is_integer() else f"{x:,.3g}"
 
@@ -513,6 +513,8 @@ def cause(text: str) -> str:
         return f"{what} within an hour of others"
     if kind == "rate":
         return rate(what)[1]
+    if kind == "shift":
+        return f"level of {attribute(what)}"
     return sequence(what) if kind == "sequence" else attribute(what)
 
 
@@ -557,12 +559,14 @@ def further_entities(joined: str, n: int) -> str:
 
 
 def duration(ms: int) -> str:
-    """A length of time in the largest unit that fits: "40 s", "9 min", "3.5 h"."""
+    """A length of time in the largest unit that fits: "4.1 s", "40 s", "9 min", "3.5 h"."""
     seconds = max(ms, 0) / 1000
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= size * 1.5:
             return f"{seconds / size:.2g} {unit}" if seconds < 10 * size else f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 1 else f"{max(ms, 0)} ms"
+    if seconds >= 1:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{max(ms, 0)} ms"
 
 
 def moment(ms: int) -> str:

@@ -33,12 +33,14 @@ from streamer.detection.drift import Drift
 from streamer.detection.inactivity import CAUSE as INACTIVITY
 from streamer.detection.inactivity import InactivityMonitor, coordinates_of, rows_of, unpack
 from streamer.detection.rate_score import RateScorer
-from streamer.detection.record_score import by_distance
+from streamer.detection.record_score import FAR, NEAR, NUMBERS, PARTS, REPLACED, strongest
 from streamer.detection.sequence_score import MISSING, ORDER
 from streamer.redaction import Redactor
 
 COMPACTED = 1024
 """Events decoded together by `compact`."""
+WORTH_TELLING = 3.0
+"""Nats of evidence by its numbers from which on an event is told by its most unusual number: one event in twenty."""
 _RATES = np.array([f"rate:{name}" for name in LEVELS], object)
 
 
@@ -103,13 +105,13 @@ class Detector:
         timer.end("vectorize")
         types = distinct.codes[:, 0].astype(np.int64)
         encoded = encoder.encode(distinct, scorer.record.measured(types))
-        anonymised = encoder.anonymised(distinct)[like]
+        vectors = encoder.window_vectors(distinct, encoded.deviations)[like]
         timer.end("encode")
         parts = scorer.record.parts(scorer.record.raw(encoded, types), types)
         record = scorer.record.evidence(parts, types)[like]
         cause = self._causes[_causal_field(encoded, parts)][like]
         entities = find_entities(events)
-        entries = window_entries(events, entities, anonymised)
+        entries = window_entries(events, entities, vectors)
         timer.end("compare")
         return PreparedBatch(events, rejects, features.codes, entities, entries, record, cause, timer.seconds)
 
@@ -147,7 +149,9 @@ class Detector:
         events, _ = decode(messages)
         features = self.bundle.encoder.vectorize(events)
         first, like = features.distinct()
-        vectors = self.bundle.encoder.anonymised(features.take(first))[like]
+        encoder, distinct = self.bundle.encoder, features.take(first)
+        deviations = encoder.numbers.deviations(distinct, encoder.numbers.judge(distinct))
+        vectors = encoder.window_vectors(distinct, deviations)[like]
         entities = find_entities(events)
         windows = self.windows.append(window_entries(events, entities, vectors)) if len(entities) else None
         if self._monitor is not None and (sequences := self.bundle.scorer.sequences) is not None:
@@ -181,11 +185,15 @@ class Detector:
         cooccurrence_evidence, sort = np.zeros(len(row)), np.zeros(len(row), np.int8)
         if (cooccurrence := self.bundle.scorer.cooccurrence) is not None:
             cooccurrence_evidence, sort = cooccurrence.judge(entities.entity, kind, windows)
+        shift_evidence, shift_cause = np.zeros(len(row)), np.full(len(row), "", object)
+        if (shift := self.bundle.scorer.shift) is not None:
+            shifted, strongest_number = shift.raw(windows)
+            shift_evidence, shift_cause = shift.evidence(shifted, kind), shift.causes(strongest_number)
         order, missing = (sequences.evidence(name, raw, kind) for name in ("order", "missing"))
-        parts = weighted(order, missing, rate, cooccurrence_evidence)
+        parts = weighted(order, missing, rate, cooccurrence_evidence, shift_evidence)
         evidence = parts.max(0)
         weakest_first = np.argsort(evidence, kind="stable")
-        cause = np.choose(parts.argmax(0), [ORDER, MISSING, _RATES[column], COOCCURRENCE_CAUSES[sort]])
+        cause = np.choose(parts.argmax(0), [ORDER, MISSING, _RATES[column], COOCCURRENCE_CAUSES[sort], shift_cause])
         history.evidence[row[weakest_first]] = evidence[weakest_first]
         history.entity[row[weakest_first]] = np.array(entities.entity, object)[weakest_first]
         history.cause[row[weakest_first]] = cause[weakest_first]
@@ -258,9 +266,14 @@ def window_entries(events: EventBatch, entities: Entities, vectors: NDArray[np.f
 
 
 def _causal_field(encoded: Encoded, parts: NDArray[np.float64]) -> NDArray[np.int32]:
-    """int32 [n]: the field that says most about the strongest part: the least expected value, or where a distance or
-    the network is stronger, the value that fits the rest of the event least. parts: float64 [5, n]."""
-    return np.where(by_distance(parts), encoded.most_replaced_field, encoded.most_surprising_field)
+    """int32 [n]: the field that says most about the strongest part: of distances and the network, the value that fits
+    the rest of the event least; else the least expected value. The network finds an operation as odd for its duration
+    as the other way round, so a number that is worth telling by itself goes first. parts: float64 [6, n]."""
+    whole = np.isin(PARTS, (FAR, NEAR, REPLACED))
+    field = np.where(strongest(parts, whole), encoded.most_replaced_field, encoded.most_surprising_field)
+    numbers = np.isin(PARTS, (NUMBERS,))[~whole]
+    of_number = strongest(parts[~whole], numbers) & (parts[PARTS.index(NUMBERS)] >= WORTH_TELLING)
+    return np.where(of_number, encoded.most_surprising_number, field)
 
 
 def compact(records: Sequence[bytes], schema: Schema) -> list[dict[str, Any]]:

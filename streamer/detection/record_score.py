@@ -1,10 +1,11 @@
 """The record score: what one event says by itself.
 
-Five parts, each calibrated to -log p on held-out events: how rare its values are for who acts, and for its type; how
-far it lies from the many events of its type, and from the nearest event of training; how surely some of its fields were
-replaced. Their sum is calibrated again (Fisher's method, with the dependence of the parts calibrated away). No part has
-a weight. Each product is calibrated on its own events where there are enough: what is far for a metric is near for a
-log of processes. Which training events the distances go by and the network learns from was decided before
+Six parts, each calibrated to -log p on held-out events: how rare its values are for who acts, and for its type; how
+unusual its numbers are given what they are of; how far it lies from the many events of its type, and from the nearest
+event of training; how surely some of its fields were replaced. Their sum is calibrated again (Fisher's method, with the
+dependence of the parts calibrated away). No part has a weight. Each product is calibrated on its own events where there
+are enough: what is far for a metric is near for a log of processes. Which training events numbers and distances go by,
+and the network learns from, was decided before
 (`streamer.training.vouching`).
 """
 
@@ -20,8 +21,15 @@ from state.baseline.baseline import Baseline
 from state.baseline.group_distance import GroupDistance
 from state.calibration import Calibration
 
-FOR_ACTOR, FOR_TYPE, FAR, NEAR, REPLACED = "rarity_for_actor", "rarity_for_type", "far", "near", "replaced"
-PARTS = (FOR_ACTOR, FOR_TYPE, FAR, NEAR, REPLACED)
+FOR_ACTOR, FOR_TYPE, NUMBERS, FAR, NEAR, REPLACED = (
+    "rarity_for_actor",
+    "rarity_for_type",
+    "numbers_in_context",
+    "far",
+    "near",
+    "replaced",
+)
+PARTS = (FOR_ACTOR, FOR_TYPE, NUMBERS, FAR, NEAR, REPLACED)
 RECORD = "record"
 OWN_CALIBRATION = 500
 """Held-out events from which on a product is calibrated on its own; all others are on all events together."""
@@ -49,6 +57,7 @@ class RecordScorer:
         return {
             FOR_ACTOR: encoded.max_surprise_for_actor.astype(np.float64),
             FOR_TYPE: encoded.max_surprise.astype(np.float64),
+            NUMBERS: encoded.number_surprise.astype(np.float64),
             FAR: self.groups(encoded.vectors, types),
             NEAR: self.baseline.search(encoded.vectors, 1)[0][:, 0].astype(np.float64),
             REPLACED: encoded.replaced.astype(np.float64),
@@ -57,7 +66,7 @@ class RecordScorer:
     def fit(self, raw: dict[str, NDArray[np.float64]], types: NDArray[np.int64]) -> None:
         """Calibrate on the raw parts of held-out events."""
         for name in PARTS:
-            self._calibrate(name, raw[name], types, self._speaks(name, types))
+            self._calibrate(name, raw[name], types, self._speaks(name, raw[name], types))
         self._calibrate(RECORD, self.parts(raw, types).sum(0), types, np.ones(len(types), np.bool_))
 
     def _calibrate(
@@ -72,13 +81,16 @@ class RecordScorer:
                 self.calibrations[f"{name}.{each}"] = Calibration.fit(scores[rows])
 
     def parts(self, raw: dict[str, NDArray[np.float64]], types: NDArray[np.int64]) -> NDArray[np.float64]:
-        """float64 [5, n], nats: the evidence of each of PARTS, 0 where it does not speak."""
+        """float64 [6, n], nats: the evidence of each of PARTS, 0 where it does not speak."""
         return np.stack(
-            [np.where(self._speaks(name, types), self._calibrated(name, raw[name], types), 0.0) for name in PARTS]
+            [
+                np.where(self._speaks(name, raw[name], types), self._calibrated(name, raw[name], types), 0.0)
+                for name in PARTS
+            ]
         )
 
     def evidence(self, parts: NDArray[np.float64], types: NDArray[np.int64]) -> NDArray[np.float64]:
-        """float64 [5, n] to float64 [n], nats: all parts as one. types: int64 [n]."""
+        """float64 [6, n] to float64 [n], nats: all parts as one. types: int64 [n]."""
         return self._calibrated(RECORD, parts.sum(0), types)
 
     def _calibrated(self, name: str, scores: NDArray[np.float64], types: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -96,19 +108,17 @@ class RecordScorer:
         known = types < len(self.products)
         return np.where(known, self.products[np.where(known, types, 0)], 0)
 
-    def _speaks(self, name: str, types: NDArray[np.int64]) -> NDArray[np.bool_]:
-        if name not in (FOR_TYPE, REPLACED):
-            return np.ones(len(types), np.bool_)
-        return self.measured(types) if name == REPLACED else ~self.measured(types)
+    def _speaks(self, name: str, raw: NDArray[np.float64], types: NDArray[np.int64]) -> NDArray[np.bool_]:
+        if name == FOR_TYPE:
+            return ~self.measured(types)
+        return self.measured(types) if name == REPLACED else ~np.isnan(raw)
 
     def measured(self, types: NDArray[np.int64]) -> NDArray[np.bool_]:
         """bool [n]: which events are of a type that carries quantities; the network judges these alone."""
         return np.isin(types, self.quantities)
 
 
-def by_distance(parts: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """bool [n]: whether an event as a whole, by its distances or the network, is odder than its values by themselves.
-    parts: float64 [5, n]."""
-    values, whole = parts[:2].max(0), parts[2:].max(0)
-    larger: NDArray[np.bool_] = whole > values
+def strongest(parts: NDArray[np.float64], named: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """bool [n]: whether one of some parts is odder than all others. parts: float64 [6, n]; named: bool [6]."""
+    larger: NDArray[np.bool_] = parts[named].max(0) > parts[~named].max(0)
     return larger

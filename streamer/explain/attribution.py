@@ -8,7 +8,8 @@ window. It does not write sentences (`streamer.alerting.text`) and does not reda
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from encoder.features.normalization import FOLDER, WORD, derived, normalise
 from encoder.features.schema import FIRST, UNKNOWN, Field
 from encoder.features.schema import MISSING as MISSING_VALUE
 from encoder.features.vectorizer import FeatureBatch
+from encoder.models.contextual_numbers import USUAL_SHARE, JudgedNumbers
 from encoder.models.rarity import Surprise
+from encoder.models.record_network import EMBEDDING
 from encoder.ocsf.decoder import decode
 from encoder.ocsf.entities import KINDS
 from encoder.ocsf.event_time import TimeBounds
@@ -30,9 +33,10 @@ from streamer.detection.cooccurrence_score import CAUSES as COOCCURRENCE_CAUSES
 from streamer.detection.inactivity import CAUSE as INACTIVITY
 from streamer.detection.record_score import NEAR
 from streamer.detection.sequence_score import MISSING, ORDER
+from streamer.detection.shift_score import CAUSE as SHIFT
 from streamer.explain import peer_comparison
 from streamer.explain import rates as rate_attribution
-from streamer.explain.expected_values import Expected, expected_values, tail, usual_range
+from streamer.explain.expected_values import Expected, as_range, expected_values, tail, usual_range
 from streamer.explain.leave_one_out import LATEST, cut, weights
 from streamer.explain.peer_comparison import PeerComparison
 from streamer.explain.rates import RateFinding
@@ -51,7 +55,8 @@ class FieldFinding:
     """One attribute that contributed: the observed value, the expected values with their probabilities, -log p in nats.
 
     given: the actor, where the value is more surprising for this actor than for events of this type (else ""); new: the
-    value did not occur in training.
+    value did not occur in training; of: what a number is of, where it is more surprising given that (the values of the
+    one or two attributes that explain it).
     """
 
     path: str
@@ -60,6 +65,7 @@ class FieldFinding:
     surprise: float
     given: str = ""
     new: bool = False
+    of: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ class _Event:
     features: FeatureBatch
     surprise: Surprise
     replaced: NDArray[np.float32]
+    numbers: JudgedNumbers
     row: int
 
     def raw(self, path: str) -> Any:
@@ -142,7 +149,7 @@ class Explainer:
             [Message("", 0, i, -1, event, bounds=at) for i, (at, event) in enumerate(zip(scored_at, raw, strict=True))]
         )
         features = encoder.vectorize(events)
-        surprise = encoder.rarity(features)
+        surprise, numbers = encoder.rarity(features), encoder.numbers.judge(features)
         distances, places = record.baseline.search(encoder.vectors(features), EXAMPLES)
         replaced = encoder.replaced_fields(features)
         usual = _typical(record.calibrations[NEAR].scores)
@@ -153,7 +160,7 @@ class Explainer:
             near = [orjson.loads(self.bundle.exemplars[place]) for place in places[i].tolist()]
             similar = near[: int((distances[i] <= usual).sum())]
             event, cause, entity = (
-                _Event(events, features, surprise, replaced[i], i),
+                _Event(events, features, surprise, replaced[i], numbers, i),
                 str(scored.cause[row]),
                 str(scored.entity[row]),
             )
@@ -199,7 +206,9 @@ class Explainer:
             )
         if cause == INACTIVITY:  # The last event is usual; that none followed is not, and examples do not show that.
             return None
-        field = next((f for f in fields if f.path == what), fields[0] if fields else None) if part == "record" else None
+        field = None
+        if part in ("record", "shift"):
+            field = next((f for f in fields if f.path == what), fields[0] if fields else None)
         path = field.path if field is not None and field.path != "type_uid" else ""
         codes = event.features.codes[event.row]
         new = field is not None and field.new
@@ -258,7 +267,7 @@ class Explainer:
         kinds = np.array([KINDS.index(str(entity).partition(":")[0]) for entity in scored.entity[rows]], np.int8)
         cause = scored.cause[rows]
         losses = weights(sequences, windows, kinds, [_STATISTICS[each] for each in cause])
-        inputs = windows.vectors, windows.times, windows.length, kinds
+        inputs = windows.vectors[:, :, :EMBEDDING], windows.times, windows.length, kinds
         expected, absent = sequences.model.expected(*inputs, cause == INACTIVITY), sequences.model.absent(*inputs)
         instead = {ORDER: expected, INACTIVITY: expected, MISSING: absent}
         return {
@@ -274,7 +283,7 @@ class Explainer:
         slots = np.flatnonzero(windows.mask[i])[-LATEST:]
         if sequences is None or not len(slots):
             return ()
-        codes = sequences.model.codebook(windows.vectors[i, slots]).tolist()
+        codes = sequences.model.codebook(windows.vectors[i, slots, :EMBEDDING]).tolist()
         return tuple(
             (int(windows.times[i, slot]), self._coordinates(windows, i, slot), self._like(code), float(weight[slot]))
             for slot, code in zip(slots.tolist(), codes, strict=True)
@@ -314,6 +323,12 @@ class Explainer:
                 readable = codes[i] >= FIRST
                 far[i] = tail(fields[i], float(event.features.quantiles[event.row, place])) if readable else 0.0
                 surprises[i] = max(by_network[i], far[i])
+        in_context = {
+            i: each
+            for i, each in self._numbers_in_context(event)
+            if each.surprise > surprises[i] or f"{SHIFT}{fields[i].path}" == cause
+        }
+        surprises |= {i: each.surprise for i, each in in_context.items()}
         present = {field.path for field, code in zip(fields, codes.tolist(), strict=True) if code}
         actor = event.value(next((path for path in encoder.schema.actors if path in present), ""))
         findings: list[FieldFinding] = []
@@ -321,6 +336,7 @@ class Explainer:
         group_of = {i: fields[columns[twin]].group for i, twin in zip(columns, twins, strict=True)}
         groups: set[str] = set()
         first = {i for i in surprises if f"record:{fields[i].path}" == cause and surprises[i] >= WORTH_TELLING}
+        first |= {i for i in surprises if f"{SHIFT}{fields[i].path}" == cause}
         for i in sorted(surprises, key=lambda i: (i not in first, -surprises[i])):
             field_, code = fields[i], int(codes[i])
             group = group_of.get(i, field_.group)
@@ -328,6 +344,9 @@ class Explainer:
                 continue
             groups.add(group)
             observed = event.value(field_.path)
+            if (number := in_context.get(i)) is not None:
+                findings.append(replace(number, path=field_.path, observed=observed))
+                continue
             unusual_for_actor = by_actor.get(i, 0.0) > max(by_type.get(i, 0.0) + 1, by_network[i])
             given = actor if unusual_for_actor and actor != observed else ""
             new = code == UNKNOWN and not field_.left_out and not field_.came_later(event.raw(field_.path))
@@ -337,9 +356,17 @@ class Explainer:
                 usual = self._expected(i, code, near, places, far.get(i, 0.0) > by_network[i])
             expected = tuple((self._example(i, text, near), p) for text, p in usual)
             findings.append(FieldFinding(field_.path, observed, expected, surprises[i], given, new))
-            if len(findings) == EXPLAINED_FIELDS:
-                break
-        return tuple(findings)
+        return tuple(findings[:EXPLAINED_FIELDS])
+
+    def _numbers_in_context(self, event: _Event) -> Iterator[tuple[int, FieldFinding]]:
+        """By field, the numbers of an event that are judged by what they are of."""
+        model, judged = self.bundle.encoder.numbers, event.numbers
+        for at in np.flatnonzero(judged.row == event.row).tolist():
+            table, field = int(judged.table[at]), int(model.fields[judged.number[at]])
+            paths = [self.bundle.encoder.schema.fields[i].path for i in model.attributes(table)]
+            of = tuple(filter(None, (event.value(path) for path in paths)))
+            usual = as_range(*model.usual[table].tolist())
+            yield field, FieldFinding("", "", ((usual, USUAL_SHARE),), float(judged.surprise[at]), of=of)
 
     def _expected(
         self, place: int, code: int, near: list[dict[str, Any]], places: NDArray[np.int64], far: bool

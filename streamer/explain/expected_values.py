@@ -41,8 +41,14 @@ def tail(field: Field, quantile: float) -> float:
 def usual_range(field: Field) -> Expected:
     """The range of nine in ten training values."""
     last = len(field.grid) - 1
-    least, most = (_rounded(field.grid[round(share * last)]) for share in ((1 - USUAL) / 2, (1 + USUAL) / 2))
-    return ((least if least == most else f"{least} to {most}", USUAL),)
+    least, most = (field.grid[round(share * last)] for share in ((1 - USUAL) / 2, (1 + USUAL) / 2))
+    return ((as_range(least, most), USUAL),)
+
+
+def as_range(low: float, high: float) -> str:
+    """A range on the signed log scale as text: "3 to 12", "3" where both ends are the same to three digits."""
+    least, most = _rounded(low), _rounded(high)
+    return least if least == most else f"{least} to {most}"
 
 
 def _expected_number(field: Field, code: int, near: NDArray[np.integer]) -> Expected:
@@ -72,10 +78,8 @@ def _range(field: Field, first: int, last: int) -> str:
     ]
     if not inside:  # the bins have no value of the grid
         inside = tuple(x for x in (low, high) if x is not None)
-    least, most = _rounded(inside[0]), _rounded(inside[-1])
-    if least == most:
-        return least
-    return f"over {_rounded(low)}" if high is None and low is not None else f"{least} to {most}"
+    usual = as_range(inside[0], inside[-1])
+    return f"over {_rounded(low)}" if high is None and low is not None and " to " in usual else usual
 
 
 def _rounded(logarithmic: float) -> str:
