@@ -26,7 +26,7 @@ TWINS = 0.98
 other: a logon names its server by name, by address, and again as the destination."""
 _TWIN_ROWS = 4096
 """Distinct events of a type in which twins are searched."""
-_HIT, _SEEN = 0.5, 5.0
+HIT, SEEN = 0.5, 5.0
 """Added to the two counts: a known value that never occurred in a context of n events scores log(2 n)."""
 BLOCKS = 7
 """Parts of the training time with equally many events: days of a week."""
@@ -86,12 +86,12 @@ class ContextRarity:
         counts: list[NDArray[np.float64]] = []
         for context in _contexts(features):
             of_row = rarity._keys(features, context, [-1])[:, 0]
-            whole, _, in_block = _counted(of_row, weights)
+            whole, _, in_block = counted(of_row, weights)
             keys.append(whole)
             counts.append(in_block.sum(1))
             for column in range(len(rarity.columns)):
-                distinct, first, in_block = _counted(rarity._keys(features, context, [column])[:, 0], weights)
-                known, unknown = _no_likelier(np.searchsorted(whole, of_row[first]), in_block, len(whole))
+                distinct, first, in_block = counted(rarity._keys(features, context, [column])[:, 0], weights)
+                known, unknown = no_likelier(np.searchsorted(whole, of_row[first]), in_block, in_block, len(whole))
                 keys.extend((distinct, rarity._unknown(whole, column)))
                 counts.extend((known, unknown))
         all_keys, inverse = np.unique(np.concatenate(keys), return_inverse=True)
@@ -130,7 +130,7 @@ class ContextRarity:
         surprises = []
         for context in _contexts(features):
             counts = self._count(self._keys(features, context, range(-1, len(self.columns))))
-            surprise = -torch.log((counts[:, 1:] + _HIT) / (counts[:, :1] + _SEEN))
+            surprise = -torch.log((counts[:, 1:] + HIT) / (counts[:, :1] + SEEN))
             surprises.append(torch.where(new_name, surprise.clamp(max=NEW_NAME_SURPRISE), surprise))
         return Surprise(surprises[0], surprises[1], codes[:, 0].long())
 
@@ -147,7 +147,7 @@ class ContextRarity:
         return by_type.amax(1), by_actor.sum(1)
 
 
-def _counted(
+def counted(
     keys: NDArray[np.int64], weights: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.intp], NDArray[np.float64]]:
     """The distinct keys, ascending, the first row of each, and its events in each block: float64 [k, blocks]."""
@@ -156,25 +156,26 @@ def _counted(
     return distinct, first, np.stack(in_block, 1)
 
 
-def _no_likelier(
-    context: NDArray[np.intp], in_block: NDArray[np.float64], contexts: int
+def no_likelier(
+    context: NDArray[np.intp], in_block: NDArray[np.float64], likely: NDArray[np.float64], contexts: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The number of events of the same context whose value was equally or less likely: for each value (float64 [k]) and
     for an unknown one (float64 [contexts]). The likelihood of an event's value is its count in the other blocks.
 
-    context: intp [k], the context of each value; in_block: float64 [k, blocks].
+    context: intp [k], the context of each value; in_block: float64 [k, blocks], its events; likely: float64
+    [k, blocks], the counts that its likelihood goes by.
     """
-    total = in_block.sum(1)
+    total = likely.sum(1)
     value, block = np.nonzero(in_block)
     events = in_block[value, block]
-    elsewhere = np.minimum(total[value] - events, ENOUGH)
+    elsewhere = np.minimum(total[value] - likely[value, block], ENOUGH)
     order = np.lexsort((elsewhere, context[value]))
     width = ENOUGH + 1  # One ascending key of context and count.
     ascending = context[value][order] * width + elsewhere[order]
     so_far = np.concatenate([[0.0], np.cumsum(events[order])])
     start = np.searchsorted(ascending, np.arange(contexts) * width)
-    likely = context * width + np.minimum(total, ENOUGH)
-    known = so_far[np.searchsorted(ascending, likely, side="right")] - so_far[start[context]]
+    most = context * width + np.minimum(total, ENOUGH)
+    known = so_far[np.searchsorted(ascending, most, side="right")] - so_far[start[context]]
     unknown = so_far[np.searchsorted(ascending, np.arange(contexts) * width, side="right")] - so_far[start]
     return known, unknown
 
