@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -41,10 +42,11 @@ from numpy.typing import NDArray
 
 from encoder.features.schema import Schema
 from encoder.features.vectorizer import FeatureBatch, Vectorizer, fitted_to
+from encoder.models.text_shapes import Attribute, TextCollector, Texts
 from encoder.ocsf.decoder import decode
 from state.calibration import FEW, Calibration
 from streamer.alerting.file_thresholds import daily_threshold
-from streamer.detection.record_score import FAR, FOR_ACTOR, FOR_TYPE, NEAR, NUMBERS, PARTS, REPLACED
+from streamer.detection.record_score import FAR, FOR_ACTOR, FOR_TYPE, NEAR, NUMBERS, PARTS, REPLACED, TEXT
 from streamer.detection.score_files import score_files
 from streamer.event_files import batches, event_uid
 from streamer.offline.evaluation import Labels, at_budget, by_sequence, metrics, read_labels, recall_at
@@ -57,13 +59,14 @@ UNRANKED = ("cloud",)
 BUDGETS = (20, 100)
 CHOICES: dict[str, tuple[str, ...]] = {
     "all parts": PARTS,
-    "without the nearest": (FOR_ACTOR, FOR_TYPE, NUMBERS, FAR, REPLACED),
-    "without the many": (FOR_ACTOR, FOR_TYPE, NUMBERS, NEAR, REPLACED),
-    "without the rarest value for the type": (FOR_ACTOR, NUMBERS, FAR, NEAR, REPLACED),
-    "without the values for the actor": (FOR_TYPE, NUMBERS, FAR, NEAR, REPLACED),
-    "without the numbers in context": (FOR_ACTOR, FOR_TYPE, FAR, NEAR, REPLACED),
-    "without the network": (FOR_ACTOR, FOR_TYPE, NUMBERS, FAR, NEAR),
-    "values alone": (FOR_ACTOR, FOR_TYPE),
+    "without texts": (FOR_ACTOR, FOR_TYPE, NUMBERS, FAR, NEAR, REPLACED),
+    "without the numbers in context": (FOR_ACTOR, FOR_TYPE, FAR, NEAR, REPLACED, TEXT),
+    "without the network": (FOR_ACTOR, FOR_TYPE, NUMBERS, FAR, NEAR, TEXT),
+    "without the nearest": (FOR_ACTOR, FOR_TYPE, NUMBERS, FAR, REPLACED, TEXT),
+    "without the many": (FOR_ACTOR, FOR_TYPE, NUMBERS, NEAR, REPLACED, TEXT),
+    "without the rarest value for the type": (FOR_ACTOR, NUMBERS, FAR, NEAR, REPLACED, TEXT),
+    "without the values for the actor": (FOR_TYPE, NUMBERS, FAR, NEAR, REPLACED, TEXT),
+    "values and texts alone": (FOR_ACTOR, FOR_TYPE, TEXT),
     "distances alone": (FAR, NEAR),
 }
 """Parts whose evidence is added up without weights. The first is the score as it is served."""
@@ -136,8 +139,10 @@ class Features:
 
     schema: Schema
     train: FeatureBatch
+    train_texts: Texts
     held: NDArray[np.bool_]
     test: FeatureBatch
+    test_texts: Texts
     uids: list[str]
 
 
@@ -148,14 +153,16 @@ def features_of(stream: Stream, kept: Path) -> Features:
             return Features(
                 Schema.from_json(arrays["schema"].tobytes()),
                 FeatureBatch(*(arrays[f"train.{name}"] for name in FEATURES)),
+                texts_from(arrays, "train"),
                 arrays["held"],
                 FeatureBatch(*(arrays[f"test.{name}"] for name in FEATURES)),
+                texts_from(arrays, "test"),
                 arrays["uids"].tolist(),
             )
     loaded = fitting._load([stream.train], lambda *_: None)
     held = fitting.held_out(loaded.time)
     schema, train = fitted_to(loaded.schema, loaded.features, np.flatnonzero(~held))
-    test, uids = test_features(stream, schema)
+    test, test_texts, uids = test_features(stream, schema)
     arrays = {f"train.{name}": getattr(train, name) for name in FEATURES}
     arrays |= {f"test.{name}": getattr(test, name) for name in FEATURES}
     np.savez(
@@ -165,21 +172,35 @@ def features_of(stream: Stream, kept: Path) -> Features:
         uids=np.array(uids),
         allow_pickle=False,
         **arrays,
+        **texts_to(loaded.texts, "train"),
+        **texts_to(test_texts, "test"),
     )
-    return Features(schema, train, held, test, uids)
+    return Features(schema, train, loaded.texts, held, test, test_texts, uids)
 
 
-def test_features(stream: Stream, schema: Schema) -> tuple[FeatureBatch, list[str]]:
-    """The features of the n test events and their n uids."""
-    vectorize = Vectorizer(schema)
+def texts_to(texts: Texts, part: str) -> dict[str, NDArray[Any]]:
+    """Arrays from which `texts_from` makes the same."""
+    described = [[list(attribute) for attribute in texts.attributes], texts.strings]
+    return {f"{part}.ids": texts.ids, f"{part}.texts": np.frombuffer(orjson.dumps(described), np.uint8)}
+
+
+def texts_from(arrays: Mapping[str, NDArray[Any]], part: str) -> Texts:
+    attributes, strings = orjson.loads(arrays[f"{part}.texts"].tobytes())
+    return Texts([Attribute(*attribute) for attribute in attributes], arrays[f"{part}.ids"], strings)
+
+
+def test_features(stream: Stream, schema: Schema) -> tuple[FeatureBatch, Texts, list[str]]:
+    """The features of the n test events, their texts and their n uids."""
+    vectorize, texts = Vectorizer(schema), TextCollector(schema)
     parts: list[FeatureBatch] = []
     uids: list[str] = []
     for batch in batches([stream.test]):
         events, _ = decode(batch)
         parts.append(vectorize(events))
+        texts.add(events, np.arange(len(events)))
         lines = events.coordinates.offset.tolist()
         uids += [event_uid(record, line + 1) for record, line in zip(events.records, lines, strict=True)]
-    return FeatureBatch.concatenate(parts), uids
+    return FeatureBatch.concatenate(parts), texts.finish(np.arange(len(uids))), uids
 
 
 def features_file(stream: Stream, out: Path) -> Path:
@@ -190,25 +211,42 @@ def measure_record(stream: Stream, seed: int, out: Path) -> dict[str, Any]:
     """The record part alone. Leaves the raw parts of held-out and test events in `out`."""
     began = time.perf_counter()
     known = features_of(stream, features_file(stream, out))
-    first, in_block = fitting._distinct(known.train, np.flatnonzero(~known.held))
-    held = known.train.take(np.flatnonzero(known.held))
     loaded = time.perf_counter()
-    part = fitting.fit_record(
-        known.schema, known.train.take(first), in_block, held, seed=seed, device=torch.device("cpu")
-    )
-
-    def parts_of(features: FeatureBatch) -> NDArray[np.float64]:
-        first, like = features.distinct()
-        distinct = features.take(first)
-        types = distinct.codes[:, 0].astype(np.int64)
-        return part.scorer.parts(part.scorer.raw(part.encoder.encode(distinct), types), types)[:, like]
-
+    part = fitted_record(known, seed)
     fitted = time.perf_counter()
-    evidence = {"held": parts_of(held), "test": parts_of(known.test)}
+    held = np.flatnonzero(known.held)
+    evidence = {
+        "held": parts_of(part, known.train.take(held), known.train_texts.take(held)),
+        "test": parts_of(part, known.test, known.test_texts),
+    }
     np.savez(out / f"{stream.name}.{seed}.parts.npz", uids=np.array(known.uids), allow_pickle=False, **evidence)
     found = of_parts(stream, evidence["held"], evidence["test"], known.uids, PARTS)
     times = {"load_s": loaded - began, "fit_s": fitted - loaded, "score_s": time.perf_counter() - fitted}
     return found | {name: round(seconds, 1) for name, seconds in times.items()}
+
+
+def fitted_record(known: Features, seed: int) -> fitting.FittedRecord:
+    trained, held = np.flatnonzero(~known.held), np.flatnonzero(known.held)
+    first, in_block = fitting._distinct(known.train, trained)
+    return fitting.fit_record(
+        known.schema,
+        known.train.take(first),
+        in_block,
+        known.train.take(held),
+        texts=known.train_texts.take(trained),
+        later_texts=known.train_texts.take(held),
+        seed=seed,
+        device=torch.device("cpu"),
+    )
+
+
+def parts_of(part: fitting.FittedRecord, features: FeatureBatch, texts: Texts) -> NDArray[np.float64]:
+    """float64 [parts, n], nats."""
+    first, like = features.distinct()
+    distinct = features.take(first)
+    types = distinct.codes[:, 0].astype(np.int64)
+    parts = part.scorer.parts(part.scorer.raw(part.encoder.encode(distinct), types), types)[:, like]
+    return part.scorer.with_text(parts, part.scorer.texts.of_texts(texts), types[like])
 
 
 def of_parts(
@@ -240,30 +278,24 @@ def measure_together(streams: list[Stream], seed: int, out: Path) -> dict[str, l
     began = time.perf_counter()
     whole = Stream(TOGETHER, train, chosen[0].test, chosen[0].labels)
     known = features_of(whole, features_file(whole, out))
-    first, in_block = fitting._distinct(known.train, np.flatnonzero(~known.held))
-    held = known.train.take(np.flatnonzero(known.held))
-    part = fitting.fit_record(
-        known.schema, known.train.take(first), in_block, held, seed=seed, device=torch.device("cpu")
-    )
-    calibration = Calibration.fit(evidence_of(part, held), tail_from=FEW)
+    part = fitted_record(known, seed)
+    held = np.flatnonzero(known.held)
+    evidence = evidence_of(part, known.train.take(held), known.train_texts.take(held))
+    calibration = Calibration.fit(evidence, tail_from=FEW)
     seconds = time.perf_counter() - began
     found = {}
     for stream in chosen:
         began = time.perf_counter()
-        test, uids = test_features(stream, part.encoder.schema)
-        evidence = evidence_of(part, test)
+        test, texts, uids = test_features(stream, part.encoder.schema)
+        evidence = evidence_of(part, test, texts)
         result = figures(read_labels(stream.labels, uids), evidence, calibration.p_value(evidence))
         found[stream.name] = [result | {"fit_s": seconds, "score_s": time.perf_counter() - began}]
     return found
 
 
-def evidence_of(part: fitting.FittedRecord, features: FeatureBatch) -> NDArray[np.float64]:
+def evidence_of(part: fitting.FittedRecord, features: FeatureBatch, texts: Texts) -> NDArray[np.float64]:
     """float64 [n], nats: the record score."""
-    first, like = features.distinct()
-    distinct = features.take(first)
-    types = distinct.codes[:, 0].astype(np.int64)
-    parts = part.scorer.parts(part.scorer.raw(part.encoder.encode(distinct), types), types)
-    return part.scorer.evidence(parts, types)[like]
+    return part.scorer.evidence(parts_of(part, features, texts), features.codes[:, 0].astype(np.int64))
 
 
 def interleave(trains: list[Path], out: Path) -> None:

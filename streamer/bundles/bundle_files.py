@@ -28,6 +28,7 @@ from safetensors.torch import save_file as save_tensors
 from encoder.models.record_encoder import RecordEncoder
 from encoder.models.record_network import EMBEDDING
 from encoder.models.sequence_model import SequenceModel
+from encoder.models.text_shapes import TextShapes
 from state.baseline.baseline import Baseline
 from state.baseline.group_distance import GroupDistance
 from state.calibration import Calibration
@@ -45,6 +46,7 @@ from streamer.detection.shift_score import ShiftScorer
 
 _INDEX, _SCORES, _EXEMPLARS = "baseline.hnsw", "scores.safetensors", "exemplars.ndjson"
 _SEQUENCES, _BEHAVIOURS = "sequences.safetensors", "behaviours.ndjson"
+_TEXTS = "texts."
 _PROFILE_ARRAYS = ("keys", "most", "usual", "kinds")
 
 
@@ -127,6 +129,7 @@ def _scorer_arrays(scorer: EventScorer) -> dict[str, NDArray[Any]]:
         "quantities": record.quantities,
         "products": record.products,
     }
+    arrays |= {f"{_TEXTS}{name}": array for name, array in record.texts.arrays().items()}
     groups = {"record": record.calibrations, "event": {"event": scorer.event}}
     if scorer.sequences is not None:
         groups["sequence"] = scorer.sequences.calibrations
@@ -167,8 +170,14 @@ def load(path: Path, device: str = "cpu") -> Bundle:
         )
         baseline.learned = arrays["baseline.learned"]
         groups = GroupDistance(*(arrays[f"far.{name}"] for name in ("vectors", "starts", "types")))
+        of_texts = {name.removeprefix(_TEXTS): array for name, array in arrays.items() if name.startswith(_TEXTS)}
         record = RecordScorer(
-            baseline, groups, arrays["quantities"], arrays["products"], _calibrations(arrays, "record")
+            baseline,
+            groups,
+            arrays["quantities"],
+            arrays["products"],
+            _calibrations(arrays, "record"),
+            TextShapes.from_arrays(of_texts),
         )
         sequences = None
         if manifest["sequences"] is not None:

@@ -33,7 +33,7 @@ from streamer.detection.drift import Drift
 from streamer.detection.inactivity import CAUSE as INACTIVITY
 from streamer.detection.inactivity import InactivityMonitor, coordinates_of, rows_of, unpack
 from streamer.detection.rate_score import RateScorer
-from streamer.detection.record_score import FAR, NEAR, NUMBERS, PARTS, REPLACED, strongest
+from streamer.detection.record_score import FAR, NEAR, NUMBERS, PARTS, REPLACED, TEXT, by_text, strongest
 from streamer.detection.sequence_score import MISSING, ORDER
 from streamer.redaction import Redactor
 
@@ -83,6 +83,7 @@ class Detector:
         fields = bundle.encoder.schema.fields
         self.drift = Drift(bundle.encoder.schema, bundle.profile)
         self._causes = np.array([f"record:{field.path}" for field in fields], object)
+        self._text_causes = np.array([f"record:{path}" for path in (*bundle.scorer.record.texts.paths, "")], object)
         sequences, self._monitor = bundle.scorer.sequences, None
         if timers is not None and sequences is not None and sequences.model.timeouts:
             self._monitor = InactivityMonitor(bundle.scorer, sequences, timers, redactor or Redactor())
@@ -108,8 +109,11 @@ class Detector:
         vectors = encoder.window_vectors(distinct, encoded.deviations)[like]
         timer.end("encode")
         parts = scorer.record.parts(scorer.record.raw(encoded, types), types)
-        record = scorer.record.evidence(parts, types)[like]
         cause = self._causes[_causal_field(encoded, parts)][like]
+        surprise, attribute = scorer.record.texts(events)
+        parts = scorer.record.with_text(parts[:, like], surprise, types[like])
+        record = scorer.record.evidence(parts, types[like])
+        cause = np.where(by_text(parts), self._text_causes[attribute], cause)
         entities = find_entities(events)
         entries = window_entries(events, entities, vectors)
         timer.end("compare")
@@ -268,11 +272,12 @@ def window_entries(events: EventBatch, entities: Entities, vectors: NDArray[np.f
 def _causal_field(encoded: Encoded, parts: NDArray[np.float64]) -> NDArray[np.int32]:
     """int32 [n]: the field that says most about the strongest part: of distances and the network, the value that fits
     the rest of the event least; else the least expected value. The network finds an operation as odd for its duration
-    as the other way round, so a number that is worth telling by itself goes first. parts: float64 [6, n]."""
+    as the other way round, so a number that is worth telling by itself goes first. parts: float64 [7, n]."""
     whole = np.isin(PARTS, (FAR, NEAR, REPLACED))
     field = np.where(strongest(parts, whole), encoded.most_replaced_field, encoded.most_surprising_field)
-    numbers = np.isin(PARTS, (NUMBERS,))[~whole]
-    of_number = strongest(parts[~whole], numbers) & (parts[PARTS.index(NUMBERS)] >= WORTH_TELLING)
+    others = ~whole & ~np.isin(PARTS, (TEXT,))
+    numbers = np.isin(PARTS, (NUMBERS,))[others]
+    of_number = strongest(parts[others], numbers) & (parts[PARTS.index(NUMBERS)] >= WORTH_TELLING)
     return np.where(of_number, encoded.most_surprising_number, field)
 
 

@@ -1,12 +1,12 @@
 """The record score: what one event says by itself.
 
-Six parts, each calibrated to -log p on held-out events: how rare its values are for who acts, and for its type; how
+Seven parts, each calibrated to -log p on held-out events: how rare its values are for who acts, and for its type; how
 unusual its numbers are given what they are of; how far it lies from the many events of its type, and from the nearest
-event of training; how surely some of its fields were replaced. Their sum is calibrated again (Fisher's method, with the
-dependence of the parts calibrated away). No part has a weight. Each product is calibrated on its own events where there
-are enough: what is far for a metric is near for a log of processes. Which training events numbers and distances go by,
-and the network learns from, was decided before
-(`streamer.training.vouching`).
+event of training; how surely some of its fields were replaced; and how unusual the parts of its texts are, as far as
+that says more than its values. Their sum is calibrated again (Fisher's method, with the dependence of the parts
+calibrated away). No part has a weight. Each product is calibrated on its own events where there are enough: what is far
+for a metric is near for a log of processes. Which training events numbers and distances go by, and the network learns
+from, was decided before (`streamer.training.vouching`).
 """
 
 from __future__ import annotations
@@ -17,19 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from encoder.models.record_encoder import Encoded
+from encoder.models.text_shapes import TextShapes
 from state.baseline.baseline import Baseline
 from state.baseline.group_distance import GroupDistance
 from state.calibration import Calibration
 
-FOR_ACTOR, FOR_TYPE, NUMBERS, FAR, NEAR, REPLACED = (
-    "rarity_for_actor",
-    "rarity_for_type",
-    "numbers_in_context",
-    "far",
-    "near",
-    "replaced",
-)
-PARTS = (FOR_ACTOR, FOR_TYPE, NUMBERS, FAR, NEAR, REPLACED)
+FOR_ACTOR, FOR_TYPE, NUMBERS = "rarity_for_actor", "rarity_for_type", "numbers_in_context"
+FAR, NEAR, REPLACED, TEXT = "far", "near", "replaced", "text"
+PARTS = (FOR_ACTOR, FOR_TYPE, NUMBERS, FAR, NEAR, REPLACED, TEXT)
+_VALUES = [PARTS.index(name) for name in (FOR_ACTOR, FOR_TYPE)]
 RECORD = "record"
 OWN_CALIBRATION = 500
 """Held-out events from which on a product is calibrated on its own; all others are on all events together."""
@@ -51,9 +47,10 @@ class RecordScorer:
     quantities: NDArray[np.int64]
     products: NDArray[np.int64]
     calibrations: dict[str, Calibration] = field(default_factory=dict)
+    texts: TextShapes = field(default_factory=TextShapes)
 
     def raw(self, encoded: Encoded, types: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
-        """The uncalibrated parts of n distinct events, float64 [n] by name. types: int64 [n]."""
+        """The uncalibrated parts of n distinct events, float64 [n] by name, without texts. types: int64 [n]."""
         return {
             FOR_ACTOR: encoded.max_surprise_for_actor.astype(np.float64),
             FOR_TYPE: encoded.max_surprise.astype(np.float64),
@@ -63,11 +60,19 @@ class RecordScorer:
             REPLACED: encoded.replaced.astype(np.float64),
         }
 
-    def fit(self, raw: dict[str, NDArray[np.float64]], types: NDArray[np.int64]) -> None:
-        """Calibrate on the raw parts of held-out events."""
-        for name in PARTS:
-            self._calibrate(name, raw[name], types, self._speaks(name, raw[name], types))
-        self._calibrate(RECORD, self.parts(raw, types).sum(0), types, np.ones(len(types), np.bool_))
+    def fit(
+        self, raw: dict[str, NDArray[np.float64]], types: NDArray[np.int64], text: NDArray[np.float64] | None = None
+    ) -> None:
+        """Calibrate on the raw parts of held-out events. text: float64 [n], the surprise of their texts (None: it is
+        not known, and no texts are judged)."""
+        every = np.ones(len(types), np.bool_)
+        for name, score in raw.items():
+            self._calibrate(name, score, types, self._speaks(name, score, types))
+        parts = self.parts(raw, types)
+        if text is not None:
+            self._calibrate(TEXT, text, types, every)
+            parts = self.with_text(parts, text, types)
+        self._calibrate(RECORD, parts.sum(0), types, every)
 
     def _calibrate(
         self, name: str, scores: NDArray[np.float64], types: NDArray[np.int64], speaks: NDArray[np.bool_]
@@ -81,16 +86,29 @@ class RecordScorer:
                 self.calibrations[f"{name}.{each}"] = Calibration.fit(scores[rows])
 
     def parts(self, raw: dict[str, NDArray[np.float64]], types: NDArray[np.int64]) -> NDArray[np.float64]:
-        """float64 [6, n], nats: the evidence of each of PARTS, 0 where it does not speak."""
-        return np.stack(
-            [
-                np.where(self._speaks(name, raw[name], types), self._calibrated(name, raw[name], types), 0.0)
-                for name in PARTS
-            ]
-        )
+        """float64 [7, n], nats: the evidence of each of PARTS, 0 where it does not speak. That of texts follows by
+        `with_text`: equal features may come with many texts."""
+        evidence = np.zeros((len(PARTS), len(types)))
+        for name, score in raw.items():
+            speaks = self._speaks(name, score, types)
+            evidence[PARTS.index(name)] = np.where(speaks, self._calibrated(name, score, types), 0.0)
+        return evidence
+
+    def with_text(
+        self, parts: NDArray[np.float64], surprise: NDArray[np.float64], types: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """The parts of n events with that of their texts. surprise: float64 [n], nats, of the texts; types: int64 [n].
+
+        A rare value and an unusual part of it are one piece of news: the text counts for what it says beyond the
+        values. Its surprise is -log p of one part already, and calibration can only make less of the largest of many.
+        """
+        whole = parts.copy()
+        evidence = np.minimum(self._calibrated(TEXT, surprise, types), surprise)
+        whole[PARTS.index(TEXT)] = np.maximum(evidence - parts[_VALUES].sum(0), 0.0)
+        return whole
 
     def evidence(self, parts: NDArray[np.float64], types: NDArray[np.int64]) -> NDArray[np.float64]:
-        """float64 [6, n] to float64 [n], nats: all parts as one. types: int64 [n]."""
+        """float64 [7, n] to float64 [n], nats: all parts as one. types: int64 [n]."""
         return self._calibrated(RECORD, parts.sum(0), types)
 
     def _calibrated(self, name: str, scores: NDArray[np.float64], types: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -119,6 +137,14 @@ class RecordScorer:
 
 
 def strongest(parts: NDArray[np.float64], named: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """bool [n]: whether one of some parts is odder than all others. parts: float64 [6, n]; named: bool [6]."""
+    """bool [n]: whether one of some parts is odder than all others. parts: float64 [p, n]; named: bool [p]."""
     larger: NDArray[np.bool_] = parts[named].max(0) > parts[~named].max(0)
     return larger
+
+
+def by_text(parts: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """bool [n]: whether the texts are odder than the values and the event as a whole. parts: float64 [7, n]."""
+    beyond = parts[PARTS.index(TEXT)]
+    others = parts[[PARTS.index(name) for name in (NUMBERS, FAR, NEAR, REPLACED)]].max(0)
+    largest: NDArray[np.bool_] = (beyond > 0) & (beyond + parts[_VALUES].sum(0) >= others)
+    return largest

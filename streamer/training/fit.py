@@ -25,6 +25,7 @@ from encoder.features.vectorizer import FeatureBatch, Vectorizer, fitted_to
 from encoder.models.contextual_numbers import ContextualNumbers
 from encoder.models.rarity import BLOCKS, ContextRarity
 from encoder.models.record_encoder import RecordEncoder
+from encoder.models.text_shapes import TextCollector, Texts, TextShapes
 from encoder.ocsf.activity_counts import ActivityCounts, activity_counts
 from encoder.ocsf.decoder import decode
 from encoder.ocsf.entities import KINDS, Entities
@@ -101,6 +102,7 @@ class _Loaded:
 
     schema: Schema
     features: FeatureBatch
+    texts: Texts
     time: NDArray[np.int64]
     entities: Entities
     activity_counts: ActivityCounts
@@ -148,6 +150,8 @@ def fit(
         features,
         in_block,
         later,
+        texts=loaded.texts.take(np.flatnonzero(~held)),
+        later_texts=loaded.texts.take(np.flatnonzero(held)),
         seed=seed,
         device=torch.device(device),
         checkpoint=kept / "encoder.safetensors",
@@ -226,7 +230,7 @@ def _load(paths: Sequence[Path] | Reread, tell: StageProgress) -> _Loaded:
             f"traffic is what makes a detector{'; ' if unread else ''}{unread}"
         )
     schema = learner.finish()
-    vectorize = Vectorizer(schema)
+    vectorize, texts = Vectorizer(schema), TextCollector(schema)
     stride = -(-total // min(MAX_EVENTS, MAX_CODES // len(schema.fields)))
     parts: list[FeatureBatch] = []
     times: list[NDArray[np.int64]] = []
@@ -238,6 +242,7 @@ def _load(paths: Sequence[Path] | Reread, tell: StageProgress) -> _Loaded:
         kept = np.arange(-seen % stride, len(events), stride)
         pairs.append(_kept(events, kept, len(records)))
         parts.append(vectorize(events).take(kept))
+        texts.add(events, kept)
         times.append(events.time[kept])
         records.extend(orjson.dumps(events.records[i]) for i in kept.tolist())
         places.extend(events.coordinates.label(i) for i in kept.tolist())
@@ -249,6 +254,7 @@ def _load(paths: Sequence[Path] | Reread, tell: StageProgress) -> _Loaded:
     return _Loaded(
         schema,
         features.take(order),
+        texts.finish(order),
         moments[order],
         *_reordered(pairs, order),
         [records[i] for i in order.tolist()],
@@ -327,13 +333,16 @@ def fit_record(
     in_block: NDArray[np.float64],
     later: FeatureBatch,
     *,
+    texts: Texts | None = None,
+    later_texts: Texts | None = None,
     seed: int,
     device: torch.device,
     checkpoint: Path | None = None,
     tell: StageProgress = lambda *_: None,
 ) -> FittedRecord:
     """Fit the record part to n distinct rows. in_block: float64 [n, blocks], how many events of each block of time each
-    row stands for; later: the h held-out events, which calibrate."""
+    row stands for; later: the h held-out events, which calibrate; texts, later_texts: of all events that the rows stand
+    for, in order of time, and of the held-out events (None: texts are not judged)."""
     weights, types = in_block.sum(1), features.codes[:, 0].astype(np.int64)
     rarity = ContextRarity.fit(schema, features, in_block)
     net = initial_network(schema, features, weights, seed=seed)
@@ -360,12 +369,20 @@ def fit_record(
     baseline.members = vouch[indexed[baseline.members]]
     groups = GroupDistance.fit(vectors, weights[vouch], types[vouch], seed=seed)
     scorer = RecordScorer(baseline, groups, quantities, products_of_types(schema, features, weights))
+    if texts is not None:
+        tell("texts", 0, 0, "")
+        scorer.texts = TextShapes.fit(texts)
     first, like = later.distinct()
     distinct = later.take(first)
     kinds = distinct.codes[:, 0].astype(np.int64)
     raw = scorer.raw(encoder.encode(distinct, scorer.measured(kinds)), kinds)
-    scorer.fit({name: score[like] for name, score in raw.items()}, kinds[like])
-    return FittedRecord(encoder, scorer, scorer.evidence(scorer.parts(raw, kinds), kinds)[like], report)
+    raw, kinds = {name: score[like] for name, score in raw.items()}, kinds[like]
+    text = scorer.texts.of_texts(later_texts) if later_texts is not None else None
+    scorer.fit(raw, kinds, text)
+    parts = scorer.parts(raw, kinds)
+    if text is not None:
+        parts = scorer.with_text(parts, text, kinds)
+    return FittedRecord(encoder, scorer, scorer.evidence(parts, kinds), report)
 
 
 def products_of_types(schema: Schema, features: FeatureBatch, weights: NDArray[np.float64]) -> NDArray[np.int64]:
