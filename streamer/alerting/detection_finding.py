@@ -16,6 +16,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from encoder.models.text_shapes import TextFinding
 from encoder.ocsf.entities import RULES
 from encoder.ocsf.event_time import NO_TIME
 from state.episodes import CREATE, Decision, Episode
@@ -26,7 +27,7 @@ from streamer.detection.batches import ScoredBatch
 from streamer.explain.attribution import Explanation, FieldFinding
 from streamer.explain.peer_comparison import CHANGE, COUNT, EVENT, LESS, MORE, PeerComparison
 from streamer.explain.rates import RateFinding
-from streamer.redaction import Redactor, mask_text
+from streamer.redaction import MASK, Redactor, mask_text
 
 MAX_RAW = 16 * 1024
 """Characters of the event's JSON in `raw_data`."""
@@ -115,6 +116,7 @@ class _Finding:
                 observed=redactor.text(f.path, str(f.observed)),
                 given=", ".join(redacted.text(name) for name in f.of) or redacted.text(f.given),
                 expected=tuple((redactor.text(f.path, str(text)), float(p)) for text, p in f.expected),
+                part=f.part and _masked_part(f.part, redactor.text(f.path, str(f.observed)), redactor),
             )
             for f in explanation.fields
         )
@@ -213,6 +215,10 @@ class _Finding:
         if field is None:
             where = wording.event_kind(record)
             return f"Unusual {where}{wording.subject(self.entity, record)}: like none seen before"
+        if field.part is not None:
+            part = wording.text_part(field.part)
+            where = f" in {self.action(field.path, {field.given, field.observed})}"
+            return f"Unusual {part.name}: {part.shown}{where}{f'; {part.usual}' if part.usual else ''}"
         name, shown = wording.attribute(field.path), wording.value(field.path, field.observed, record)
         usual = wording.usually(field.path, field.observed, field.expected, record)
         if field.path in ("class_uid", "type_uid"):
@@ -296,6 +302,10 @@ class _Finding:
             path = "" if name == f.path else f" ({f.path})"
             whose = f" for {wording.shorten(f.given, 60)}" if f.given else ""
             rare = "never seen in training" if f.new else f"expected {wording.one_in(f.surprise)}{whose}"
+            if f.part is not None:
+                odd = wording.text_part(f.part)
+                shown, usual = f"{odd.name}: {odd.shown}", odd.usual
+                rare = f"expected {wording.one_in(f.part.surprise)}"
             sentences.append(f"- {name}{path}: {'; '.join(filter(None, (shown, usual, rare)))}.")
         for time, label, summary, share in self.window[-10:]:
             part = f"without it {wording.percent(share)} less surprising; " if share >= WORTH_WEIGHT else ""
@@ -413,7 +423,7 @@ class _Finding:
                 "observation_parameter": f.path,
                 "observation_type": wording.attribute(f.path),
                 "observations": [{"value": f.observed}],
-                "observed_pattern": f"expected {wording.one_in(f.surprise)}",
+                "observed_pattern": _pattern(f),
             }
             for f in self.fields
         ]
@@ -524,6 +534,30 @@ def _masked(peers: PeerComparison, redactor: Redactor) -> PeerComparison:
     """The comparison without secrets: no names where an attribute that names this kind of entity is redacted."""
     hidden = any(redactor.lists(path) for rule in RULES if rule.kind == peers.kind for path in rule.paths)
     return replace(peers, names=() if hidden else tuple(mask_text(name) for name in peers.names))
+
+
+def _pattern(field: FieldFinding) -> str:
+    """How rare an attribute is: "expected 1 in 8,100"; of a text, which part, and what is usual there."""
+    if field.part is None:
+        return f"expected {wording.one_in(field.surprise)}"
+    odd = wording.text_part(field.part)
+    rare = f"expected {wording.one_in(field.part.surprise)}"
+    return "; ".join(filter(None, (f"{odd.name}: {odd.shown}", odd.usual, rare)))
+
+
+def _masked_part(part: TextFinding, observed: str, redactor: Redactor) -> TextFinding:
+    """The part as it may be shown. observed: the text that it stands in, as it may be shown. A part does not say
+    what it is: it is masked with its name, and where something of the text is masked and the rest lacks the part.
+    """
+    joined = {"?": "=", " ": " "}.get(part.kind, "")
+    before = f"{part.label}{joined}" if joined else ""
+    shown = redactor.text(part.path, f"{before}{part.part}")
+    shown = shown.removeprefix(before) if shown.startswith(before) else MASK
+    lower = observed.lower()
+    hidden = MASK in observed
+    if hidden and part.part.lower() not in lower:
+        shown = MASK
+    return part._replace(part=shown, label="…" if hidden and part.label.lower() not in lower else part.label)
 
 
 def _share(x: float) -> float:

@@ -10,7 +10,9 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
+
+from encoder.models.text_shapes import TextFinding
 
 MISSING = frozenset({"", "∅", "MISSING", "<missing>", "(missing)", "missing", "None"})
 """Texts that stand for an absent value."""
@@ -419,6 +421,55 @@ def usually(path: str, observed: str, expected: tuple[tuple[str, float], ...], r
         return ""
     shown = alternatives[:1] if alternatives[0][1] >= 0.6 else alternatives
     return "usually " + " or ".join(f"{text} ({percent(p)})" for text, p in shown)
+
+
+class TextPart(NamedTuple):
+    """A part of a text in words: "parameter id", "1' OR 1=1", "usually 1 to 6 digits" ("" where nothing is usual)."""
+
+    name: str
+    shown: str
+    usual: str
+
+
+def text_part(finding: TextFinding) -> TextPart:
+    """Which part of a text is unusual, what it is, and what usually stands there."""
+    kind, called = finding.kind, shorten(finding.label, 40)
+    shown = shorten(finding.part) or "nothing"
+    if kind == "&":
+        return TextPart("set of parameters", shorten(finding.part.replace("&", ", ")) or "none", "")
+    if kind == "#":
+        return TextPart("length", "more than is taken apart", "")
+    if kind == "?":
+        name = f"parameter {called}".rstrip()
+    elif kind == "/":
+        name = f"part of the path after {called}" if called else "beginning of the path"
+    elif kind == " ":
+        name = f"argument of {called}" if called[:1] in ("-", "/") else f"word after {called}" if called else "word"
+    else:
+        name = "first word"
+    if finding.usual is None:
+        return TextPart(name, shown, "not seen in training" if kind == "?" else "")
+    pattern, share, least, most = finding.usual
+    return TextPart(name, shown, f"usually {_looks(pattern, least, most)}" if share >= USUAL else "")
+
+
+USUAL = 0.3
+"""The share of a pattern from which on it is usual."""
+_CLASSES = {"0": "digits", "a": "small letters", "A": "capital letters", "aA": "letters", "é": "letters"}
+
+
+def _looks(pattern: str, least: int, most: int) -> str:
+    """A pattern of classes of characters, and lengths: "1 to 6 digits", "10 characters of the form a@a.a"."""
+    if not pattern:
+        return "nothing"
+    length = str(least) if least == most else f"{least} to {most}"
+    classes = "".join(sorted(set(pattern), key="0aAé".find))
+    if classes in _CLASSES:
+        looks = _CLASSES[classes].removesuffix("s") if most == 1 else _CLASSES[classes]
+        return f"{length} {looks}"
+    if set(pattern) <= set("0aAé"):
+        return f"{length} letters and digits"
+    return f"{length} characters of the form {pattern}"
 
 
 def _short_text(record: Mapping[str, Any], path: str) -> str:

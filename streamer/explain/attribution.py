@@ -23,6 +23,7 @@ from encoder.features.vectorizer import FeatureBatch
 from encoder.models.contextual_numbers import USUAL_SHARE, JudgedNumbers
 from encoder.models.rarity import Surprise
 from encoder.models.record_network import EMBEDDING
+from encoder.models.text_shapes import TextFinding
 from encoder.ocsf.decoder import decode
 from encoder.ocsf.entities import KINDS
 from encoder.ocsf.event_time import TimeBounds
@@ -56,7 +57,7 @@ class FieldFinding:
 
     given: the actor, where the value is more surprising for this actor than for events of this type (else ""); new: the
     value did not occur in training; of: what a number is of, where it is more surprising given that (the values of the
-    one or two attributes that explain it).
+    one or two attributes that explain it); part: of a text, the part that is the most unusual for its place.
     """
 
     path: str
@@ -66,6 +67,7 @@ class FieldFinding:
     given: str = ""
     new: bool = False
     of: tuple[str, ...] = ()
+    part: TextFinding | None = None
 
 
 @dataclass(frozen=True)
@@ -356,6 +358,9 @@ class Explainer:
                 usual = self._expected(i, code, near, places, far.get(i, 0.0) > by_network[i])
             expected = tuple((self._example(i, text, near), p) for text, p in usual)
             findings.append(FieldFinding(field_.path, observed, expected, surprises[i], given, new))
+        part = self.bundle.scorer.record.texts.worst(event.events, event.row)
+        if part is not None and part.surprise >= WORTH_TELLING:
+            findings = _with_part(findings, part, event.value(part.path), cause)
         return tuple(findings[:EXPLAINED_FIELDS])
 
     def _numbers_in_context(self, event: _Event) -> Iterator[tuple[int, FieldFinding]]:
@@ -405,6 +410,17 @@ class Explainer:
             return _common(field, matches)
         text = _TEMPLATED.sub("…", normalised)
         return f"{text}/…" if in_folder else text
+
+
+def _with_part(findings: list[FieldFinding], part: TextFinding, observed: str, cause: str) -> list[FieldFinding]:
+    """The findings, strongest first, with the unusual part of a text: first where it is the cause."""
+    of_path = [f for f in findings if f.path == part.path] or [FieldFinding(part.path, observed, (), part.surprise)]
+    named = replace(of_path[0], part=part, surprise=max(of_path[0].surprise, part.surprise))
+    others = [f for f in findings if f.path != part.path]
+    if cause == f"record:{part.path}":
+        return [named, *others]
+    place = next((i for i, f in enumerate(others) if i and f.surprise < named.surprise), len(others))
+    return [*others[:place], named, *others[place:]]
 
 
 def _common(field: Field, texts: list[str]) -> str:
