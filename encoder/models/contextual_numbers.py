@@ -33,8 +33,6 @@ MIN_CONTEXT = 5
 """Events that a context needs to be kept by itself."""
 MAX_RULES, MAX_CONTEXTS, MAX_TABLES = 4096, 512, 16_384
 """The most numbers that are judged, contexts of one number (those with the most events), and contexts of all: 11 MB."""
-MAX_DEVIATIONS = 32
-"""Numbers whose deviations windows hold, 2 bytes each for an event: those of the most frequent types first."""
 LEARNED, SEARCHED = 262_144, 8192
 """Distinct events of a type, drawn by chance, from which its levels are learned, and its contexts are chosen."""
 LEVEL_BLOCKS = 4 / 7
@@ -76,7 +74,7 @@ class ContextualNumbers:
     << 32 | code of the first attribute << 16 | 1 + code of the second (0: any). Of each of the r rules, then of each of
     the c contexts: points: float32 [r + c, POINTS], ascending values on the signed log scale; surprise: float32
     [r + c, 3, POINTS], nats, shortly below these points, at them, and shortly above them; usual: float32 [r + c, 2],
-    the range of USUAL_SHARE of the events. deviating: intp [k], the numbers that have a deviation (`deviations`).
+    the range of USUAL_SHARE of the events.
     """
 
     ARRAYS = ("rules", "keys", "points", "surprise", "usual")
@@ -95,9 +93,6 @@ class ContextualNumbers:
         self.fields = np.array([i for i, field in enumerate(schema.fields) if field.kind == "number"], np.int32)
         self._rule_of = np.full((schema.fields[0].size, len(self.fields)), -1, np.intp)
         self._rule_of[rules[:, 0], rules[:, 1]] = np.arange(len(rules))
-        self.deviating = np.array(list(dict.fromkeys(rules[:, 1].tolist()))[:MAX_DEVIATIONS], np.intp)
-        # The surprise of a table falls to its middle and rises from there.
-        self._middle = points[np.arange(len(points)), surprise[:, 1].argmin(1)] if len(points) else np.empty(0)
 
     @classmethod
     def fit(
@@ -215,14 +210,6 @@ class ContextualNumbers:
             surprise[judged.row, judged.number] = judged.surprise
             strangest = np.where(count > 0, self.fields[surprise.argmax(1)], -1).astype(np.int32)
         return np.where(count > 0, _fisher(total, count), np.nan), strangest
-
-    def deviations(self, features: FeatureBatch, judged: JudgedNumbers) -> NDArray[np.float16]:
-        """float16 [n, k], for each number of `deviating` its surprise, negative where it is low, NaN where it is not
-        judged. judged: of these n events."""
-        signed = np.full(features.numbers.shape, np.nan, np.float16)
-        low = features.numbers[judged.row, judged.number] < self._middle[judged.table]
-        signed[judged.row, judged.number] = np.where(low, -judged.surprise, judged.surprise)
-        return signed[:, self.deviating]
 
     def attributes(self, table: int) -> tuple[int, ...]:
         """The positions in the schema of the attributes whose values chose a table: none for that of an event type, one

@@ -40,8 +40,7 @@ class Encoded:
     event type; replaced: float32 [n], nats, -log of the probability that none of the MOST_SURE fields was replaced,
     taken as independent; most_replaced_field: int32 [n], the field that was most surely replaced (of
     events that are not judged: the most surprising one); number_surprise: float32 [n], nats, and
-    most_surprising_number: int32 [n], of the numbers given what they are of (`ContextualNumbers.summary`); deviations:
-    float16 [n, k], of these numbers (`ContextualNumbers.deviations`).
+    most_surprising_number: int32 [n], of the numbers given what they are of (`ContextualNumbers.summary`).
     """
 
     vectors: NDArray[np.float16]
@@ -52,7 +51,6 @@ class Encoded:
     most_replaced_field: NDArray[np.int32]
     number_surprise: NDArray[np.float32]
     most_surprising_number: NDArray[np.int32]
-    deviations: NDArray[np.float16]
 
 
 class RecordEncoder:
@@ -130,7 +128,6 @@ class RecordEncoder:
             most_replaced_field,
             number_surprise.astype(np.float32),
             most_surprising_number,
-            self.numbers.deviations(features, in_context),
         )
 
     def anonymised(self, features: FeatureBatch) -> NDArray[np.float16]:
@@ -146,16 +143,6 @@ class RecordEncoder:
         hidden = FeatureBatch(codes, coarse, features.actor, np.full_like(features.numbers, np.nan))
         first, like = hidden.distinct()
         return self.vectors(hidden.take(first))[like]
-
-    @property
-    def deviating_paths(self) -> tuple[str, ...]:
-        """The attribute path of each deviation."""
-        positions = self.numbers.fields[self.numbers.deviating].tolist()
-        return tuple(self.schema.fields[position].path for position in positions)
-
-    def window_vectors(self, features: FeatureBatch, deviations: NDArray[np.float16]) -> NDArray[np.float16]:
-        """float16 [n, 64 + k]: what windows hold of n events: their anonymised vectors, then their deviations."""
-        return np.concatenate([self.anonymised(features), deviations], axis=1)
 
     def vectors(self, features: FeatureBatch) -> NDArray[np.float16]:
         """float16 [n, 64]: the record embeddings."""

@@ -225,10 +225,6 @@ class _Finding:
             where = wording.subject(self.entity, record, field.path, {field.given, field.observed})
         else:
             where = f" in {self.action(field.path, {field.given, field.observed})}"
-        if kind == "shift":
-            whose = f" for {wording.shorten(field.given, 60)}" if field.given else ""
-            now = f"Shift of {name}{whose} against earlier events{where}: now {shown}"
-            return f"{now}{f'; {usual}' if usual else ''}"
         shown = f": {shown}" if shown in ("yes", "no") else f" {shown}"
         level = wording.compared(field.path, field.observed, field.expected)
         if field.given:

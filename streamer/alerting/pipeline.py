@@ -271,7 +271,7 @@ def _named(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 def _what(record: Mapping[str, Any], cause: str) -> str:
     """The value that was odd, in the form in which training counted it; of a sequence, what its event was."""
     kind, _, path = cause.partition(":")
-    if kind not in ("record", "shift"):
+    if kind != "record":
         noticed_at = ((path, _at(record, path)) for path in _SAYS_WHAT)
         return "|".join([normalise(value, path) for path, value in noticed_at if value not in (None, "", "-")][:2])
     value = _at(record, path)

@@ -564,8 +564,6 @@ def cause(text: str) -> str:
         return f"{what} within an hour of others"
     if kind == "rate":
         return rate(what)[1]
-    if kind == "shift":
-        return f"level of {attribute(what)}"
     return sequence(what) if kind == "sequence" else attribute(what)
 
 

@@ -42,7 +42,6 @@ from streamer.detection.cooccurrence_score import CooccurrenceScorer
 from streamer.detection.rate_score import RateScorer
 from streamer.detection.record_score import RecordScorer
 from streamer.detection.sequence_score import SequenceScorer
-from streamer.detection.shift_score import ShiftScorer
 
 _INDEX, _SCORES, _EXEMPLARS = "baseline.hnsw", "scores.safetensors", "exemplars.ndjson"
 _SEQUENCES, _BEHAVIOURS = "sequences.safetensors", "behaviours.ndjson"
@@ -141,8 +140,6 @@ def _scorer_arrays(scorer: EventScorer) -> dict[str, NDArray[Any]]:
         cooccurrence = scorer.cooccurrence.model
         arrays |= {f"overlaps.{name}": getattr(cooccurrence, name) for name in ("keys", "events", "pairs", "counts")}
         groups["overlap"] = scorer.cooccurrence.calibrations
-    if scorer.shift is not None:
-        groups["shift"] = scorer.shift.calibrations
     for group, calibrations in groups.items():
         for name, calibration in calibrations.items():
             arrays[f"scores.{group}/{name}"] = calibration.scores
@@ -193,9 +190,7 @@ def load(path: Path, device: str = "cpu") -> Bundle:
         if "overlaps.keys" in arrays:
             learned = Cooccurrence(*(arrays[f"overlaps.{name}"] for name in ("keys", "events", "pairs", "counts")))
             cooccurrence = CooccurrenceScorer(learned, _calibrations(arrays, "overlap"))
-        shift = ShiftScorer(encoder.deviating_paths, found) if (found := _calibrations(arrays, "shift")) else None
-        event = _calibrations(arrays, "event")["event"]
-        scorer = EventScorer(record, sequences, rates, event, cooccurrence, shift)
+        scorer = EventScorer(record, sequences, rates, _calibrations(arrays, "event")["event"], cooccurrence)
         profile, codes = arrays["profile"], arrays["exemplars.codes"]
         drifts = EntityDrifts(arrays.get("watch.keys"), arrays.get("watch.walks"))
     except (SafetensorError, KeyError) as error:

@@ -33,16 +33,15 @@ class ScoredBatch:
 
     coordinates, time: as in `EventBatch`; p_value: float64 [n] in (0, 1], how often normal data scores at least this;
     severity: float32 [n], 0 to 100; entity: str object [n] (`kind:value`, "" where the event names none); cause: str
-    object [n] (`record:ATTRIBUTE PATH`, `sequence:WHAT`, `rate:WHAT`, `first:WHAT` or `shift:ATTRIBUTE PATH`); records:
-    the n decoded events; rejects: what could not be read; repairs: the number of repairs by kind; complete: bool [n],
-    False where part of an entity's history is missing (None: no part is); threshold: float64 [n], the p-value at or
-    under which each event is an alert (None: not decided yet); level: uint8 [n], for a rate the level to which the
-    event raised its count (`state.rolling_counts`; None: no cause is a rate); inactive: the last events of k entities
-    that became inactive during this batch, scored for that (None: there are none); noticed_at: of such a batch, intp
-    [k], ascending, the rows of the surrounding batch at which the inactivity was detected; in_sequence: intp [s],
-    ascending, the rows whose cause is a sequence; windows: their s windows as they were at these events; kept: the n
-    events, where they come from a store and `records` are masked (None: `records` are whole); seconds: the time of each
-    stage.
+    object [n] (`record:ATTRIBUTE PATH`, `sequence:WHAT`, `rate:WHAT` or `first:WHAT`); records: the n decoded events;
+    rejects: what could not be read; repairs: the number of repairs by kind; complete: bool [n], False where part of an
+    entity's history is missing (None: no part is); threshold: float64 [n], the p-value at or under which each event is
+    an alert (None: not decided yet); level: uint8 [n], for a rate the level to which the event raised its count
+    (`state.rolling_counts`; None: no cause is a rate); inactive: the last events of k entities that became inactive
+    during this batch, scored for that (None: there are none); noticed_at: of such a batch, intp [k], ascending, the
+    rows of the surrounding batch at which the inactivity was detected; in_sequence: intp [s], ascending, the rows whose
+    cause is a sequence; windows: their s windows as they were at these events; kept: the n events, where they come from
+    a store and `records` are masked (None: `records` are whole); seconds: the time of each stage.
     """
 
     coordinates: Coordinates

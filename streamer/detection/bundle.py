@@ -38,8 +38,8 @@ class Bundle:
 
     @property
     def dim(self) -> int:
-        """The length of what windows hold of an event (`RecordEncoder.window_vectors`)."""
-        return self.scorer.record.baseline.dim + len(self.encoder.numbers.deviating)
+        """The length of a record embedding."""
+        return self.scorer.record.baseline.dim
 
     @property
     def encoder_hash(self) -> str:

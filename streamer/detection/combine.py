@@ -16,7 +16,6 @@ from streamer.detection.cooccurrence_score import CooccurrenceScorer
 from streamer.detection.rate_score import RateScorer
 from streamer.detection.record_score import RecordScorer
 from streamer.detection.sequence_score import SequenceScorer
-from streamer.detection.shift_score import ShiftScorer
 
 SEQUENCE_DISCOUNT = 5.0
 """Nats that are subtracted from the evidence of a sequence. The order of a machine's actions varies more than the
@@ -44,8 +43,7 @@ def severity(p_value: NDArray[np.float64]) -> NDArray[np.float32]:
 class EventScorer:
     """Combines record and history: the stronger of the two counts, calibrated again.
 
-    sequences and rates: None where no event of training named an entity; cooccurrence: None where none named a user;
-    shift: None where no number is judged by what it is of.
+    sequences and rates: None where no event of training named an entity; cooccurrence: None where none named a user.
     """
 
     record: RecordScorer
@@ -53,7 +51,6 @@ class EventScorer:
     rates: RateScorer | None
     event: Calibration
     cooccurrence: CooccurrenceScorer | None
-    shift: ShiftScorer | None = None
 
     def p_value(self, record: NDArray[np.float64], history: NDArray[np.float64]) -> NDArray[np.float64]:
         """p-values, float64 [n] in (0, 1], from the evidence of record and history, float64 [n] in nats.
@@ -82,12 +79,11 @@ def weighted(
     missing: NDArray[np.float64],
     rate: NDArray[np.float64],
     cooccurrence: NDArray[np.float64],
-    shift: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """float64 [5, m], nats: the parts of the evidence of an entity's history, each with its weight. Arguments: float64
+    """float64 [4, m], nats: the parts of the evidence of an entity's history, each with its weight. Arguments: float64
     [m], nats."""
     return HISTORY_TRUST * np.stack(
-        [discounted(order), MISSING_TRUST * missing, rate, COOCCURRENCE_TRUST * cooccurrence, shift]
+        [discounted(order), MISSING_TRUST * missing, rate, COOCCURRENCE_TRUST * cooccurrence]
     )
 
 

@@ -106,7 +106,7 @@ class Detector:
         timer.end("vectorize")
         types = distinct.codes[:, 0].astype(np.int64)
         encoded = encoder.encode(distinct, scorer.record.measured(types))
-        vectors = encoder.window_vectors(distinct, encoded.deviations)[like]
+        anonymised = encoder.anonymised(distinct)[like]
         timer.end("encode")
         parts = scorer.record.parts(scorer.record.raw(encoded, types), types)
         cause = self._causes[_causal_field(encoded, parts)][like]
@@ -115,7 +115,7 @@ class Detector:
         record = scorer.record.evidence(parts, types[like])
         cause = np.where(by_text(parts), self._text_causes[attribute], cause)
         entities = find_entities(events)
-        entries = window_entries(events, entities, vectors)
+        entries = window_entries(events, entities, anonymised)
         timer.end("compare")
         return PreparedBatch(events, rejects, features.codes, entities, entries, record, cause, timer.seconds)
 
@@ -153,9 +153,7 @@ class Detector:
         events, _ = decode(messages)
         features = self.bundle.encoder.vectorize(events)
         first, like = features.distinct()
-        encoder, distinct = self.bundle.encoder, features.take(first)
-        deviations = encoder.numbers.deviations(distinct, encoder.numbers.judge(distinct))
-        vectors = encoder.window_vectors(distinct, deviations)[like]
+        vectors = self.bundle.encoder.anonymised(features.take(first))[like]
         entities = find_entities(events)
         windows = self.windows.append(window_entries(events, entities, vectors)) if len(entities) else None
         if self._monitor is not None and (sequences := self.bundle.scorer.sequences) is not None:
@@ -189,15 +187,11 @@ class Detector:
         cooccurrence_evidence, sort = np.zeros(len(row)), np.zeros(len(row), np.int8)
         if (cooccurrence := self.bundle.scorer.cooccurrence) is not None:
             cooccurrence_evidence, sort = cooccurrence.judge(entities.entity, kind, windows)
-        shift_evidence, shift_cause = np.zeros(len(row)), np.full(len(row), "", object)
-        if (shift := self.bundle.scorer.shift) is not None:
-            shifted, strongest_number = shift.raw(windows)
-            shift_evidence, shift_cause = shift.evidence(shifted, kind), shift.causes(strongest_number)
         order, missing = (sequences.evidence(name, raw, kind) for name in ("order", "missing"))
-        parts = weighted(order, missing, rate, cooccurrence_evidence, shift_evidence)
+        parts = weighted(order, missing, rate, cooccurrence_evidence)
         evidence = parts.max(0)
         weakest_first = np.argsort(evidence, kind="stable")
-        cause = np.choose(parts.argmax(0), [ORDER, MISSING, _RATES[column], COOCCURRENCE_CAUSES[sort], shift_cause])
+        cause = np.choose(parts.argmax(0), [ORDER, MISSING, _RATES[column], COOCCURRENCE_CAUSES[sort]])
         history.evidence[row[weakest_first]] = evidence[weakest_first]
         history.entity[row[weakest_first]] = np.array(entities.entity, object)[weakest_first]
         history.cause[row[weakest_first]] = cause[weakest_first]

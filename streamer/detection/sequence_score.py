@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from encoder.models.record_network import EMBEDDING
 from encoder.models.sequence_model import SequenceModel
 from state.calibration import FEW, Calibration
 from state.windows import Windows
@@ -35,7 +34,7 @@ class SequenceScorer:
 
     def raw(self, windows: Windows, kinds: NDArray[np.int8], *, few: bool = False) -> dict[str, NDArray[np.float64]]:
         """The uncalibrated scores of m windows, float64 [m] by name; kinds: int8 [m]; few: as for the model."""
-        scores = self.model(windows.vectors[:, :, :EMBEDDING], windows.times, windows.length, kinds, few=few)
+        scores = self.model(windows.vectors, windows.times, windows.length, kinds, few=few)
         named = {"order": scores.surprise, "missing": scores.missing, "ending": scores.ending}
         return {name: score.astype(np.float64) for name, score in named.items()}
 

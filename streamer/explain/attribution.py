@@ -22,7 +22,6 @@ from encoder.features.schema import MISSING as MISSING_VALUE
 from encoder.features.vectorizer import FeatureBatch
 from encoder.models.contextual_numbers import USUAL_SHARE, JudgedNumbers
 from encoder.models.rarity import Surprise
-from encoder.models.record_network import EMBEDDING
 from encoder.models.text_shapes import TextFinding
 from encoder.ocsf.decoder import decode
 from encoder.ocsf.entities import KINDS
@@ -34,7 +33,6 @@ from streamer.detection.cooccurrence_score import CAUSES as COOCCURRENCE_CAUSES
 from streamer.detection.inactivity import CAUSE as INACTIVITY
 from streamer.detection.record_score import NEAR
 from streamer.detection.sequence_score import MISSING, ORDER
-from streamer.detection.shift_score import CAUSE as SHIFT
 from streamer.explain import peer_comparison
 from streamer.explain import rates as rate_attribution
 from streamer.explain.expected_values import Expected, as_range, expected_values, tail, usual_range
@@ -208,9 +206,7 @@ class Explainer:
             )
         if cause == INACTIVITY:  # The last event is usual; that none followed is not, and examples do not show that.
             return None
-        field = None
-        if part in ("record", "shift"):
-            field = next((f for f in fields if f.path == what), fields[0] if fields else None)
+        field = next((f for f in fields if f.path == what), fields[0] if fields else None) if part == "record" else None
         path = field.path if field is not None and field.path != "type_uid" else ""
         codes = event.features.codes[event.row]
         new = field is not None and field.new
@@ -269,7 +265,7 @@ class Explainer:
         kinds = np.array([KINDS.index(str(entity).partition(":")[0]) for entity in scored.entity[rows]], np.int8)
         cause = scored.cause[rows]
         losses = weights(sequences, windows, kinds, [_STATISTICS[each] for each in cause])
-        inputs = windows.vectors[:, :, :EMBEDDING], windows.times, windows.length, kinds
+        inputs = windows.vectors, windows.times, windows.length, kinds
         expected, absent = sequences.model.expected(*inputs, cause == INACTIVITY), sequences.model.absent(*inputs)
         instead = {ORDER: expected, INACTIVITY: expected, MISSING: absent}
         return {
@@ -285,7 +281,7 @@ class Explainer:
         slots = np.flatnonzero(windows.mask[i])[-LATEST:]
         if sequences is None or not len(slots):
             return ()
-        codes = sequences.model.codebook(windows.vectors[i, slots, :EMBEDDING]).tolist()
+        codes = sequences.model.codebook(windows.vectors[i, slots]).tolist()
         return tuple(
             (int(windows.times[i, slot]), self._coordinates(windows, i, slot), self._like(code), float(weight[slot]))
             for slot, code in zip(slots.tolist(), codes, strict=True)
@@ -325,11 +321,7 @@ class Explainer:
                 readable = codes[i] >= FIRST
                 far[i] = tail(fields[i], float(event.features.quantiles[event.row, place])) if readable else 0.0
                 surprises[i] = max(by_network[i], far[i])
-        in_context = {
-            i: each
-            for i, each in self._numbers_in_context(event)
-            if each.surprise > surprises[i] or f"{SHIFT}{fields[i].path}" == cause
-        }
+        in_context = {i: each for i, each in self._numbers_in_context(event) if each.surprise > surprises[i]}
         surprises |= {i: each.surprise for i, each in in_context.items()}
         present = {field.path for field, code in zip(fields, codes.tolist(), strict=True) if code}
         actor = event.value(next((path for path in encoder.schema.actors if path in present), ""))
@@ -338,7 +330,6 @@ class Explainer:
         group_of = {i: fields[columns[twin]].group for i, twin in zip(columns, twins, strict=True)}
         groups: set[str] = set()
         first = {i for i in surprises if f"record:{fields[i].path}" == cause and surprises[i] >= WORTH_TELLING}
-        first |= {i for i in surprises if f"{SHIFT}{fields[i].path}" == cause}
         for i in sorted(surprises, key=lambda i: (i not in first, -surprises[i])):
             field_, code = fields[i], int(codes[i])
             group = group_of.get(i, field_.group)

@@ -53,7 +53,6 @@ from streamer.detection.drift import profile
 from streamer.detection.rate_score import RateScorer
 from streamer.detection.record_score import RecordScorer
 from streamer.detection.sequence_score import SequenceScorer
-from streamer.detection.shift_score import ShiftScorer
 from streamer.errors import RipcurrentError
 from streamer.event_files import Reread, Unread, batches, with_common_times
 from streamer.redaction import Redactor
@@ -159,11 +158,11 @@ def fit(
     )
     encoder, record, by_record, report = part.encoder, part.scorer, part.held_out, part.report
     anonymised = encoder.anonymised(loaded.features)
-    sequences, rates, cooccurrence, shift, by_history, learned = _fit_history(
+    sequences, rates, cooccurrence, by_history, learned = _fit_history(
         encoder, loaded, anonymised, held, seed, kept, tell
     )
     event = Calibration.fit(joined(by_record, by_history), tail_from=FEW)
-    scorer = EventScorer(record, sequences, rates, event, cooccurrence, shift)
+    scorer = EventScorer(record, sequences, rates, event, cooccurrence)
     redactor = Redactor(redact)
     members = first[record.baseline.members].tolist()
     dated = loaded.time[loaded.time != NO_TIME]
@@ -408,12 +407,7 @@ def _fit_history(
     kept: Path,
     tell: StageProgress,
 ) -> tuple[
-    SequenceScorer | None,
-    RateScorer | None,
-    CooccurrenceScorer | None,
-    ShiftScorer | None,
-    NDArray[np.float64],
-    SequenceReport | None,
+    SequenceScorer | None, RateScorer | None, CooccurrenceScorer | None, NDArray[np.float64], SequenceReport | None
 ]:
     """The parts that judge entities by what came before (None where the held-out events, or all others, name no
     entity), their evidence against each held-out event, and how the fit went. vectors: float16 [n, d], behaviours."""
@@ -421,7 +415,7 @@ def _fit_history(
     evidence = np.zeros(len(held))
     judged = np.flatnonzero(held[pairs.row])
     if len(judged) in (0, len(pairs)):
-        return None, None, None, None, evidence[held], None
+        return None, None, None, evidence[held], None
     tell("sequences", 0, 0, "")
     model, report = fit_sequences(
         vectors,
@@ -434,10 +428,7 @@ def _fit_history(
         progress=lambda step, steps, loss: tell("sequences", step, steps, f"loss {loss:.3f}"),
     )
     sequences = SequenceScorer(model)
-    numbers, shift = encoder.numbers, ShiftScorer(encoder.deviating_paths)
-    deviations = numbers.deviations(loaded.features, numbers.judge(loaded.features))
-    windowed = np.concatenate([vectors, deviations], axis=1)
-    raw, levels, cooccurrence, overlap, shifted = _replayed(sequences, shift, loaded, windowed, held)
+    raw, levels, cooccurrence, overlap = _replayed(sequences, loaded, vectors, held)
     last = dict(zip(pairs.entity, range(len(pairs.entity)), strict=True))
     is_last = np.zeros(len(pairs.entity), bool)
     is_last[list(last.values())] = True
@@ -455,31 +446,22 @@ def _fit_history(
             by_user[kinds == JUDGED], _ = cooccurrence.evidence(overlap)
     rate, _ = rates.evidence(excess.take(judged), kinds)
     order, missing = (sequences.evidence(name, raw, kinds) for name in ("order", "missing"))
-    shift.fit(shifted, kinds, pairs.row[judged])
-    by_shift = shift.evidence(shifted, kinds)
-    np.maximum.at(evidence, pairs.row[judged], weighted(order, missing, rate, by_user, by_shift).max(0))
-    return sequences, rates, cooccurrence, shift if shift.calibrations else None, evidence[held], report
+    np.maximum.at(evidence, pairs.row[judged], weighted(order, missing, rate, by_user).max(0))
+    return sequences, rates, cooccurrence, evidence[held], report
 
 
 def _replayed(
-    scorer: SequenceScorer,
-    shift: ShiftScorer,
-    loaded: _Loaded,
-    vectors: NDArray[np.float16],
-    held: NDArray[np.bool_],
-) -> tuple[
-    dict[str, NDArray[np.float64]], NDArray[np.uint8], CooccurrenceScorer, NDArray[np.float64], NDArray[np.float64]
-]:
+    scorer: SequenceScorer, loaded: _Loaded, vectors: NDArray[np.float16], held: NDArray[np.bool_]
+) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.uint8], CooccurrenceScorer, NDArray[np.float64]]:
     """All pairs through windows, as live: the raw scores of those of held-out events with all the history that they
     had, and of all what they raised; what the others teach of who is where at once, and how surprising that is of the
-    held-out ones that are judged by it, float64 [k, PARTNERS]; the raw shifts of held-out events."""
+    held-out ones that are judged by it, float64 [k, PARTNERS]."""
     pairs = loaded.entities
     judged = np.flatnonzero(held[pairs.row])
     counts = CooccurrenceCounts()
     at_once: list[tuple[list[str], NDArray[np.int16], NDArray[np.int16]]] = []
     windows = MemoryWindows(dim=vectors.shape[1], max_entities=MAX_ENTITIES)
     found: list[dict[str, NDArray[np.float64]]] = []
-    shifted: list[NDArray[np.float64]] = []
     levels: list[NDArray[np.uint8]] = []
     step = 8192
     for start in range(0, len(pairs.row), step):
@@ -500,7 +482,6 @@ def _replayed(
         here = judged[slice(*np.searchsorted(judged, (start, start + step)))] - start
         if len(here):
             found.append(scorer.raw(seen.take(here), kinds[here]))
-            shifted.append(shift.raw(seen.take(here))[0])
         for later in (False, True):
             users = np.flatnonzero((kinds == JUDGED) & (held[rows] == later))
             names = [pairs.entity[start + i] for i in users.tolist()]
@@ -511,7 +492,7 @@ def _replayed(
     cooccurrence = counts.finish()
     surprise = np.concatenate([cooccurrence.surprise(*part) for part in at_once])
     raw = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-    return raw, np.concatenate(levels), CooccurrenceScorer(cooccurrence), surprise, np.concatenate(shifted)
+    return raw, np.concatenate(levels), CooccurrenceScorer(cooccurrence), surprise
 
 
 def _steps(

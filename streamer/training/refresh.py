@@ -124,7 +124,7 @@ def _quarantined(
     released = quarantine.release()
     records: list[bytes] = []
     places: list[str] = []
-    joining = [np.empty((0, bundle.scorer.record.baseline.dim), np.float16)]
+    joining = [np.empty((0, bundle.dim), np.float16)]
     features = [np.empty((0, len(bundle.encoder.schema.fields)), np.int32)]
     done = 0
     for batch in batches(paths):
