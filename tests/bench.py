@@ -69,7 +69,7 @@ SIZES = (1024, 3072)
 FIT_DAYS, EVENTS = 1, 30_000
 """Fitted on Monday; what is streamed begins on Tuesday."""
 STEPS = 100
-"""Of training, in place of 1,500 and 800: a network runs as fast whatever it learned."""
+"""Of training, in place of 500 and 800: a network runs as fast whatever it learned."""
 RUNS = 2
 """Of the service, each way; the floor is taken before and after each."""
 WINDOWS = 10_000
