@@ -33,6 +33,8 @@ from streamer.alerting.finding_frame import Alert
 from streamer.alerting.pipeline import AlertPipeline
 from streamer.alerting.threshold_ledger import ThresholdLedger
 from streamer.detection.batches import ScoredBatch
+from streamer.detection.live_calibration import Evidence, LiveCalibration
+from streamer.detection.record_score import PARTS
 from streamer.explain.attribution import Explanation
 from streamer.kafka import producer as producer_module
 from streamer.service.loop import Service
@@ -56,6 +58,8 @@ def p_value(label: str) -> float:
 
 class HashDetector:
     """Scores events by a hash of their coordinates. before: called with each batch, to be slow or to fail."""
+
+    live: LiveCalibration | None = None
 
     def __init__(self, before: Callable[[Sequence[Message]], None] = lambda _: None) -> None:
         self.before = before
@@ -88,6 +92,42 @@ class HashDetector:
 
     def explain(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> list[Explanation]:
         return [Explanation((), (), 0.0, 0.0) for _ in rows]
+
+
+class _RarityAlone:
+    """One part, to which a new value adds 8 nats."""
+
+    def __init__(self, parts: NDArray[np.float64], new: NDArray[np.bool_]) -> None:
+        self.parts, self.new = parts, new
+
+    def without_news(self, rows: NDArray[np.intp], columns: Sequence[int]) -> NDArray[np.float64]:
+        rest = self.parts[:, rows].copy()
+        rest[0] -= 8.0 * self.new[rows]
+        return rest
+
+    def joint(self, parts: NDArray[np.float64], _: NDArray[np.int64]) -> NDArray[np.float64]:
+        return parts.sum(0)
+
+
+class NewsDetector(HashDetector):
+    """Scores events by a hash of their coordinates and by whether they have a name ("new") that training did not have,
+    as far as the live calibration still counts it."""
+
+    def __init__(self, before: Callable[[Sequence[Message]], None] = lambda _: None, bundle: str = "b") -> None:
+        super().__init__(before)
+        self.live = LiveCalibration(bundle, ("300201",), ("device.hostname",))
+
+    def judge(self, prepared: tuple[HashDetector, Sequence[Message]]) -> ScoredBatch:
+        scored, live = super().judge(prepared), self.live.copy()
+        new = np.array([record.get("device", {}).get("hostname") == "new" for record in scored.records], np.bool_)
+        evidence = -np.log(scored.p_value) + 8.0 * new
+        parts = np.zeros((len(PARTS), len(scored)))
+        parts[0] = evidence
+        seen = Evidence(
+            scored.time, np.full(len(scored), 2), new.reshape(-1, 1), scored.entity.tolist(), parts, evidence
+        )
+        record, lowered = live.judge(seen, _RarityAlone(parts, new))
+        return replace(scored, p_value=np.exp(-record), live=live, lowered=lowered)
 
 
 class WindowDetector(HashDetector):
@@ -365,10 +405,10 @@ class Dying:
 
 def main() -> None:
     arguments = json.loads(sys.argv[1])
-    delay, redis_url, dies_at, events_per_day = (
-        arguments.pop(name, 0) for name in ("delay", "episodes", "dies_at", "events_per_day")
+    delay, redis_url, dies_at, events_per_day, news = (
+        arguments.pop(name, 0) for name in ("delay", "episodes", "dies_at", "events_per_day", "news")
     )
-    detector = HashDetector(lambda _: time.sleep(delay))
+    detector = (NewsDetector if news else HashDetector)(lambda _: time.sleep(delay))
     alerting = Dying(findings(detector, redis_url, arguments["kafka.group_id"]), dies_at) if redis_url else EachRow()
     settings = load(arguments)
     ledger = ThresholdLedger(settings, settings.kafka.instance_id, events_per_day) if events_per_day else None

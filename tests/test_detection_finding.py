@@ -42,6 +42,7 @@ from streamer.alerting.text import SUMMARY_PATHS
 from streamer.detection.batches import ScoredBatch
 from streamer.detection.bundle import Bundle
 from streamer.detection.detector import Detector
+from streamer.detection.live_calibration import Lowered
 from streamer.devtools.simulator.generator import schedule, simulate, write
 from streamer.explain.attribution import Explainer, Explanation, FieldFinding
 from streamer.explain.peer_comparison import PeerComparison
@@ -204,6 +205,25 @@ def test_history_that_is_missing_and_p_values_beyond_measure_are_said() -> None:
     assert "history_complete" not in known["unmapped"]
     assert missing["unmapped"]["history_complete"] is False
     assert "is not known, so it may look more unusual than it is" in missing["finding_info"]["desc"]
+
+
+def test_evidence_that_counts_less_is_said() -> None:
+    since = 1_782_900_000_000
+    lowered = np.empty(3, object)
+    lowered[1] = Lowered("300201", ("container.name", "container.image.name#word"), 0.34, (), since, ())
+    lowered[2] = Lowered("300201", (), 0.21, ("near",), since, ())
+    usual, news, voice = [check(a) for a in alerts(replace(scored([WORD, WORD, WORD]), lowered=lowered))]
+    assert "lowered" not in usual["unmapped"]
+    assert (
+        "New values of container name and container image name count for little since 2026-07-01 10:00:00 UTC: 34 % of "
+        "such events have one."
+    ) in news["finding_info"]["desc"]
+    fields = ["container.name", "container.image.name#word"]
+    assert news["unmapped"]["lowered"] == {"fields": fields, "parts": [], "share": 0.34, "since": since}
+    assert (
+        "The distance from the nearest normal event counts for less since 2026-07-01 10:00:00 UTC: it is unusual in "
+        "21 % of such events."
+    ) in voice["finding_info"]["desc"]
 
 
 def test_lengths_that_differ_are_refused() -> None:

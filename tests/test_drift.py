@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
+from confluent_kafka import Producer
 from loop_harness import EVENT, create
 from numpy.typing import NDArray
 from test_bundle_store import bundle
@@ -20,10 +21,12 @@ from encoder.features.schema import Schema
 from encoder.features.vectorizer import Vectorizer
 from encoder.ocsf.decoder import decode
 from encoder.ocsf.events import Message
+from streamer.bundles.manifest import read_manifest, resolve
 from streamer.bundles.store import Store
 from streamer.cli.doctor import examine
 from streamer.cli.main import app
 from streamer.detection.drift import DISTRUST, HEALTHY, HOUR_MS, MIN_EVENTS, REFIT, Drift, profile, stability
+from streamer.detection.live_calibration import Decision, Lowered
 from streamer.devtools.servers import free_port
 from streamer.service.metric_collectors import DriftCollector
 from streamer.service.metrics import Metrics, serve
@@ -144,7 +147,7 @@ def test_the_doctor_tells_what_is_wrong_and_how_the_service_does(
     port = free_port()
     more = {"bundle": str(store.path), "redis.url": redis_url, "metrics_port": port}
     found = {finding.what: finding for finding in examine(topics.settings(**more))}
-    assert [finding.mark for finding in found.values()] == ["ok", "ok", "ok", "ok", "warn"]
+    assert [finding.mark for finding in found.values()] == ["ok", "ok", "ok", "ok", "ok", "warn"]
     assert found["service"].text.startswith(f"none answers at 127.0.0.1:{port}")
 
     metrics = Metrics()
@@ -155,7 +158,18 @@ def test_the_doctor_tells_what_is_wrong_and_how_the_service_does(
     try:
         text = urllib.request.urlopen(f"http://localhost:{port}/metrics", timeout=5).read().decode()
         assert 'ripcurrent_drift_verdict{verdict="do not trust"} 1.0' in text
+        version = str(read_manifest(resolve(store.path))["version"])
+        lowered = Lowered("300201", ("device.hostname",), 0.34, (), 1_700_000_000_000, ((1.0,),))
+        decision = orjson.dumps(Decision(1_700_000_000_000, (lowered,)).to_json() | {"by": "one"})
+        producer = Producer({"bootstrap.servers": kafka})
+        producer.produce(f"{topics.name}-ledger", decision, f"default:calibration:1700000000000:{version}".encode())
+        assert producer.flush(10) == 0
         found = {finding.what: finding for finding in examine(topics.settings(**more))}
+        assert found["live calibration"].mark == "warn"
+        assert found["live calibration"].text == (
+            "counts for less since 2023-11-14 22:13:20 UTC: new values of device.hostname in 34% of the events of type "
+            "300201"
+        )
         drift, repairs = found["drift"], found["repairs"]
         flags = [f"--kafka-bootstrap-servers={kafka}", f"--alerts={topics.name}-alerts", f"--metrics-port={port}"]
         report = CliRunner().invoke(app, ["report", "--out", str(tmp_path / "report.html"), *flags])

@@ -190,3 +190,21 @@ def test_the_service_tells_nothing_of_what_is_silenced_and_counts_it(
     assert {finding["unmapped"]["entity"] for finding in told} == {f"user:{i}" for i in (0, 2, 3, 4)}
     counted = [s for m in service.metrics.suppressed.collect() for s in m.samples if s.name.endswith("_total")]
     assert [sample.value for sample in counted] == [len(silenced)]
+
+
+def test_a_true_positive_withdraws_what_may_be_learned_of_its_new_values_and_a_benign_lifts_it() -> None:
+    lowered = {"fields": ["process.file.path#folder"], "parts": [], "share": 0.2, "since": NOW - DAY_MS}
+    plain = one()
+    alert = plain | {"unmapped": plain["unmapped"] | {"new_values": ["process.name"], "lowered": lowered}}
+    type_uid = str(alert["finding_info"]["related_events"][0]["type_uid"])
+    update, _ = verdict_on(alert, "true-positive", by="ann", why="", now_ms=NOW)
+    suppressions = Suppressions()
+    suppressions.add(orjson.loads(orjson.dumps(update)))
+    until = NOW + 30 * DAY_MS
+    assert suppressions.withdrawn == {(type_uid, "process.name"): until, (type_uid, "process.file.path"): until}
+    benign, _ = verdict_on(alert, "benign", by="ann", why="", now_ms=NOW + 1)
+    suppressions.add(orjson.loads(orjson.dumps(benign)))
+    assert suppressions.withdrawn == {}
+    for broken in ("x", [1, None], {"a": 1}):  # Anybody may write to the topic.
+        update["unmapped"]["verdict"]["learned"] = broken
+        suppressions.add(orjson.loads(orjson.dumps(update)))

@@ -6,7 +6,8 @@ rounded to fp16 before any use. It knows no windows and no baseline.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -129,6 +130,31 @@ class RecordEncoder:
             number_surprise.astype(np.float32),
             most_surprising_number,
         )
+
+    def unknown_surprise(self) -> NDArray[np.float32]:
+        """float32 [event types, discrete fields], nats: the surprise of a value that training did not have, given the
+        code of the type."""
+        types, width = self.schema.fields[0].size, len(self.schema.fields)
+        codes = np.full((types, width), UNKNOWN, np.int32)
+        codes[:, 0] = np.arange(types)
+        quantiles = np.full((types, len(self._numbers)), 0.5, np.float32)
+        unknown = FeatureBatch(codes, quantiles, np.zeros(types, np.int64), np.full_like(quantiles, np.nan))
+        surprise: NDArray[np.float32] = self.rarity(unknown).by_type.cpu().numpy()
+        return surprise
+
+    def surprise_without(self, features: FeatureBatch, fields: Sequence[int]) -> tuple[NDArray[np.float32], ...]:
+        """`Encoded.max_surprise` and `max_surprise_for_actor` of n events, had training known their values of some
+        discrete fields (places among `rarity.columns`). An actor with a new name has no history: where the actor is one
+        of them, no value counts as more surprising for the actor than for the event type."""
+        surprise = self.rarity(features)
+        acting = any(self.rarity.names[place] in self.schema.actors for place in fields)
+        known = torch.ones(len(self._discrete), device=surprise.by_type.device)
+        known[list(fields)] = 0.0
+        by_type = surprise.by_type * known
+        by_actor = torch.minimum(surprise.by_actor, surprise.by_type) if acting else surprise.by_actor
+        by_actor = by_actor * known
+        scores = self.rarity.summary(replace(surprise, by_type=by_type, by_actor=by_actor))
+        return tuple(score.cpu().numpy() for score in scores)
 
     def anonymised(self, features: FeatureBatch) -> NDArray[np.float16]:
         """float16 [n, 64]: vectors without identities: of names only their presence, of quantities only a coarse value.

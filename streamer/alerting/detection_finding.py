@@ -24,6 +24,7 @@ from streamer.alerting import text as wording
 from streamer.alerting.finding_frame import Alert, Frame, confidence, finding_uid
 from streamer.alerting.observables import DEVICE, evidence, fit, observables
 from streamer.detection.batches import ScoredBatch
+from streamer.detection.live_calibration import Lowered
 from streamer.explain.attribution import Explanation, FieldFinding
 from streamer.explain.peer_comparison import CHANGE, COUNT, EVENT, LESS, MORE, PeerComparison
 from streamer.explain.rates import RateFinding
@@ -104,6 +105,7 @@ class _Finding:
         severity = float(scored.severity[row])
         severity = min(100.0, max(0.0, severity)) if math.isfinite(severity) else 0.0
         self.complete = scored.complete is None or bool(scored.complete[row])
+        self.lowered: Lowered | None = None if scored.lowered is None else scored.lowered[row]
         self.bundle, self.tenant, self.now = bundle_version, tenant, now_ms
         redacted = scored.redacted(row, redactor)
         self.record, self.cut = redacted.record, redacted.cut
@@ -322,6 +324,9 @@ class _Finding:
             sentences.append(f"It is {times} times as far from the nearest normal event as normal events are.")
         if self.episode.count > 1:
             sentences.append(self.episode_so_far())
+        if self.lowered is not None:
+            lowered = self.lowered
+            sentences.append(wording.lowered(lowered.fields, lowered.parts, lowered.share, lowered.since))
         if not self.complete:
             sentences.append(
                 "Part of what its entities did before is not known, so it may look more unusual than it is."
@@ -472,6 +477,15 @@ class _Finding:
         }
         if not self.complete:
             fields["history_complete"] = False
+        if new := sorted({f.path for f in self.fields if f.new}):
+            fields["new_values"] = new
+        if (lowered := self.lowered) is not None:
+            fields["lowered"] = {
+                "fields": list(lowered.fields),
+                "parts": list(lowered.parts),
+                "share": lowered.share,
+                "since": lowered.since,
+            }
         if (peers := self.peers) is not None:
             fields["peers"] = {**asdict(peers), "names": list(peers.names)}
         if self.neighbours:

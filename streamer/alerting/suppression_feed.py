@@ -7,7 +7,7 @@ cannot be read at start stops it, and one that cannot be read later changes noth
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import orjson
 
@@ -44,10 +44,18 @@ class SuppressionFeed:
 
     def covering(self, anomaly: Anomaly) -> Suppression | None:
         """The suppression in force for this event, if any."""
+        self._follow()
+        return self._suppressions.covering(anomaly)
+
+    def withdrawn(self) -> Mapping[tuple[str, str], int]:
+        """`Suppressions.withdrawn`."""
+        self._follow()
+        return self._suppressions.withdrawn
+
+    def _follow(self) -> None:
         if time.monotonic() - self._read_at > REFRESH_S:
             self._read_at = time.monotonic()
             self._take(self._follower.new_records())
-        return self._suppressions.covering(anomaly)
 
     def _take(self, records: Iterable[KeyedRecord]) -> None:
         for record in records:

@@ -607,6 +607,29 @@ def further_entities(joined: str, n: int) -> str:
     return f"{joined} at {n:,} other{'s' if n > 1 else ''}" if n else ""
 
 
+def lowered(fields: Sequence[str], parts: Sequence[str], share: float, since: int) -> str:
+    """What of the evidence counts less, as a sentence."""
+    if fields:
+        names = dict.fromkeys(attribute(field.partition("#")[0]) for field in fields)
+        return (
+            f"New values of {' and '.join(list(names)[:MAX_NAMED])} count for little since {moment(since)}: "
+            f"{percent(share)} of such events have one."
+        )
+    what = " and ".join(_PARTS.get(part, part) for part in parts)
+    return f"{what} counts for less since {moment(since)}: it is unusual in {percent(share)} of such events."
+
+
+_PARTS = {
+    "rarity_for_actor": "The rarity of values for who acts",
+    "rarity_for_type": "The rarity of values",
+    "far": "The distance from most normal events",
+    "near": "The distance from the nearest normal event",
+    "replaced": "What the network says",
+    "numbers_in_context": "How unusual numbers are for what they are of",
+    "text": "How unusual the parts of texts are",
+}
+
+
 def duration(ms: int) -> str:
     """A length of time in the largest unit that fits: "4.1 s", "40 s", "9 min", "3.5 h"."""
     seconds = max(ms, 0) / 1000

@@ -1,5 +1,5 @@
 """The ledger: a compacted topic that holds every alert threshold of a tenant, what was spent and which episodes may go
-on, and the `MovingThreshold` over it.
+on, and the `MovingThreshold` over it; beside them what the live calibration decided and counted, in the same way.
 
 Promises: all of it is written in the transaction of the alerts that it is about, so that after a crash or an abort the
 stream is judged by what subscribers were shown, and whoever takes over a partition knows what was spent on it; one
@@ -11,8 +11,8 @@ one: every alert names the threshold that it crossed.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from state.errors import SourcePartition
 from streamer.alerting.threshold import HourCounts, MovingThreshold, Threshold, is_over, is_too_old, threshold_at
 from streamer.detection.batches import ScoredBatch
+from streamer.detection.live_calibration import DAY_H, HOUR_MS, KEPT, Decision, HourTally, LiveCalibration
 from streamer.errors import ConfigurationError
 from streamer.kafka.client import Offsets, partition_counts, topic_settings
 from streamer.kafka.producer import Output
@@ -43,15 +44,25 @@ class ThresholdLedger:
     Args:
         instance: the name under which this process counts what it spends; the same after a restart.
         events_per_day: the rate that is taken for days not seen yet: that of training.
+        withdrawn: what analysts do not let the live calibration learn (`LiveCalibration.withdrawn`).
     """
 
-    def __init__(self, settings: Settings, instance: str, events_per_day: float) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        instance: str,
+        events_per_day: float,
+        withdrawn: Callable[[], Mapping[tuple[str, str], int]] = dict,
+    ) -> None:
         self._settings = settings
         self._instance = instance
         self._records = _Records(settings.tenant)
         self._follower: TopicFollower | None = None
         self._committed = MovingThreshold(settings.alerts_per_day, events_per_day)
         self._budget = self._committed.copy()
+        self._withdrawn = withdrawn
+        self._live: LiveCalibration | None = None
+        self._committed_live: LiveCalibration | None = None
         self._read_at = 0.0
         self._owner = False
         self._partitions: set[SourcePartition] = set()
@@ -86,9 +97,22 @@ class ThresholdLedger:
         if self._follower is not None:
             self._follower.close()
 
-    def judge(self, scored: ScoredBatch, owned: Offsets) -> NDArray[np.float64]:
-        """The threshold that each of n events is held against, float64 [n]."""
+    def calibration(self, of_bundle: LiveCalibration, owned: Offsets) -> LiveCalibration:
+        """What the next batch is judged by, and counted in. of_bundle: one of the bundle that serves."""
         self._follow(owned)
+        if self._live is None or self._live.bundle != of_bundle.bundle:
+            fresh = replace(of_bundle, decisions=[], tallies={}, elsewhere={}, moves=False)
+            self._committed_live = self._recorded(fresh)
+            self._live = self._committed_live.copy()
+        self._live.moves, self._live.withdrawn = self._owner, self._withdrawn()
+        return self._live
+
+    def judge(self, scored: ScoredBatch, owned: Offsets) -> NDArray[np.float64]:
+        """The threshold that each of n events is held against, float64 [n]. Takes what the batch adds to the live
+        calibration."""
+        self._follow(owned)
+        if scored.live is not None:
+            self._live = scored.live
         return self._budget.judge(scored.time, scored.p_value, episode_key=scored.episode_key, moves=self._owner)
 
     def idle(self, owned: Offsets) -> bool:
@@ -98,6 +122,8 @@ class ThresholdLedger:
             self._follow(owned)
             if self._owner and self._budget.elsewhere and self._budget.newest_hour >= 0:
                 self._budget.advance(self._budget.newest_hour)
+                if self._live is not None:
+                    self._live.advance(self._budget.newest_hour)
         return len(self._budget.thresholds) > 0 and self._budget.thresholds[-1:] != self._committed.thresholds[-1:]
 
     def outputs(self, now_ms: int) -> list[Output]:
@@ -123,7 +149,7 @@ class ThresholdLedger:
         for digest, last in episodes.items():
             if self._committed.episodes.get(digest) != last:
                 records[f"{tenant}:episode:{digest}:{self._instance}"] = {"last": last}
-        records |= dict.fromkeys(self._obsolete_elsewhere())
+        records |= self._live_records() | dict.fromkeys(self._obsolete_elsewhere())
         return [
             Output(self._settings.ledger, key.encode(), orjson.dumps(value) if value else None, [], now_ms, key)
             for key, value in records.items()
@@ -132,10 +158,43 @@ class ThresholdLedger:
     def committed(self) -> None:
         """The transaction with `outputs` is committed."""
         self._committed = self._budget.copy()
+        self._committed_live = self._live.copy() if self._live is not None else None
 
     def rewind(self) -> None:
         """It was not: what was judged since the last commit will be judged again."""
         self._budget = self._committed.copy()
+        self._live = self._committed_live.copy() if self._committed_live is not None else None
+
+    def _live_records(self) -> dict[str, dict[str, Any] | None]:
+        """Decisions of the live calibration, and the hours that it counted, since the last transaction."""
+        live, committed, tenant = self._live, self._committed_live, self._settings.tenant
+        if live is None or committed is None:
+            return {}
+        known, records = {decision.start for decision in committed.decisions}, dict[str, dict[str, Any] | None]()
+        for decision in live.decisions:
+            if decision.start not in known:
+                records[f"{tenant}:calibration:{decision.start}:{live.bundle}"] = {
+                    "by": self._instance,
+                    **decision.to_json(),
+                }
+        for hour in committed.tallies.keys() - live.tallies.keys():
+            records[f"{tenant}:evidence:{hour}:{self._instance}"] = None
+        for hour, tally in live.tallies.items():
+            if committed.tallies.get(hour) is not tally:
+                records[f"{tenant}:evidence:{hour}:{self._instance}"] = {"bundle": live.bundle} | tally.to_json()
+        return records
+
+    def _recorded(self, live: LiveCalibration) -> LiveCalibration:
+        """A live calibration with what is recorded of its bundle beside its own."""
+        known = self._records.decisions.get(live.bundle, {}) | {each.start: each for each in live.decisions}
+        own, elsewhere = dict[int, HourTally](), dict[int, HourTally]()
+        for (hour, instance), body in self._records.evidence.items():
+            if body["bundle"] == live.bundle and instance == self._instance and not live.tallies:
+                own[hour] = HourTally.from_json(body)
+            elif body["bundle"] == live.bundle and instance != self._instance:
+                elsewhere[hour] = elsewhere.get(hour, HourTally()) + HourTally.from_json(body)
+        decisions = [known[start] for start in sorted(known)[-KEPT:]]
+        return replace(live, decisions=decisions, tallies=live.tallies or own, elsewhere=elsewhere)
 
     def _obsolete_elsewhere(self) -> list[str]:
         """Keys of the records of others that no decision needs any more: episodes that are over and hours that are too
@@ -151,6 +210,9 @@ class ThresholdLedger:
         for hour, instance in self._records.tallies:
             if is_too_old(hour, now):
                 places.append(("tally", str(hour), instance))
+        for hour, instance in self._records.evidence:
+            if hour < now // HOUR_MS - DAY_H:
+                places.append(("evidence", str(hour), instance))
         return [":".join((self._settings.tenant, *place)) for place in places if place[2] != self._instance]
 
     def _follow(self, owned: Offsets) -> None:
@@ -184,6 +246,9 @@ class ThresholdLedger:
                 if instance != self._instance:
                     known_last = budget.episodes_elsewhere.get(digest, last)
                     budget.episodes_elsewhere[digest] = max(last, known_last)
+        if self._live is not None and self._committed_live is not None and self._records.learned_by - {self._instance}:
+            self._committed_live, self._live = self._recorded(self._committed_live), self._recorded(self._live)
+        self._records.learned_by.clear()
         own = {hour: tally for (hour, name), tally in self._records.tallies.items() if name == self._instance}
         if self._budget.thresholds and not self._owner:  # The one who decides does it as it moves the threshold.
             self._budget.forget(self._budget.thresholds[-1].start)
@@ -206,15 +271,7 @@ class RecordedThresholds:
     def read(cls, settings: Settings) -> RecordedThresholds:
         """The thresholds of `settings.tenant` in `settings.ledger` that were decided for its `alerts_per_day`; none
         where there is no such topic. Raises ConfigurationError and StreamError where it cannot be read."""
-        if settings.ledger not in partition_counts(settings):
-            return cls({})
-        records, follower = _Records(settings.tenant), TopicFollower(settings, settings.ledger)
-        try:
-            for record in follower.catch_up():
-                records.take(record)
-        finally:
-            follower.close()
-        budget = settings.alerts_per_day
+        records, budget = _read(settings), settings.alerts_per_day
         return cls({start: kept for start, kept in records.thresholds.items() if records.budgets[start] == budget})
 
     def at(self, event_time: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -225,6 +282,26 @@ class RecordedThresholds:
         return threshold_at(self._thresholds, event_time)
 
 
+def recorded_decisions(settings: Settings, bundle: str) -> list[Decision] | None:
+    """What the live calibration of a bundle (its version) decided, by start; None where it never served. Raises as
+    `RecordedThresholds.read`."""
+    decisions = _read(settings).decisions.get(bundle)
+    return None if decisions is None else [decision for _, decision in sorted(decisions.items())]
+
+
+def _read(settings: Settings) -> _Records:
+    """All records of a tenant."""
+    records = _Records(settings.tenant)
+    if settings.ledger in partition_counts(settings):
+        follower = TopicFollower(settings, settings.ledger)
+        try:
+            for record in follower.catch_up():
+                records.take(record)
+        finally:
+            follower.close()
+    return records
+
+
 class _Records:
     """The records of a tenant, as far as they have been read."""
 
@@ -233,6 +310,9 @@ class _Records:
         self.budgets: dict[int, float] = {}
         self.tallies: dict[tuple[int, str], HourCounts] = {}
         self.episodes: dict[tuple[str, str], int] = {}
+        self.decisions: dict[str, dict[int, Decision]] = {}
+        self.evidence: dict[tuple[int, str], dict[str, Any]] = {}
+        self.learned_by: set[str] = set()
         self._tenant = tenant
 
     def take(self, record: KeyedRecord) -> None:
@@ -257,6 +337,16 @@ class _Records:
                 self.episodes.pop(episode, None)
             else:
                 self.episodes[episode] = body["last"]
+        elif kind == "calibration" and body is not None:
+            self.decisions.setdefault("".join(instance), {})[int(number)] = Decision.from_json(body)
+            self.learned_by.add(body["by"])
+        elif kind == "evidence":
+            place = int(number), "".join(instance)
+            self.learned_by.add(place[1])
+            if body is None:
+                self.evidence.pop(place, None)
+            else:
+                self.evidence[place] = body
 
 
 def check_compacted(settings: Settings) -> None:

@@ -25,6 +25,8 @@ BENIGN_MS = 30 * DAY_MS
 """How long a benign verdict suppresses by default."""
 MAX_MS = 90 * DAY_MS
 """The longest suppression: what is normal changes, and forgotten suppressions hide alerts."""
+MAX_LEARNED = 32
+"""Attributes of one verdict of which nothing may be learned."""
 VERDICTS = {"true-positive": (2, "True Positive"), "benign": (5, "Benign"), "ignore": (3, "Disregard")}
 _STATUS = {"true-positive": (2, "In Progress"), "benign": (4, "Resolved"), "ignore": (3, "Suppressed")}
 _NOT_REPEATED = ("is_alert", "evidences", "observables", "anomaly_analyses", "raw_data")
@@ -98,7 +100,7 @@ def verdict_on(
         "verdict": name,
         "assignee": {"name": by},
         "metadata": finding["metadata"] | {"uid": uid, "processed_time": now_ms, "profiles": ["incident"]},
-        "unmapped": own(finding) | {"verdict": _verdict_fields(scope, suppression, now_ms)},
+        "unmapped": own(finding) | {"verdict": _verdict_fields(scope, suppression, now_ms) | _learned(finding)},
     }
     return update | ({"comment": why} if why else {}), suppression
 
@@ -122,10 +124,25 @@ def _verdict_fields(scope: Scope, suppression: Suppression | None, now_ms: int) 
     return fields | ({"until": suppression.until} if suppression else {})
 
 
+def _learned(finding: Finding) -> dict[str, Any]:
+    """What the live calibration may learn, or has, of the events that an alert is about."""
+    fields, related = own(finding), finding["finding_info"].get("related_events") or [{}]
+    lowered = fields.get("lowered") or {}
+    attributes = {*fields.get("new_values", ()), *(name.partition("#")[0] for name in lowered.get("fields", ()))}
+    if lowered.get("parts"):
+        attributes.add("")
+    return {"type_uid": related[0].get("type_uid"), "learned": sorted(attributes)} if attributes else {}
+
+
 class Suppressions:
-    """All suppressions so far. A later verdict on the same scope replaces earlier ones."""
+    """All suppressions so far. A later verdict on the same scope replaces earlier ones.
+
+    withdrawn: (event type, attribute) -> event time (ms) until which the live calibration learns nothing of it, because
+    of a true positive ("" for its parts).
+    """
 
     def __init__(self) -> None:
+        self.withdrawn: dict[tuple[str, str], int] = {}
         self.all: list[Suppression] = []
         self._by_scope: dict[Scope, list[int]] = {}
 
@@ -136,6 +153,13 @@ class Suppressions:
             return
         scope = Scope(str(fields.get("entity")), integer(fields.get("class_uid")), str(fields.get("cause")))
         since, until = integer(fields.get("since")), integer(fields.get("until"))
+        learned = fields.get("learned")
+        for attribute in learned[:MAX_LEARNED] if isinstance(learned, list) else ():
+            key = str(fields.get("type_uid")), str(attribute)
+            if until:
+                self.withdrawn.pop(key, None)
+            else:
+                self.withdrawn[key] = since + BENIGN_MS
         try:
             _check(scope, since, max(until, since + 1))
         except ConfigurationError:

@@ -39,6 +39,7 @@ def examine(settings: Settings) -> Iterator[Check]:
     yield kafka
     if kafka.mark == "ok":
         yield _looked("ledger", _ledger, settings)
+        yield from lowered(settings)
         yield from transactions(settings)
     yield from service(settings)
 
@@ -84,6 +85,26 @@ def _ledger(settings: Settings) -> str:
     check_compacted(settings)
     recorded = len(RecordedThresholds.read(settings))
     return f"{recorded} thresholds are recorded for {settings.alerts_per_day:g} alerts a day"
+
+
+def lowered(settings: Settings) -> Iterator[Check]:
+    """What the live calibration lowers, and since when. Never raises."""
+    from streamer.alerting.text import moment
+    from streamer.alerting.threshold_ledger import recorded_decisions
+    from streamer.bundles.manifest import read_manifest, resolve
+
+    if settings.threshold is not None:
+        return
+    try:
+        version = str(read_manifest(resolve(settings.bundle))["version"])
+        decisions = recorded_decisions(settings, version)
+    except RipcurrentError as error:
+        yield Check("bad", "live calibration", str(error))
+        return
+    for each in decisions[-1].lowered if decisions else ():
+        yield Check("warn", "live calibration", f"counts for less since {moment(each.since)}: {each}")
+    if not decisions or not decisions[-1].lowered:
+        yield Check("ok", "live calibration", "scores as the bundle was calibrated")
 
 
 def _redis(settings: Settings) -> str:

@@ -98,6 +98,10 @@ def fit(
     _report(fitted.unread)
 
 
+MOST_LOWERED = 5
+"""Lines about what counts for less, of one file."""
+
+
 def _range(settings: Settings, since: list[str], until: list[str]) -> Reread:
     """A frozen range of a topic, to be read as often as it takes."""
     from streamer.kafka.consumer import message_of
@@ -134,6 +138,7 @@ def score(
     """
     from encoder.ocsf.repairs import widespread
     from streamer.alerting.file_thresholds import thresholds_of
+    from streamer.alerting.text import moment
     from streamer.bundles.bundle_files import load
     from streamer.detection.score_files import score_files
     from streamer.event_files import FileError, readable_again
@@ -162,6 +167,8 @@ def score(
                     settings.redact,
                 )
             typer.echo(f"{episodes:,} episodes in {findings}")
+    for each in scored.lowered[:MOST_LOWERED]:
+        typer.echo(f"counts for less since {moment(each.since)}: {each}", err=True)
     if found := widespread(scored.repairs, len(scored)):
         shares = ", ".join(f"{kind} in {share:.0%} of the events" for kind, share in found.items())
         typer.echo(f"warning: {shares}: look at what the senders write", err=True)

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from encoder.features.vectorizer import FeatureBatch
 from encoder.ocsf.entities import Entities
 from encoder.ocsf.events import Coordinates, EventBatch, Reject
 from state.windows import WindowEntries, Windows
+from streamer.detection.live_calibration import LiveCalibration
 from streamer.redaction import Redacted, Redactor
 
 
@@ -41,7 +43,9 @@ class ScoredBatch:
     during this batch, scored for that (None: there are none); noticed_at: of such a batch, intp [k], ascending, the
     rows of the surrounding batch at which the inactivity was detected; in_sequence: intp [s], ascending, the rows whose
     cause is a sequence; windows: their s windows as they were at these events; kept: the n events, where they come from
-    a store and `records` are masked (None: `records` are whole); seconds: the time of each stage.
+    a store and `records` are masked (None: `records` are whole); live: the live calibration behind this batch (None:
+    there is none); lowered: object [n], the `Lowered` that the evidence of an event was under, None for none (None: of
+    no event); seconds: the time of each stage.
     """
 
     coordinates: Coordinates
@@ -61,6 +65,8 @@ class ScoredBatch:
     windows: Windows | None = None
     in_sequence: NDArray[np.intp] | None = None
     kept: list[KeptEvent] | None = None
+    live: LiveCalibration | None = None
+    lowered: NDArray[np.object_] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -84,16 +90,18 @@ class ScoredBatch:
 class PreparedBatch:
     """n events with all results that do not depend on earlier events.
 
-    codes: int32 [n, fields]; entities, entries: the entities of each event, and what their windows append; record:
-    float64 [n], nats, the evidence against each event by itself; cause: str object [n], the attribute it rests on;
+    features: of each event; entities, entries: the entities of each event, and what their windows append; parts:
+    float64 [parts, n] and record: float64 [n], nats, the evidence against each event by itself, in parts and in all;
+    cause: str object [n], the attribute it rests on;
     rejects, seconds: as in `ScoredBatch`.
     """
 
     events: EventBatch
     rejects: list[Reject]
-    codes: NDArray[np.int32]
+    features: FeatureBatch
     entities: Entities
     entries: WindowEntries
+    parts: NDArray[np.float64]
     record: NDArray[np.float64]
     cause: NDArray[np.object_]
     seconds: Mapping[str, float]

@@ -1,8 +1,8 @@
 """The detector: a function from a batch of raw events to a batch of scored events.
 
 The Kafka loop, `ripcurrent score`, replay, evaluation and the benchmark all call it; it does not know where the events
-come from. Promises that a score depends only on the event, the windows of its entities and the bundle, not on how the
-stream was cut into batches.
+come from. Promises that a score depends only on the event, the windows of its entities, the bundle and what was decided
+about live traffic (`streamer.detection.live_calibration`), not on how the stream was cut into batches.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from encoder.features.schema import Schema
+from encoder.features.schema import UNKNOWN, Schema
 from encoder.models.record_encoder import Encoded
 from encoder.ocsf.activity_counts import activity_counts
 from encoder.ocsf.decoder import decode
@@ -32,8 +32,20 @@ from streamer.detection.cooccurrence_score import CAUSES as COOCCURRENCE_CAUSES
 from streamer.detection.drift import Drift
 from streamer.detection.inactivity import CAUSE as INACTIVITY
 from streamer.detection.inactivity import InactivityMonitor, coordinates_of, rows_of, unpack
+from streamer.detection.live_calibration import Evidence, LiveCalibration, discrete
 from streamer.detection.rate_score import RateScorer
-from streamer.detection.record_score import FAR, NEAR, NUMBERS, PARTS, REPLACED, TEXT, by_text, strongest
+from streamer.detection.record_score import (
+    FAR,
+    FOR_ACTOR,
+    FOR_TYPE,
+    NEAR,
+    NUMBERS,
+    PARTS,
+    REPLACED,
+    TEXT,
+    by_text,
+    strongest,
+)
 from streamer.detection.sequence_score import MISSING, ORDER
 from streamer.redaction import Redactor
 
@@ -61,11 +73,40 @@ class _History:
     silent: list[Inactivity] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _PreparedParts:
+    """The parts of the record score of a batch, for `LiveCalibration`."""
+
+    bundle: Bundle
+    prepared: PreparedBatch
+
+    def without_news(self, rows: NDArray[np.intp], columns: Sequence[int]) -> NDArray[np.float64]:
+        encoder, scorer = self.bundle.encoder, self.bundle.scorer.record
+        chosen = self.prepared.features.take(rows)
+        first, like = chosen.distinct()
+        # Places among the discrete fields but the event type, to places among those that are counted.
+        names = [encoder.schema.fields[i].name for i in discrete(encoder.schema)]
+        wanted = {names[column] for column in columns}
+        counted = [place for place, name in enumerate(encoder.rarity.names) if name in wanted]
+        by_type, by_actor = encoder.surprise_without(chosen.take(first), counted)
+        types = chosen.codes[:, 0].astype(np.int64)
+        parts = self.prepared.parts[:, rows]
+        for name, raw in ((FOR_TYPE, by_type), (FOR_ACTOR, by_actor)):
+            parts[PARTS.index(name)] = scorer.part(name, raw.astype(np.float64)[like], types)
+        return parts
+
+    def joint(self, parts: NDArray[np.float64], types: NDArray[np.int64]) -> NDArray[np.float64]:
+        return self.bundle.scorer.record.evidence(parts, types)
+
+
 class Detector:
     """Joins encoder and state: decodes, encodes, appends to windows, scores.
 
     windows: the windows of entities between batches; their vectors must be of the bundle's encoder. timers: detect
     inactive entities; None: inactivity is not detected. redactor: masks the events that timers keep.
+
+    live: how often evidence came lately, learned here only where `live.moves`. What it is after a batch is in
+    `ScoredBatch.live`; `take` goes on from there.
     """
 
     def __init__(
@@ -80,6 +121,8 @@ class Detector:
         self.bundle = bundle
         self.windows = windows
         self.tenant = tenant
+        self.live = LiveCalibration.of(bundle.encoder, bundle.version)
+        self._discrete = discrete(bundle.encoder.schema)
         fields = bundle.encoder.schema.fields
         self.drift = Drift(bundle.encoder.schema, bundle.profile)
         self._causes = np.array([f"record:{field.path}" for field in fields], object)
@@ -117,18 +160,24 @@ class Detector:
         entities = find_entities(events)
         entries = window_entries(events, entities, anonymised)
         timer.end("compare")
-        return PreparedBatch(events, rejects, features.codes, entities, entries, record, cause, timer.seconds)
+        return PreparedBatch(events, rejects, features, entities, entries, parts, record, cause, timer.seconds)
+
+    def take(self, scored: ScoredBatch) -> None:
+        """Go on from what the live calibration learned of this batch; a batch that is judged again is not taken."""
+        if scored.live is not None:
+            self.live = scored.live
 
     def judge(self, prepared: PreparedBatch) -> ScoredBatch:
         """Append a prepared batch to the windows of its entities and score it."""
         timer = StageTimer(prepared.seconds)
-        events, record, cause = prepared.events, prepared.record, prepared.cause
+        events, cause, live = prepared.events, prepared.cause, self.live.copy()
+        record, lowered = live.judge(self._evidence(prepared), _PreparedParts(self.bundle, prepared))
         entity = np.array(prepared.entities.primary, object)
         history = self._judge_windows(events, prepared.entities, prepared.entries, timer)
         by_history = history.evidence > record
         p_value = self.bundle.scorer.p_value(record, history.evidence)
         in_sequence = np.flatnonzero(by_history & np.isin(history.cause, (ORDER, MISSING)))
-        self.drift.observe(events.time, prepared.codes, p_value)
+        self.drift.observe(events.time, prepared.features.codes, p_value)
         timer.end("sequences")
         return ScoredBatch(
             events.coordinates,
@@ -145,8 +194,15 @@ class Detector:
             inactive=self._inactive(history.silent, events) if history.silent else None,
             windows=history.windows.take(history.window[in_sequence]) if history.windows is not None else None,
             in_sequence=in_sequence,
+            live=live,
+            lowered=lowered,
             seconds=timer.seconds,
         )
+
+    def _evidence(self, prepared: PreparedBatch) -> Evidence:
+        codes, names = prepared.features.codes, prepared.entities.primary
+        types, unknown = codes[:, 0].astype(np.int64), codes[:, self._discrete] == UNKNOWN
+        return Evidence(prepared.events.time, types, unknown, names, prepared.parts, prepared.record)
 
     def remember(self, messages: Sequence[Message]) -> None:
         """Append a batch to windows and timers without scoring it, to rebuild lost state."""

@@ -90,9 +90,12 @@ class RecordScorer:
         `with_text`: equal features may come with many texts."""
         evidence = np.zeros((len(PARTS), len(types)))
         for name, score in raw.items():
-            speaks = self._speaks(name, score, types)
-            evidence[PARTS.index(name)] = np.where(speaks, self._calibrated(name, score, types), 0.0)
+            evidence[PARTS.index(name)] = self.part(name, score, types)
         return evidence
+
+    def part(self, name: str, raw: NDArray[np.float64], types: NDArray[np.int64]) -> NDArray[np.float64]:
+        """float64 [n], nats: the evidence of one of PARTS but that of texts, 0 where it does not speak."""
+        return np.where(self._speaks(name, raw, types), self._calibrated(name, raw, types), 0.0)
 
     def with_text(
         self, parts: NDArray[np.float64], surprise: NDArray[np.float64], types: NDArray[np.int64]

@@ -18,6 +18,7 @@ from streamer.detection.bundle import Bundle
 from streamer.detection.combine import severity
 from streamer.detection.detector import Detector
 from streamer.detection.isolation import EventIsolation
+from streamer.detection.live_calibration import Lowered
 from streamer.event_files import Unread, batches, event_uid
 
 
@@ -25,7 +26,7 @@ from streamer.event_files import Unread, batches, event_uid
 class ScoredFile:
     """n scored events of files, in their order. uids: `metadata.uid`, else the line number; time: int64 [n], ms;
     p_value: float64 [n]; severity: float32 [n]; entity, cause: object [n]; unread: what could not be read; repairs: how
-    often each kind of repair was made."""
+    often each kind of repair was made; lowered: what of the evidence counts less at their end."""
 
     uids: list[str]
     time: NDArray[np.int64]
@@ -35,6 +36,7 @@ class ScoredFile:
     cause: NDArray[np.object_]
     unread: Unread
     repairs: Counter[str] = field(default_factory=Counter)
+    lowered: tuple[Lowered, ...] = ()
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -47,6 +49,7 @@ def score_files(paths: Sequence[Path], bundle: Bundle, progress: Callable[[int],
     windows = MemoryWindows(dim=bundle.dim)
     timers = MemoryTimers(keeps_events=False)
     detector = Detector(bundle, windows, timers=timers)
+    detector.live.moves = True
     isolation = EventIsolation()
     inactive: list[ScoredBatch] = []
     uids: list[str] = []
@@ -55,6 +58,7 @@ def score_files(paths: Sequence[Path], bundle: Bundle, progress: Callable[[int],
     repairs: Counter[str] = Counter()
     for batch in batches(paths, lost=unread.in_file):
         scored = isolation.score(detector, batch)
+        detector.take(scored)
         offsets = scored.coordinates.offset.tolist()
         uids.extend(event_uid(record, index + 1) for record, index in zip(scored.records, offsets, strict=True))
         for reject in scored.rejects:
@@ -84,7 +88,8 @@ def score_files(paths: Sequence[Path], bundle: Bundle, progress: Callable[[int],
             place = places[coordinates]
             if silent.p_value[row] < p_value[place]:
                 p_value[place], entity[place], cause[place] = silent.p_value[row], silent.entity[row], silent.cause[row]
-    return ScoredFile(uids, time, p_value, severity(p_value), entity, cause, unread, repairs)
+    lowered = detector.live.lowered
+    return ScoredFile(uids, time, p_value, severity(p_value), entity, cause, unread, repairs, lowered)
 
 
 def _coordinates(scored: ScoredBatch) -> Iterator[tuple[tuple[str, int], int, int]]:

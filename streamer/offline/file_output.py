@@ -46,6 +46,7 @@ def write_alerts(
     redact: attributes whose values are masked."""
     windows = MemoryWindows(dim=bundle.dim)
     detector = Detector(bundle, windows)
+    detector.live.moves = True
     isolation = EventIsolation()
     findings = AlertPipeline(
         Explainer(bundle, windows), MemoryEpisodes(), bundle_version=bundle.version, redactor=Redactor(redact)
@@ -55,6 +56,7 @@ def write_alerts(
     with out.open("wb") as file:
         for batch in batches(paths):
             seen = isolation.score(detector, batch)
+            detector.take(seen)
             here = slice(done, done + len(seen))
             scored = _as_scored(seen, scores, here, thresholds)
             alerts = findings.alerts(scored, np.flatnonzero(scores.p_value[here] <= thresholds[here]))

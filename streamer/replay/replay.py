@@ -25,12 +25,13 @@ from state.memory.timers import MemoryTimers
 from state.memory.windows import MemoryWindows
 from streamer.alerting.pipeline import AlertPipeline, Suppressing, with_threshold
 from streamer.alerting.suppression_feed import open_feedback
-from streamer.alerting.threshold_ledger import RecordedThresholds
+from streamer.alerting.threshold_ledger import RecordedThresholds, recorded_decisions
 from streamer.bundles.bundle_files import load
 from streamer.detection.batches import ScoredBatch
 from streamer.detection.bundle import Bundle
 from streamer.detection.detector import Detector
 from streamer.detection.isolation import EventIsolation
+from streamer.detection.live_calibration import Decision
 from streamer.detection.score_records import score_lines
 from streamer.explain.attribution import Explainer
 from streamer.kafka.client import Offsets
@@ -147,6 +148,7 @@ class ReplayDetector:
 
     Args:
         thresholds: the threshold at an event time: fixed, or as it was recorded.
+        decisions: of the live calibration, as they were recorded; None: it decides here, as in a file.
     """
 
     def __init__(
@@ -156,12 +158,15 @@ class ReplayDetector:
         thresholds: ThresholdAt,
         redact: Sequence[str] = (),
         suppressing: Suppressing | None = None,
+        decisions: Sequence[Decision] | None = (),
     ) -> None:
         self.version = bundle.version
         self._windows = MemoryWindows(dim=bundle.dim, max_entities=MAX_ENTITIES)
         self._timers = MemoryTimers()
         self.redactor = redactor = Redactor(redact)
         self._detector = Detector(bundle, self._windows, tenant=tenant, timers=self._timers, redactor=redactor)
+        self._detector.live.moves = decisions is None
+        self._detector.live.decisions.extend(decisions or ())
         self._isolation = EventIsolation()
         self._findings = AlertPipeline(
             Explainer(bundle, self._windows),
@@ -184,7 +189,8 @@ class ReplayDetector:
             )
         recorded = RecordedThresholds.read(settings)
         thresholds = recorded.at if len(recorded) else fixed_threshold(bundle.threshold(settings.alerts_per_day))
-        return cls(bundle, settings.tenant, thresholds, settings.redact, open_feedback(settings))
+        decisions = recorded_decisions(settings, bundle.version)
+        return cls(bundle, settings.tenant, thresholds, settings.redact, open_feedback(settings), decisions)
 
     def begin(self, horizon_ms: int) -> None:
         """Windows that reach back behind this event time are not complete."""
@@ -203,6 +209,7 @@ class ReplayDetector:
     def _lined(self, batch: Sequence[Message]) -> tuple[ScoredBatch, NDArray[np.intp]]:
         """Scored, with the threshold that each event is held against; and the rows that cross it."""
         scored = self._isolation.score(self._detector, batch)
+        self._detector.take(scored)
         return with_threshold(scored, lambda batch: self._thresholds(batch.time))
 
     def score(self, batch: Sequence[Message], positions: Offsets) -> tuple[ScoredBatch, NDArray[np.intp]]:

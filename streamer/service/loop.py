@@ -65,6 +65,7 @@ class _Group:
     batches: int = 0
     events: int = 0
     incomplete: int = 0
+    lowered: Counter[str] = field(default_factory=Counter)
     anomalies: int = 0
     updates: dict[str, int] = field(default_factory=dict)  # activity by the alert's uid
     suppressed: Counter[str] = field(default_factory=Counter)
@@ -338,6 +339,8 @@ class Service:
         detector, prepared = batch.prepared.result()
         if detector is not self._detector:
             _, prepared = self._prepare(batch.messages)
+        if self._ledger is not None and self._detector.live is not None:
+            self._detector.live = self._ledger.calibration(self._detector.live, self._source.owned())
         scored = self._waiting("score", lambda: self._isolation.judge(self._detector, prepared))
         for stage, seconds in scored.seconds.items():
             self.metrics.stage.labels(stage).observe(seconds)
@@ -393,6 +396,8 @@ class Service:
         group.batches = 1
         group.events = len(scored)
         group.incomplete = 0 if scored.complete is None else int((~scored.complete).sum())
+        if scored.lowered is not None:
+            group.lowered.update("news" if each.fields else "part" for each in scored.lowered if each is not None)
         group.messages = len(batch.messages)
         group.appended = [min(message.recorded_at for message in batch.messages)]
         return group
@@ -438,6 +443,8 @@ class Service:
         self.metrics.messages.inc(done.messages)
         self.metrics.events.inc(done.events)
         self.metrics.incomplete.inc(done.incomplete)
+        for why, events in done.lowered.items():
+            self.metrics.lowered.labels(why).inc(events)
         self.metrics.anomalies.inc(done.anomalies)
         self.metrics.alerts.inc(len(done.alert_times))
         for suppression, events in done.suppressed.items():

@@ -41,6 +41,12 @@ class Metrics:
         self.incomplete = counter(
             "incomplete", "Events scored while history of one of their entities was known to be missing"
         )
+        self.lowered = counter(
+            "lowered_events",
+            "Events whose evidence counts less, as it came too often lately (news: values that training did not have; "
+            "part: a part of the score), committed",
+            "why",
+        )
         self.batches = counter("batches", "Micro-batches scored")
         self.anomalies = counter("anomalies", "Events at or under the threshold, committed")
         self.alerts = counter("alerts", "Alerts (Create) committed")

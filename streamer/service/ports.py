@@ -17,7 +17,10 @@ from streamer.kafka.producer import Written
 
 
 class BatchScorer(Protocol):
-    """What the loop needs of a `Detector`: scoring in two steps, of which the first may be done ahead."""
+    """What the loop needs of a `Detector`: scoring in two steps, of which the first may be done ahead. live: its
+    `LiveCalibration`, None where nothing is learned while serving."""
+
+    live: Any
 
     def prepare(self, messages: Sequence[Message]) -> Any: ...
 

@@ -93,7 +93,10 @@ class Shadow:
         assert self._preparation.opened is not None
         detector = self._preparation.opened.detector
         with self._metrics.time("shadow"):
+            if detector.live is not None:  # None has served this bundle, so nothing is recorded for it.
+                detector.live.moves = True
             other = detector.judge(detector.prepare(messages))
+            detector.live = other.live
         ours, theirs = scored.p_value <= threshold, other.p_value <= threshold
         for name, rows in (("both", ours & theirs), ("gained", theirs & ~ours), ("lost", ours & ~theirs)):
             self._metrics.shadow_alerts.labels(name).inc(int(rows.sum()))

@@ -51,7 +51,11 @@ def serve(settings: Settings, stop: threading.Event, workers_problem: Callable[[
     first = opening(serving)
     instance = claim_instance(settings)
     rate = float(read_manifest(serving)["training"]["events_per_day"])
-    threshold = settings.threshold if settings.threshold is not None else ThresholdLedger(settings, instance, rate)
+    threshold: float | ThresholdLedger
+    if settings.threshold is not None:
+        threshold = settings.threshold
+    else:
+        threshold = ThresholdLedger(settings, instance, rate, feedback.withdrawn if feedback else dict)
     service = Service(
         settings,
         first.detector,
