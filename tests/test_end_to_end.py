@@ -25,6 +25,8 @@ from encoder.ocsf.events import Message
 from state.memory.windows import MemoryWindows
 from streamer.bundles.bundle_files import load
 from streamer.detection.detector import Detector
+from streamer.detection.live_calibration import LiveCalibration
+from streamer.detection.score_files import score_files
 from streamer.training.fit import fit
 
 DATA = os.environ.get("RIPCURRENT_EVAL_DATA", "")
@@ -81,11 +83,13 @@ def test_sigkill_half_way_on_a_recorded_stream(
 
 
 @pytest.mark.extended
-def test_a_file_scores_as_the_topic_with_the_same_events(undisturbed: Topics, folder: Path, tmp_path: Path) -> None:
-    events, bundle = str(folder / "test.ndjson"), str(folder / "bundle")
-    done = ripcurrent("score", events, "--bundle", bundle, "--out", "scores.ndjson", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    offline = [orjson.loads(line) for line in lines(tmp_path / "scores.ndjson")]
+def test_a_file_scores_as_the_topic_with_the_same_events(
+    undisturbed: Topics, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The service has a fixed threshold, so it learns nothing while it serves.
+    monkeypatch.setattr(LiveCalibration, "moves", property(lambda _: False, lambda *_: None), raising=False)
+    scored = score_files([folder / "test.ndjson"], load(folder / "bundle"))
+    offline = [{"p_value": p, "cause": cause} for p, cause in zip(scored.p_value, scored.cause, strict=True)]
     online = scores_of(undisturbed)
     # At the end of a file, and not of a stream, it shows who fell silent: that is judged beside what the event gives.
     same = [n for n, score in enumerate(offline) if score["cause"] != "sequence:silence"]

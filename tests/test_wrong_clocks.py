@@ -142,7 +142,8 @@ def test_a_fit_with_wrong_times_learns_what_one_without_does(folder: Path, clean
     _, expected, _ = creates(folder / "test.ndjson", clean, tmp_path / "clean.ndjson")
     _, got, _ = creates(folder / "test.ndjson", fitted.bundle, tmp_path / "wrong.ndjson")
     assert expected and len(expected & got) >= 0.8 * len(expected)
-    assert abs(alerts_in(tmp_path / "wrong.ndjson") - alerts_in(tmp_path / "clean.ndjson")) <= 3
+    alerts = alerts_in(tmp_path / "clean.ndjson")
+    assert abs(alerts_in(tmp_path / "wrong.ndjson") - alerts) <= 0.15 * alerts  # Other events are held out.
     by_rate = [str(cause).startswith("rate:") for cause in score_files([folder / "test.ndjson"], fitted.bundle).cause]
     assert any(by_rate)
 

@@ -10,9 +10,10 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from encoder.models.text_shapes import TextFinding
+if TYPE_CHECKING:
+    from encoder.models.text_shapes import TextFinding
 
 MISSING = frozenset({"", "∅", "MISSING", "<missing>", "(missing)", "missing", "None"})
 """Texts that stand for an absent value."""

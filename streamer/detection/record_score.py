@@ -28,7 +28,7 @@ PARTS = (FOR_ACTOR, FOR_TYPE, NUMBERS, FAR, NEAR, REPLACED, TEXT)
 _VALUES = [PARTS.index(name) for name in (FOR_ACTOR, FOR_TYPE)]
 RECORD = "record"
 OWN_CALIBRATION = 500
-"""Held-out events from which on a product is calibrated on its own; all others are on all events together."""
+"""Held-out events from which on a product, or all types with or without quantities, are calibrated on their own."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class RecordScorer:
     counting says all that it knows of names; the rarest value of an event speaks for the other types alone, because
     among many numbers some name is always rare. products: int64 [event types], a number for
     the product of each type by its code; types beyond it, and 0, belong to none. calibrations: by part, of all events;
-    and by `part.product`.
+    and by `part.scope` (`_scopes`).
     """
 
     baseline: Baseline
@@ -79,11 +79,11 @@ class RecordScorer:
     ) -> None:
         if speaks.any():
             self.calibrations[name] = Calibration.fit(scores[speaks])
-        product = self._product(types)
-        for each in np.unique(product[speaks & (product > 0)]).tolist():
-            rows = speaks & (product == each)
-            if rows.sum() >= OWN_CALIBRATION:
-                self.calibrations[f"{name}.{each}"] = Calibration.fit(scores[rows])
+        for scope in self._scopes(types):
+            for each in np.unique(scope[speaks & (scope >= 0)]).tolist():
+                rows = speaks & (scope == each)
+                if rows.sum() >= OWN_CALIBRATION:
+                    self.calibrations[f"{name}.{each}"] = Calibration.fit(scores[rows])
 
     def parts(self, raw: dict[str, NDArray[np.float64]], types: NDArray[np.int64]) -> NDArray[np.float64]:
         """float64 [7, n], nats: the evidence of each of PARTS, 0 where it does not speak. That of texts follows by
@@ -115,19 +115,24 @@ class RecordScorer:
         return self._calibrated(RECORD, parts.sum(0), types)
 
     def _calibrated(self, name: str, scores: NDArray[np.float64], types: NDArray[np.int64]) -> NDArray[np.float64]:
-        """float64 [n], nats: by the calibration of the product where it has one, 0 where there is none at all."""
+        """float64 [n], nats: by the narrowest calibration that there is, 0 where there is none."""
         whole = self.calibrations.get(name)
         evidence = np.zeros(len(scores)) if whole is None else whole.evidence(scores)
-        product = self._product(types)
-        for each in np.unique(product).tolist():
-            if (own := self.calibrations.get(f"{name}.{each}")) is not None:
-                rows = product == each
-                evidence[rows] = own.evidence(scores[rows])
+        for scope in self._scopes(types):
+            for each in np.unique(scope).tolist():
+                if (own := self.calibrations.get(f"{name}.{each}")) is not None:
+                    rows = scope == each
+                    evidence[rows] = own.evidence(scores[rows])
         return evidence
 
-    def _product(self, types: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _scopes(self, types: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """What each of n events is compared with, int64 [n] each, the narrower last: events of types that carry
+        quantities (1) or do not (0), because other parts speak of these; and of these the events of its product (-1:
+        it has none)."""
+        measured = self.measured(types).astype(np.int64)
         known = types < len(self.products)
-        return np.where(known, self.products[np.where(known, types, 0)], 0)
+        product = np.where(known, self.products[np.where(known, types, 0)], 0)
+        return measured, np.where(product > 0, measured + 2 * product, -1)
 
     def _speaks(self, name: str, raw: NDArray[np.float64], types: NDArray[np.int64]) -> NDArray[np.bool_]:
         if name == FOR_TYPE:

@@ -39,6 +39,7 @@ from streamer.explain.expected_values import Expected, as_range, expected_values
 from streamer.explain.leave_one_out import LATEST, cut, weights
 from streamer.explain.peer_comparison import PeerComparison
 from streamer.explain.rates import RateFinding
+from streamer.redaction import MASK
 
 if TYPE_CHECKING:
     from streamer.detection.batches import ScoredBatch
@@ -342,7 +343,8 @@ class Explainer:
                 continue
             unusual_for_actor = by_actor.get(i, 0.0) > max(by_type.get(i, 0.0) + 1, by_network[i])
             given = actor if unusual_for_actor and actor != observed else ""
-            new = code == UNKNOWN and not field_.left_out and not field_.came_later(event.raw(field_.path))
+            known = bool(field_.left_out) or observed == MASK or field_.came_later(event.raw(field_.path))
+            new = code == UNKNOWN and not known
             # The usual rarest word does not explain a text.
             usual: Expected = ()
             if field_.derives != WORD:
