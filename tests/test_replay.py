@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 import pytest
 import redis
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 from loop_harness import Topics, create, until
 from p_values import assert_same_scores
@@ -66,13 +66,26 @@ def everything_live(bootstrap: str, redis_url: str) -> Any:
     admin = AdminClient({"bootstrap.servers": bootstrap})
     groups = sorted(group.group_id for group in admin.list_consumer_groups().result(10).valid)
     consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": "looks"})
-    partitions = [
-        TopicPartition(name, partition)
-        for name, topic in sorted(admin.list_topics(timeout=10).topics.items())
-        if not name.startswith("__")
-        for partition in topic.partitions
-    ]
-    ends = {(p.topic, p.partition): consumer.get_watermark_offsets(p, timeout=10) for p in partitions}
+
+    def ends_now() -> dict[tuple[str, int], Any]:
+        partitions = [
+            TopicPartition(name, partition)
+            for name, topic in sorted(admin.list_topics(timeout=10).topics.items())
+            if not name.startswith("__")
+            for partition in topic.partitions
+        ]
+        return {(p.topic, p.partition): consumer.get_watermark_offsets(p, timeout=10) for p in partitions}
+
+    ends: dict[tuple[str, int], Any] = {}
+
+    def all_known() -> bool:
+        try:
+            ends.update(ends_now())
+        except KafkaException:  # A topic of a test before is still being deleted.
+            return False
+        return True
+
+    until(all_known, 60)
     consumer.close()
     digest = sha256()
     with redis.Redis.from_url(redis_url.removesuffix("/0") + "/1") as server:
