@@ -21,7 +21,7 @@ from encoder.training import replaced_fields
 from encoder.training.replaced_fields import initial_network
 from streamer.detection.record_score import FAR, FOR_TYPE, NEAR, PARTS, REPLACED, strongest
 from streamer.training.fit import fit_record
-from streamer.training.vouching import OUTSIDERS, not_alone, types_with_quantities, vouching
+from streamer.training.vouching import OUTSIDERS, types_with_quantities, vouching
 
 NORMAL, ATTACKS = 1500, 30
 
@@ -127,11 +127,3 @@ def test_evidence_of_held_out_events_is_as_rare_as_it_says(
     part = fit_record(schema, fitted, spread(len(fitted)), held, seed=0, device=torch.device("cpu"))
     for p in (0.5, 0.1, 0.02):
         assert np.mean(part.held_out >= -np.log(p)) == pytest.approx(p, rel=0.3)
-
-
-def test_where_names_repeat_an_event_that_came_once_is_nobodys_nearest() -> None:
-    repeats, unlike, quantities = 2, 3, 4
-    types = np.array([repeats] * 3 + [unlike] * 3 + [quantities] * 2, np.int64)
-    weights = np.array([50, 2, 1, 1, 1, 1, 100, 1], np.float64)
-    keep = not_alone(types, weights, np.array([quantities], np.int64))
-    assert keep.tolist() == [True, True, False] + [True] * 3 + [True] * 2

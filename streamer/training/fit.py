@@ -56,7 +56,7 @@ from streamer.detection.sequence_score import SequenceScorer
 from streamer.errors import RipcurrentError
 from streamer.event_files import Reread, Unread, batches, with_common_times
 from streamer.redaction import Redactor
-from streamer.training.vouching import not_alone, types_with_quantities, vouching
+from streamer.training.vouching import types_with_quantities, vouching
 
 HELD_OUT = 0.15
 """The latest share of the training events, by event time, that calibrates: of those on working days, and of those on
@@ -363,9 +363,8 @@ def fit_record(
     tell("baseline", 0, 0, "")
     vectors = encoder.vectors(trusted)
     quantities = types_with_quantities(schema, features, weights)
-    indexed = np.flatnonzero(not_alone(types[vouch], weights[vouch], quantities))
-    baseline = Baseline.build(vectors[indexed], seed=seed)
-    baseline.members = vouch[indexed[baseline.members]]
+    baseline = Baseline.build(vectors, seed=seed)
+    baseline.members = vouch[baseline.members]
     groups = GroupDistance.fit(vectors, weights[vouch], types[vouch], seed=seed)
     scorer = RecordScorer(baseline, groups, quantities, products_of_types(schema, features, weights))
     if texts is not None:

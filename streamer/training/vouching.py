@@ -63,23 +63,6 @@ def vouching(
     return keep
 
 
-def not_alone(
-    types: NDArray[np.int64], weights: NDArray[np.float64], quantities: NDArray[np.int64]
-) -> NDArray[np.bool_]:
-    """bool [n]: which of n distinct rows may be the nearest normal one of an event: of types of names alone, those that
-    came more than once. One event vouches for nobody, where events repeat.
-
-    types: int64 [n]; weights: float64 [n], events each stands for; quantities: int64 [q], sorted. A type of which half
-    of the events came once only does not repeat, and keeps all.
-    """
-    events = np.bincount(types, weights)
-    alone = np.bincount(types, weights * (weights < 2))
-    repeats = alone < events / 2
-    repeats[quantities] = False
-    keep: NDArray[np.bool_] = (weights >= 2) | ~repeats[types]
-    return keep
-
-
 def _rarity_by_the_other_half(
     schema: Schema, features: FeatureBatch, in_block: NDArray[np.float64]
 ) -> NDArray[np.float64]:
