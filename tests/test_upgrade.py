@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import gzip
-import tarfile
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,8 +139,8 @@ def fitted_today(folder: Path) -> Path:
 
 
 def test_the_bundle_of_release_0_1_0_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    with tarfile.open(FIXTURE / "bundle.tar.xz") as packed:
-        packed.extractall(tmp_path, filter="data")
+    (tmp_path / "bundle").mkdir()
+    shutil.copy(FIXTURE / "manifest.json", tmp_path / "bundle")
     with pytest.raises(BundleError, match="bundle format 5, this version reads 7; fit the bundle again"):
         load(tmp_path / "bundle")
 
