@@ -51,7 +51,7 @@ from streamer.redaction import Redactor
 
 COMPACTED = 1024
 """Events decoded together by `compact`."""
-WORTH_TELLING = 3.0
+TOLD_BY_NUMBERS = 3.0
 """Nats of evidence by its numbers from which on an event is told by its most unusual number: one event in twenty."""
 _RATES = np.array([f"rate:{name}" for name in LEVELS], object)
 
@@ -327,7 +327,7 @@ def _causal_field(encoded: Encoded, parts: NDArray[np.float64]) -> NDArray[np.in
     field = np.where(strongest(parts, whole), encoded.most_replaced_field, encoded.most_surprising_field)
     others = ~whole & ~np.isin(PARTS, (TEXT,))
     numbers = np.isin(PARTS, (NUMBERS,))[others]
-    of_number = strongest(parts[others], numbers) & (parts[PARTS.index(NUMBERS)] >= WORTH_TELLING)
+    of_number = strongest(parts[others], numbers) & (parts[PARTS.index(NUMBERS)] >= TOLD_BY_NUMBERS)
     return np.where(of_number, encoded.most_surprising_number, field)
 
 
