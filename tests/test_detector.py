@@ -275,12 +275,20 @@ def test_a_score_file_has_a_line_an_event(fitted: tuple[Bundle, Path], days: tup
     assert set(rows[0]) == {"uid", "p_value", "severity", "alert", "entity", "cause"}
 
 
-def test_the_latest_of_working_days_and_of_weekends_calibrate() -> None:
-    hour = 3_600_000
-    time = MONDAY + hour * np.arange(14 * 24)
+def test_the_latest_of_every_hour_of_working_days_and_of_weekends_calibrate() -> None:
+    """So that what happens only at night calibrates, too."""
+    minute = 60_000
+    time = MONDAY + minute * np.arange(7 * 24 * 60)
     held = fitting.held_out(time)
-    day = (time - MONDAY) // (24 * hour)
-    weekend = day % 7 >= 5
-    for part in (weekend, ~weekend):
-        assert abs(held[part].mean() - fitting.HELD_OUT) < 0.02
-        assert (np.diff(held[part].astype(int)) >= 0).all()  # the latest
+    hour_of_day, day = (time // (60 * minute)) % 24, (time - MONDAY) // (24 * 60 * minute)
+    for weekend in (False, True):
+        for hour in range(24):
+            part = held[(hour_of_day == hour) & ((day >= 5) == weekend)]
+            assert abs(part.mean() - fitting.HELD_OUT) < 0.02
+            assert (np.diff(part.astype(int)) >= 0).all()  # the latest
+
+
+def test_of_less_than_three_days_the_latest_calibrates() -> None:
+    time = MONDAY + 60_000 * np.arange(2 * 24 * 60)
+    held = fitting.held_out(time)
+    assert abs(held.mean() - fitting.HELD_OUT) < 0.01 and (np.diff(held.astype(int)) >= 0).all()
