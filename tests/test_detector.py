@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
+from numpy.typing import NDArray
 from p_values import assert_same_p_values
 
 import encoder.training.replaced_fields
@@ -275,20 +276,21 @@ def test_a_score_file_has_a_line_an_event(fitted: tuple[Bundle, Path], days: tup
     assert set(rows[0]) == {"uid", "p_value", "severity", "alert", "entity", "cause"}
 
 
-def test_the_latest_of_every_hour_of_working_days_and_of_weekends_calibrate() -> None:
-    """So that what happens only at night calibrates, too."""
-    minute = 60_000
-    time = MONDAY + minute * np.arange(7 * 24 * 60)
-    held = fitting.held_out(time)
-    hour_of_day, day = (time // (60 * minute)) % 24, (time - MONDAY) // (24 * 60 * minute)
-    for weekend in (False, True):
-        for hour in range(24):
-            part = held[(hour_of_day == hour) & ((day >= 5) == weekend)]
-            assert abs(part.mean() - fitting.HELD_OUT) < 0.02
-            assert (np.diff(part.astype(int)) >= 0).all()  # the latest
+def hours(n: int) -> NDArray[np.int64]:
+    return MONDAY + 3_600_000 * np.arange(n)
 
 
-def test_of_less_than_three_days_the_latest_calibrates() -> None:
-    time = MONDAY + 60_000 * np.arange(2 * 24 * 60)
+def test_the_latest_of_working_days_and_of_weekends_calibrate() -> None:
+    time = hours(14 * 24)
     held = fitting.held_out(time)
-    assert abs(held.mean() - fitting.HELD_OUT) < 0.01 and (np.diff(held.astype(int)) >= 0).all()
+    weekend = (time - MONDAY) // (24 * 3_600_000) % 7 >= 5
+    for part in (weekend, ~weekend):
+        assert abs(held[part].mean() - fitting.HELD_OUT) < 0.02
+        assert (np.diff(held[part].astype(int)) >= 0).all()  # the latest
+
+
+@pytest.mark.parametrize(("days", "held_out"), [(7, 24), (4, 24), (3, 11)])
+def test_of_four_working_days_the_latest_calibrates_with_its_night(days: int, held_out: int) -> None:
+    held = fitting.held_out(hours(days * 24))
+    assert held[: 5 * 24].sum() == held_out
+    assert (np.diff(held[: 5 * 24].astype(int)) >= 0).all()  # the latest

@@ -61,9 +61,9 @@ from streamer.training.vouching import types_with_quantities, vouching
 HELD_OUT = 0.15
 """The latest share of the training events, by event time, that calibrates: of those on working days, and of those on
 weekends. The latest of a week alone would be its Sunday, and Monday would look like an incident."""
-HOURS_FROM_DAYS = 3
-"""Days of training from which on the latest of each hour of the day calibrate: the latest share of five working days is
-a Friday without its night, and each nightly backup would look like an incident."""
+WHOLE_DAY_OF = 4
+"""Working days from which on the latest of them calibrates whole: the latest share of five is a Friday without its
+night, and each nightly backup would look like an incident."""
 MIN_EVENTS = 20
 MAX_EVENTS = 2_000_000
 """Events kept as features; of more, every k-th is used, and the summary says so."""
@@ -71,7 +71,7 @@ MAX_CODES = 80_000_000
 """Events times fields that are kept, 4 bytes each and a few copies on the way: of many fields, fewer events."""
 MAX_ENTITIES = 50_000
 """Entities whose windows are held at once while training is replayed, some 7 kB each; the longest unseen go first."""
-DAY_MS, HOUR_MS = 86_400_000, 3_600_000
+DAY_MS = 86_400_000
 MIN_SPAN_MS = 60_000
 """The least time that training counts as; events of which none has a time count as a day's."""
 PLACE = "@event"
@@ -296,13 +296,12 @@ def _reordered(
 def held_out(time: NDArray[np.int64]) -> NDArray[np.bool_]:
     """bool [n]: which events calibrate. time: int64 [n], event ms, ascending."""
     held = np.zeros(len(time), np.bool_)
-    days = time // DAY_MS
-    part = ((days + 3) % 7 >= 5).astype(np.int64)  # the epoch began on a Thursday
-    if len(np.unique(days)) >= HOURS_FROM_DAYS:
-        part += 2 * (time // HOUR_MS % 24)
-    for each in np.unique(part).tolist():
-        rows = np.flatnonzero(part == each)
+    weekend = (time // DAY_MS + 3) % 7 >= 5  # the epoch began on a Thursday
+    for rows in (np.flatnonzero(weekend), np.flatnonzero(~weekend)):
         held[rows[len(rows) - round(HELD_OUT * len(rows)) :]] = True
+    working = np.flatnonzero(~weekend)
+    if len(np.unique(time[working] // DAY_MS)) >= WHOLE_DAY_OF:
+        held[working[time[working] > time[working[-1]] - DAY_MS]] = True
     held[-MIN_EVENTS // 2 :] = True
     return held
 
