@@ -26,7 +26,8 @@ def test_a_sequence_says_nothing_until_it_is_rare() -> None:
 def p_values(held_out: NDArray[np.float64], evidence: NDArray[np.float64]) -> NDArray[np.float64]:
     record: Any = None  # Not asked.
     scorer = EventScorer(record, None, None, Calibration.fit(held_out, tail_from=FEW), None)
-    return scorer.p_value(evidence, np.zeros(len(evidence)))
+    nothing = np.zeros(len(evidence))
+    return scorer.p_value(evidence, nothing, nothing)
 
 
 def test_what_is_stronger_than_the_sample_is_at_first_no_rarer_than_its_strongest_story() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from encoder.models.antecedents import Antecedents, known, recent
 from encoder.models.codebook import ORDER, Codebook
@@ -30,6 +31,8 @@ CHUNK = 512
 """Windows in one call of the network."""
 FEW = 16
 """Windows in one call for small inputs. The shape is fixed, too, so that a window's score does not depend on others."""
+STEPS_OF = 64
+"""Windows in one call of the network for the surprise of every step, which few windows are asked for."""
 LIKELY = 8
 """Most likely codes of the network that are considered as expected."""
 
@@ -72,6 +75,7 @@ class SequenceModel:
         self.scale, self.novelty, self.timeouts = scale, dict(novelty), dict(timeouts)
         self._runner = FixedShapeRunner(self._probabilities, codebook.centres.device, size=CHUNK)
         self._small_runner = FixedShapeRunner(self._probabilities, codebook.centres.device, size=FEW)
+        self._step_runner = FixedShapeRunner(self._step_losses, codebook.centres.device, size=STEPS_OF)
         self._novelty = np.array([self.novelty.get(kind, 1.0) for kind in KINDS])
 
     @property
@@ -88,6 +92,12 @@ class SequenceModel:
         """float32 [m, 2, codes + 1]: the probabilities of the newest record, and of the one that follows."""
         p: Tensor = self.net.next(self.net.last_slots(x, gaps, used, kind)).softmax(dim=-1)
         return p
+
+    def _step_losses(self, x: Tensor, gaps: Tensor, used: Tensor, kind: Tensor, codes: Tensor) -> Tensor:
+        """float32 [m, W]: -log p of the code in each slot after the slots before; 0 for the first slot."""
+        before = self.net.next(self.net.all_slots(x, gaps, used, kind)[:, :-1]).log_softmax(dim=-1)
+        losses = -before.gather(2, codes[:, 1:, None])[:, :, 0]
+        return functional.pad(losses.clamp(max=-math.log(_LEAST)), (1, 0))
 
     def __call__(
         self,
@@ -116,6 +126,41 @@ class SequenceModel:
         surprise[new] = -np.log(self._novelty[kinds[new]])
         missing, _ = self._missing(vectors, times, used_slots(length, WIDTH), kinds, codes[:, -1])
         return SequenceScores(surprise.astype(np.float32), ending.astype(np.float32), missing)
+
+    def codes(self, vectors: NDArray[np.float16], length: NDArray[np.int32]) -> NDArray[np.int16]:
+        """int16 [m, W]: the codes of the members of m windows, -1 in unused slots. Arguments as in `__call__`."""
+        used = used_slots(length, vectors.shape[1])
+        codes = np.full(used.shape, -1, np.int16)
+        codes[used] = self.codebook(vectors[used])
+        return codes
+
+    def run(
+        self,
+        vectors: NDArray[np.float16],
+        times: NDArray[np.int64],
+        length: NDArray[np.int32],
+        kind: NDArray[np.int8],
+        codes: NDArray[np.int16],
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """The surprise of the members after those before them in the window, by network and counts, added up over the
+        window: float64 [m], nats; and int64 [m], of how many members: in a full window, the first ones have lost what
+        was before them. codes: int16 [m, W], of `codes`; others as in `__call__`."""
+        m, width = codes.shape
+        used = used_slots(length, width)
+        counted = used & ((np.arange(width) >= ORDER) | (length < width)[:, None])
+        counted[:, 0] = False
+        x = vectors.astype(np.float32) * np.float32(self.scale)
+        wanted = np.maximum(codes, 0).astype(np.int64)
+        by_net = self._step_runner(x, gap_features(times, used), used, kind.astype(np.int64), wanted).numpy()
+        row, slot = np.nonzero(counted)
+        before = slot[:, None] - np.arange(1, ORDER + 1)
+        runs = np.where(before >= 0, codes[row[:, None], np.maximum(before, 0)], -1).astype(np.int64)
+        kinds, code = kind[row].astype(np.int64), wanted[row, slot]
+        surprise = np.zeros((m, width), np.float32)
+        surprise[row, slot] = 0.5 * (by_net[row, slot] - np.log(self.counts.probability(kinds, runs, code)))
+        new = counted & (codes == self.codebook.other)
+        surprise[new] = -np.log(self._novelty[kind[np.nonzero(new)[0]]])
+        return surprise.sum(1, dtype=np.float64), counted.sum(1)
 
     def _missing(
         self,

@@ -66,15 +66,15 @@ class Baseline:
         return len(self.members)
 
     @classmethod
-    def build(cls, vectors: NDArray[np.float16], *, seed: int) -> Baseline:
-        """vectors: float16 [n, d], any number of them equal. Of more than MAX_VECTORS distinct ones, a sample that does
+    def build(cls, vectors: NDArray[np.float16], *, seed: int, most: int = MAX_VECTORS) -> Baseline:
+        """vectors: float16 [n, d], any number of them equal. Of more than `most` distinct ones, a sample that does
         not mind how often each came, so that what is rare but normal stays in. Raises BaselineError for none."""
         if not len(vectors):
             raise BaselineError("a baseline of no vectors: there is nothing to compare events with")
         refuse_nan(vectors)
         _, members = np.unique(vectors, axis=0, return_index=True)
         # Insert in random order: a graph built cluster by cluster has unreachable clusters.
-        members = np.random.default_rng(seed).permutation(members)[:MAX_VECTORS].astype(np.int64)
+        members = np.random.default_rng(seed).permutation(members)[:most].astype(np.int64)
         return cls(Hnsw.build(vectors[members].astype(np.float32), seed=seed), vectors.shape[1], members)
 
     def vectors(self) -> NDArray[np.float16]:

@@ -25,7 +25,7 @@ from streamer.alerting.finding_frame import Alert, Frame, confidence, finding_ui
 from streamer.alerting.observables import DEVICE, evidence, fit, observables
 from streamer.detection.batches import ScoredBatch
 from streamer.detection.live_calibration import Lowered
-from streamer.explain.attribution import Explanation, FieldFinding
+from streamer.explain.attribution import Explanation, FieldFinding, Stretch
 from streamer.explain.peer_comparison import CHANGE, COUNT, EVENT, LESS, MORE, PeerComparison
 from streamer.explain.rates import RateFinding
 from streamer.redaction import MASK, Redactor, mask_text
@@ -135,6 +135,7 @@ class _Finding:
             (int(time), str(label), self._summary(str(label), like, redactor), _share(float(share)))
             for time, label, like, share in explanation.window[-MAX_WINDOW:]
         ]
+        self.stretch = explanation.stretch and self._shown_stretch(explanation.stretch, redactor)
         self.activity = decision.activity if decision else CREATE
         if self.time == NO_TIME:
             self.time = decision.episode.last_seen if decision else now_ms
@@ -151,6 +152,23 @@ class _Finding:
         if label == self.coordinates:
             return self.own_summary()
         return self._example_summary(like, redactor) if like else "an event like none in training"
+
+    def _shown_stretch(self, stretch: Stretch, redactor: Redactor) -> dict[str, Any]:
+        """The stretch as it stands in `unmapped.stretch`."""
+        finding, differing = stretch
+        return {
+            "events": finding.steps,
+            "distance": round(finding.distance, 4),
+            "usual_distance": round(finding.usual_distance, 4),
+            "differing": [
+                {
+                    "summary": self._example_summary(like, redactor) if like else "an event like none in training",
+                    "here": here,
+                    "nearest_normal": there,
+                }
+                for like, here, there in differing
+            ],
+        }
 
     def own_summary(self) -> str:
         return wording.summary({path: _text_at(self.record, path) for path in wording.SUMMARY_PATHS})
@@ -312,6 +330,8 @@ class _Finding:
             place = _INSTEAD.get(self.cause, "In place of the last, usual is")
             likely = " or ".join(f"{wording.shorten(what)} ({wording.percent(p)})" for what, p in self.instead[:3])
             sentences.append(f"{place} {likely}.")
+        if self.stretch:
+            sentences.append(wording.stretch(self.entity, **self.stretch))
         if known := self.peers_in_training():
             sentences.append(known)
         if self.neighbours:
@@ -490,6 +510,8 @@ class _Finding:
             fields["peers"] = {**asdict(peers), "names": list(peers.names)}
         if self.neighbours:
             fields["nearest_normal"] = self.neighbours
+        if self.stretch:
+            fields["stretch"] = self.stretch
         if self.window:
             fields["timeline"] = [
                 {"time": time, "event": label, "summary": summary, "share": round(share, 4)}

@@ -587,6 +587,19 @@ def number_of_peers(kind: str, n: int, among: int) -> str:
     return f"{f'{n:,}' if n else 'none'} of {among:,} other {name}{plural}"
 
 
+def stretch(
+    entity: str, *, events: int, distance: float, usual_distance: float, differing: Sequence[Mapping[str, Any]]
+) -> str:
+    """How what an entity did differs from the nearest normal stretch: "The last 32 events of user bob are like no
+    normal stretch: 20 of delete x (1 in the nearest normal one)". Arguments: those of `unmapped.stretch`."""
+    who = subject(entity, {}) or " of this entity"
+    steps = ", ".join(
+        f"{step['here'] or 'no'} of {shorten(step['summary'])} ({step['nearest_normal']} in the nearest normal one)"
+        for step in differing
+    )
+    return f"The last {events} events{who} are like no normal stretch{f': {steps}' if steps else ''}."
+
+
 def peers_sentence(
     what: str, kind: str, n: int, among: int, names: Sequence[str], *, itself: bool, at_least: bool
 ) -> str:

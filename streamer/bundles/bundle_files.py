@@ -27,8 +27,10 @@ from safetensors.torch import save_file as save_tensors
 
 from encoder.models.record_encoder import RecordEncoder
 from encoder.models.record_network import EMBEDDING
+from encoder.models.sequence_embedding import DIM
 from encoder.models.sequence_model import SequenceModel
 from encoder.models.text_shapes import TextShapes
+from encoder.ocsf.entities import KINDS
 from state.baseline.baseline import Baseline
 from state.baseline.group_distance import GroupDistance
 from state.calibration import Calibration
@@ -42,6 +44,7 @@ from streamer.detection.cooccurrence_score import CooccurrenceScorer
 from streamer.detection.rate_score import RateScorer
 from streamer.detection.record_score import RecordScorer
 from streamer.detection.sequence_score import SequenceScorer
+from streamer.detection.stretch_score import NormalStretches, StretchScorer
 
 _INDEX, _SCORES, _EXEMPLARS = "baseline.hnsw", "scores.safetensors", "exemplars.ndjson"
 _SEQUENCES, _BEHAVIOURS = "sequences.safetensors", "behaviours.ndjson"
@@ -72,6 +75,11 @@ def save(
         (temporary / SCHEMA).write_bytes(encoder.schema.to_json())
         save_tensors(encoder.state(), temporary / ENCODER_FILE)
         index = scorer.record.baseline.save(temporary / _INDEX)
+        stretches = {}
+        if scorer.stretch is not None:
+            for kind, normal in sorted(scorer.stretch.normal.items()):
+                saved = normal.index.save(temporary / _stretches(kind))
+                stretches[str(kind)] = saved | {"entities": normal.entities, "usual": normal.usual}
         config = None
         if scorer.sequences is not None:
             tensors, config = scorer.sequences.model.state()
@@ -92,6 +100,7 @@ def save(
             "files": files,
             "baseline": index,
             "sequences": config,
+            "stretches": stretches,
             "training": training,
         }
         (temporary / MANIFEST).write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
@@ -140,6 +149,10 @@ def _scorer_arrays(scorer: EventScorer) -> dict[str, NDArray[Any]]:
         cooccurrence = scorer.cooccurrence.model
         arrays |= {f"overlaps.{name}": getattr(cooccurrence, name) for name in ("keys", "events", "pairs", "counts")}
         groups["overlap"] = scorer.cooccurrence.calibrations
+    if scorer.stretch is not None:
+        for kind, normal in scorer.stretch.normal.items():
+            arrays |= {f"stretches.{kind}.members": normal.index.members, f"stretches.{kind}.codes": normal.codes}
+        groups["stretch"] = scorer.stretch.calibrations
     for group, calibrations in groups.items():
         for name, calibration in calibrations.items():
             arrays[f"scores.{group}/{name}"] = calibration.scores
@@ -153,6 +166,23 @@ def _calibrations(arrays: dict[str, NDArray[Any]], group: str) -> dict[str, Cali
     return {
         name: Calibration(arrays[prefix + name], *(float(x) for x in arrays[f"tail.{group}/{name}"])) for name in names
     }
+
+
+def _stretches(kind: int | str) -> str:
+    """The file of the index of a kind of entity."""
+    return f"stretches-{KINDS[int(kind)]}.hnsw"
+
+
+def _normal_stretches(
+    path: Path, described: dict[str, Any], arrays: dict[str, NDArray[Any]]
+) -> dict[int, NormalStretches]:
+    normal = {}
+    for kind, saved in described.items():
+        members = arrays[f"stretches.{kind}.members"]
+        index = Baseline.load(path / _stretches(kind), saved, members, dim=DIM)
+        codes = arrays[f"stretches.{kind}.codes"]
+        normal[int(kind)] = NormalStretches(index, codes, int(saved["entities"]), float(saved["usual"]))
+    return normal
 
 
 def load(path: Path, device: str = "cpu") -> Bundle:
@@ -190,7 +220,12 @@ def load(path: Path, device: str = "cpu") -> Bundle:
         if "overlaps.keys" in arrays:
             learned = Cooccurrence(*(arrays[f"overlaps.{name}"] for name in ("keys", "events", "pairs", "counts")))
             cooccurrence = CooccurrenceScorer(learned, _calibrations(arrays, "overlap"))
-        scorer = EventScorer(record, sequences, rates, _calibrations(arrays, "event")["event"], cooccurrence)
+        stretch = None
+        if sequences is not None:
+            normal = _normal_stretches(path, manifest["stretches"], arrays)
+            stretch = StretchScorer(sequences.model, normal, _calibrations(arrays, "stretch"))
+        event = _calibrations(arrays, "event")["event"]
+        scorer = EventScorer(record, sequences, rates, event, cooccurrence, stretch)
         profile, codes = arrays["profile"], arrays["exemplars.codes"]
         drifts = EntityDrifts(arrays.get("watch.keys"), arrays.get("watch.walks"))
     except (SafetensorError, KeyError) as error:

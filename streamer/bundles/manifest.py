@@ -12,7 +12,7 @@ import orjson
 from encoder.features.schema import Schema
 from streamer.errors import RipcurrentError
 
-FORMAT = 7
+FORMAT = 8
 """The format of bundles; it changes with their contents."""
 MANIFEST, SCHEMA = "manifest.json", "schema.json"
 CURRENT, VERSIONS = "current", "versions"

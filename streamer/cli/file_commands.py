@@ -20,7 +20,7 @@ from streamer.settings import Settings
 if TYPE_CHECKING:
     from encoder.ocsf.events import Message
     from streamer.event_files import Reread, Unread
-    from streamer.training.fit import StageProgress
+    from streamer.training.history import StageProgress
 
 BUNDLE = Path("bundle")
 EVENTS = "Events: NDJSON, plain or behind gzip or zstd, or Parquet; - is standard input."

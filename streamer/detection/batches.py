@@ -45,7 +45,8 @@ class ScoredBatch:
     cause is a sequence; windows: their s windows as they were at these events; kept: the n events, where they come from
     a store and `records` are masked (None: `records` are whole); live: the live calibration behind this batch (None:
     there is none); lowered: object [n], the `Lowered` that the evidence of an event was under, None for none (None: of
-    no event); seconds: the time of each stage.
+    no event); stretch: float64 [n], nats, the evidence by what the entities did in their whole windows (None: it was
+    not asked); seconds: the time of each stage.
     """
 
     coordinates: Coordinates
@@ -67,6 +68,7 @@ class ScoredBatch:
     kept: list[KeptEvent] | None = None
     live: LiveCalibration | None = None
     lowered: NDArray[np.object_] | None = None
+    stretch: NDArray[np.float64] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:

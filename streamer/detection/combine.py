@@ -16,6 +16,7 @@ from streamer.detection.cooccurrence_score import CooccurrenceScorer
 from streamer.detection.rate_score import RateScorer
 from streamer.detection.record_score import RecordScorer
 from streamer.detection.sequence_score import SequenceScorer
+from streamer.detection.stretch_score import StretchScorer
 
 SEQUENCE_DISCOUNT = 5.0
 """Nats that are subtracted from the evidence of a sequence. The order of a machine's actions varies more than the
@@ -28,6 +29,10 @@ HISTORY_TRUST = 4 / 3
 seldom. Measured there, too."""
 BLEND = 0.01
 """The weight of the weaker of record and history: it orders events whose stronger evidence is equal."""
+STRETCH_SHARE = 0.1
+"""The weight of the stretch beside the stronger of record and history (docs/decisions/0007)."""
+DOUBT = 2.0
+"""Nats of evidence by record or history from which on the stretch is asked: below, its share decides nothing."""
 TIED_NATS = 0.1
 """Nats: held-out events this near to the strongest one count as one episode with it."""
 SEVERITY_PER_DECADE = 12.5
@@ -41,9 +46,10 @@ def severity(p_value: NDArray[np.float64]) -> NDArray[np.float32]:
 
 @dataclass
 class EventScorer:
-    """Combines record and history: the stronger of the two counts, calibrated again.
+    """Combines record and history: the stronger of the two counts, and a share of the stretch, calibrated again.
 
-    sequences and rates: None where no event of training named an entity; cooccurrence: None where none named a user.
+    sequences, rates and stretch: None where no event of training named an entity; cooccurrence: None where none
+    named a user.
     """
 
     record: RecordScorer
@@ -51,15 +57,18 @@ class EventScorer:
     rates: RateScorer | None
     event: Calibration
     cooccurrence: CooccurrenceScorer | None
+    stretch: StretchScorer | None = None
 
-    def p_value(self, record: NDArray[np.float64], history: NDArray[np.float64]) -> NDArray[np.float64]:
-        """p-values, float64 [n] in (0, 1], from the evidence of record and history, float64 [n] in nats.
+    def p_value(
+        self, record: NDArray[np.float64], history: NDArray[np.float64], stretch: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """p-values, float64 [n] in (0, 1], from the evidence of record, history and stretch, float64 [n] in nats.
 
         Beyond the held-out sample, a p-value first stays at the share of events that tie with the strongest held-out
         one, because an unseen episode may have as many events as that one. It falls, as exp(-evidence), only once the
         evidence alone is rarer than that share.
         """
-        evidence = joined(record, history)
+        evidence = joined(record, history, stretch)
         held_out = self.event.scores
         ties = len(held_out) - np.searchsorted(held_out, held_out[-1] - TIED_NATS)
         # The small slope keeps the order of events within the plateau.
@@ -87,6 +96,15 @@ def weighted(
     )
 
 
-def joined(record: NDArray[np.float64], history: NDArray[np.float64]) -> NDArray[np.float64]:
-    """float64 [n], nats: the stronger of record and weighted history, float64 [n] each."""
-    return np.maximum(record, history) + BLEND * history
+def asked(record: NDArray[np.float64], history: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """bool [n]: whose stretch is asked. record, history: float64 [n], nats."""
+    doubtful: NDArray[np.bool_] = np.maximum(record, history) >= DOUBT
+    return doubtful
+
+
+def joined(
+    record: NDArray[np.float64], history: NDArray[np.float64], stretch: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """float64 [n], nats: the stronger of record and weighted history, and a share of the stretch; float64 [n] each,
+    stretch 0 where it was not asked."""
+    return np.maximum(record, history) + BLEND * history + STRETCH_SHARE * stretch

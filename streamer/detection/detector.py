@@ -27,7 +27,7 @@ from state.timers import Activity, Inactivity, TimerStore
 from state.windows import WindowEntries, Windows, WindowStore
 from streamer.detection.batches import PreparedBatch, ScoredBatch, StageTimer
 from streamer.detection.bundle import Bundle
-from streamer.detection.combine import severity, weighted
+from streamer.detection.combine import asked, severity, weighted
 from streamer.detection.cooccurrence_score import CAUSES as COOCCURRENCE_CAUSES
 from streamer.detection.drift import Drift
 from streamer.detection.inactivity import CAUSE as INACTIVITY
@@ -175,7 +175,8 @@ class Detector:
         entity = np.array(prepared.entities.primary, object)
         history = self._judge_windows(events, prepared.entities, prepared.entries, timer)
         by_history = history.evidence > record
-        p_value = self.bundle.scorer.p_value(record, history.evidence)
+        stretch = self._stretch(record, history, prepared.entities)
+        p_value = self.bundle.scorer.p_value(record, history.evidence, stretch)
         in_sequence = np.flatnonzero(by_history & np.isin(history.cause, (ORDER, MISSING)))
         self.drift.observe(events.time, prepared.features.codes, p_value)
         timer.end("sequences")
@@ -196,6 +197,7 @@ class Detector:
             in_sequence=in_sequence,
             live=live,
             lowered=lowered,
+            stretch=stretch,
             seconds=timer.seconds,
         )
 
@@ -259,6 +261,16 @@ class Detector:
             of_ending = {name: score[ending] for name, score in raw.items()}
             history.silent.extend(self._monitor.advance(events, entities, ending, windows.take(ending), of_ending))
         return history
+
+    def _stretch(self, record: NDArray[np.float64], history: _History, entities: Entities) -> NDArray[np.float64]:
+        """float64 [n], nats: the evidence by what the entities of each event did in their whole windows, 0 where
+        nothing else is in doubt."""
+        scorer = self.bundle.scorer.stretch
+        if scorer is None or history.windows is None:
+            return np.zeros(len(record))
+        pairs = np.flatnonzero(asked(record, history.evidence)[entities.row])
+        kinds = entities.kind[pairs]
+        return scorer.evidence(scorer.raw(history.windows.take(pairs), kinds), kinds, entities.row[pairs], len(record))
 
     @staticmethod
     def _judge_rates(

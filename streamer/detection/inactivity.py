@@ -60,7 +60,8 @@ class InactivityMonitor:
         if windows is not None and len(pairs):
             kinds = entities.kind[pairs]
             evidence = self._sequences.evidence("ending", {"ending": raw["ending"]}, kinds)
-            p_value = self._scorer.p_value(np.zeros(len(pairs)), HISTORY_TRUST * discounted(evidence))
+            nothing = np.zeros(len(pairs))
+            p_value = self._scorer.p_value(nothing, HISTORY_TRUST * discounted(evidence), nothing)
             newest = windows.own == windows.times.shape[1] - 1
             columns = (entities.row[pairs], self._timeout[kinds], p_value, windows.complete, newest)
             names = [entities.entity[pair] for pair in pairs.tolist()]

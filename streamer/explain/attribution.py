@@ -39,6 +39,8 @@ from streamer.explain.expected_values import Expected, as_range, expected_values
 from streamer.explain.leave_one_out import LATEST, cut, weights
 from streamer.explain.peer_comparison import PeerComparison
 from streamer.explain.rates import RateFinding
+from streamer.explain.stretch import StretchFinding
+from streamer.explain.stretch import findings as stretch_findings
 from streamer.redaction import MASK
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 
 
 Timeline = tuple[tuple[int, str, dict[str, Any], float], ...]
+Stretch = tuple[StretchFinding, tuple[tuple[dict[str, Any], int, int], ...]]
 Likely = tuple[tuple[dict[str, Any], float], ...]
 
 
@@ -80,6 +83,8 @@ class Explanation:
     goes away without this event. instead: for a sequence, the normal events that were expected in place of the newest
     (for inactivity: after it), with their probabilities, most likely first. rates: for a rate, the count that caused
     the alert and other high counts; else empty. peers: what peers of the entity did in training (None: not known).
+    stretch: what the entity did in its window against the nearest normal window, with the normal events of the codes
+    that differ and how often each came here and there (None: it is not worth telling).
     """
 
     fields: tuple[FieldFinding, ...]
@@ -90,6 +95,7 @@ class Explanation:
     instead: Likely = ()
     rates: tuple[RateFinding, ...] = ()
     peers: PeerComparison | None = None
+    stretch: Stretch | None = None
 
 
 EXPLAINED_FIELDS = 5
@@ -99,6 +105,8 @@ EXAMPLES = 32
 """
 FEW = 8
 """Examples that are read to spell out an expected value that none of the nearest normal events has."""
+UNUSUAL_STRETCH = 3.0
+"""Nats of evidence by the stretch from which on an alert compares it with the nearest normal one."""
 WORTH_TELLING = 1.5
 """Nats: a value that is expected more often than one time in four or five explains nothing."""
 _STATISTICS = {ORDER: "order", MISSING: "missing", INACTIVITY: "ending"}
@@ -155,6 +163,7 @@ class Explainer:
         replaced = encoder.replaced_fields(features)
         usual = _typical(record.calibrations[NEAR].scores)
         timelines, rates = self._timelines(scored, rows), self._rates(scored, rows)
+        stretches = self._stretches(scored, rows)
         named = peer_comparison.names_in(events)
         explanations = []
         for i, row in enumerate(rows.tolist()):
@@ -175,6 +184,7 @@ class Explainer:
                     *timelines.get(row, ((), ())),
                     event_rates,
                     self._peers(event, cause, entity, named[i], fields, similar, event_rates),
+                    stretches.get(row),
                 )
             )
         return explanations
@@ -250,11 +260,30 @@ class Explainer:
             timelines = self._timelines_of(scored, rows, scored.windows.take(np.searchsorted(scored.in_sequence, rows)))
         if not kept.all():  # The last event before an inactivity may be old: its window is not in this batch.
             rows = np.array(selected)[~kept]
-            windows = self.windows.latest([str(entity) for entity in scored.entity[rows]])
-            upto = windows.mask & (windows.times <= scored.time[rows][:, None])
-            ends = np.where(upto.any(1), upto.shape[1] - 1 - upto[:, ::-1].argmax(1), -1)
-            timelines |= self._timelines_of(scored, rows, cut(windows, ends))
+            timelines |= self._timelines_of(scored, rows, self._latest(scored, rows))
         return timelines
+
+    def _latest(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> Windows:
+        """What is left of the windows of some rows, up to the time of each row."""
+        windows = self.windows.latest([str(entity) for entity in scored.entity[rows]])
+        upto = windows.mask & (windows.times <= scored.time[rows][:, None])
+        ends = np.where(upto.any(1), upto.shape[1] - 1 - upto[:, ::-1].argmax(1), -1)
+        return cut(windows, ends)
+
+    def _stretches(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> dict[int, Stretch]:
+        """For the rows whose entity did what no normal one does: by row, how that differs from the nearest normal."""
+        scorer = self.bundle.scorer.stretch
+        if scorer is None or scored.stretch is None:
+            return {}
+        odd = rows[(scored.stretch[rows] >= UNUSUAL_STRETCH) & (scored.entity[rows] != "")]
+        if not len(odd):
+            return {}
+        found = stretch_findings(scorer, self._latest(scored, odd), _kinds(scored.entity[odd]))
+        return {
+            row: (finding, tuple((self._like(code), here, there) for code, here, there in finding.differing))
+            for row, finding in zip(odd.tolist(), found, strict=True)
+            if finding is not None
+        }
 
     def _timelines_of(
         self, scored: ScoredBatch, rows: NDArray[np.intp], windows: Windows
@@ -263,8 +292,7 @@ class Explainer:
         sequences = self.bundle.scorer.sequences
         if sequences is None:
             return {}
-        kinds = np.array([KINDS.index(str(entity).partition(":")[0]) for entity in scored.entity[rows]], np.int8)
-        cause = scored.cause[rows]
+        kinds, cause = _kinds(scored.entity[rows]), scored.cause[rows]
         losses = weights(sequences, windows, kinds, [_STATISTICS[each] for each in cause])
         inputs = windows.vectors, windows.times, windows.length, kinds
         expected, absent = sequences.model.expected(*inputs, cause == INACTIVITY), sequences.model.absent(*inputs)
@@ -414,6 +442,11 @@ def _with_part(findings: list[FieldFinding], part: TextFinding, observed: str, c
         return [named, *others]
     place = next((i for i, f in enumerate(others) if i and f.surprise < named.surprise), len(others))
     return [*others[:place], named, *others[place:]]
+
+
+def _kinds(entities: NDArray[np.object_]) -> NDArray[np.int8]:
+    """int8 [m]: the kind of each entity (`kind:value`), its place in `KINDS`."""
+    return np.array([KINDS.index(str(entity).partition(":")[0]) for entity in entities], np.int8)
 
 
 def _common(field: Field, texts: list[str]) -> str:

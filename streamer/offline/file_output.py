@@ -28,7 +28,8 @@ from streamer.event_files import batches
 from streamer.explain.attribution import Explainer
 from streamer.offline.evaluation import Detected
 from streamer.redaction import Redactor
-from streamer.training.fit import StageProgress, fit
+from streamer.training.fit import fit
+from streamer.training.history import StageProgress
 
 
 def write_alerts(

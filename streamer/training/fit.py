@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,34 +28,28 @@ from encoder.models.record_encoder import RecordEncoder
 from encoder.models.text_shapes import TextCollector, Texts, TextShapes
 from encoder.ocsf.activity_counts import ActivityCounts, activity_counts
 from encoder.ocsf.decoder import decode
-from encoder.ocsf.entities import KINDS, Entities
+from encoder.ocsf.entities import Entities
 from encoder.ocsf.entities import entities as find_entities
 from encoder.ocsf.event_time import NO_TIME
 from encoder.ocsf.events import EventBatch
 from encoder.ocsf.repairs import widespread
 from encoder.training.embedding_quality import check_embedding
 from encoder.training.replaced_fields import initial_network, train
-from encoder.training.sequence import SequenceReport, fit_sequences
 from encoder.training.trainer import TrainingRun
 from state.baseline.baseline import Baseline
 from state.baseline.group_distance import GroupDistance
 from state.calibration import FEW, Calibration
-from state.cooccurrence import CooccurrenceCounts, near
-from state.memory.windows import MemoryWindows
-from state.rate_profiles import RateProfiles
-from state.windows import WindowEntries
 from streamer.bundles.bundle_files import save
 from streamer.detection.bundle import Bundle
-from streamer.detection.combine import EventScorer, joined, weighted
-from streamer.detection.cooccurrence_score import JUDGED, CooccurrenceScorer
+from streamer.detection.combine import EventScorer, joined
 from streamer.detection.detector import compact
 from streamer.detection.drift import profile
-from streamer.detection.rate_score import RateScorer
 from streamer.detection.record_score import RecordScorer
 from streamer.detection.sequence_score import SequenceScorer
 from streamer.errors import RipcurrentError
 from streamer.event_files import Reread, Unread, batches, with_common_times
 from streamer.redaction import Redactor
+from streamer.training.history import StageProgress, ToldHistory, fit_history
 from streamer.training.vouching import types_with_quantities, vouching
 
 HELD_OUT = 0.15
@@ -69,16 +63,11 @@ MAX_EVENTS = 2_000_000
 """Events kept as features; of more, every k-th is used, and the summary says so."""
 MAX_CODES = 80_000_000
 """Events times fields that are kept, 4 bytes each and a few copies on the way: of many fields, fewer events."""
-MAX_ENTITIES = 50_000
-"""Entities whose windows are held at once while training is replayed, some 7 kB each; the longest unseen go first."""
 DAY_MS = 86_400_000
 MIN_SPAN_MS = 60_000
 """The least time that training counts as; events of which none has a time count as a day's."""
 PLACE = "@event"
 """In an exemplar, beside the attributes of the normal event: where it stood. No attribute path begins so."""
-
-StageProgress = Callable[[str, int, int, str], None]
-"""Called with (stage, done, total or 0, what to show beside it)."""
 
 
 class FitError(RipcurrentError):
@@ -161,11 +150,18 @@ def fit(
     )
     encoder, record, by_record, report = part.encoder, part.scorer, part.held_out, part.report
     anonymised = encoder.anonymised(loaded.features)
-    sequences, rates, cooccurrence, by_history, learned = _fit_history(
-        encoder, loaded, anonymised, held, seed, kept, tell
+    history = fit_history(
+        ToldHistory(loaded.entities, loaded.activity_counts, loaded.time, anonymised, n == loaded.events),
+        held,
+        by_record,
+        seed=seed,
+        device=encoder.device,
+        checkpoint=kept / "sequences.safetensors",
+        tell=tell,
     )
-    event = Calibration.fit(joined(by_record, by_history), tail_from=FEW)
-    scorer = EventScorer(record, sequences, rates, event, cooccurrence)
+    sequences, learned = history.sequences, history.report
+    event = Calibration.fit(joined(by_record, history.evidence, history.by_stretch), tail_from=FEW)
+    scorer = EventScorer(record, sequences, history.rates, event, history.cooccurrence, history.stretch)
     redactor = Redactor(redact)
     members = first[record.baseline.members].tolist()
     dated = loaded.time[loaded.time != NO_TIME]
@@ -401,103 +397,6 @@ def products_of_types(schema: Schema, features: FeatureBatch, weights: NDArray[n
         most = events.argmax(1)
         products[:] = np.where((events.max(1) > 0) & (most >= FIRST), most, 0)
     return products
-
-
-def _fit_history(
-    encoder: RecordEncoder,
-    loaded: _Loaded,
-    vectors: NDArray[np.float16],
-    held: NDArray[np.bool_],
-    seed: int,
-    kept: Path,
-    tell: StageProgress,
-) -> tuple[
-    SequenceScorer | None, RateScorer | None, CooccurrenceScorer | None, NDArray[np.float64], SequenceReport | None
-]:
-    """The parts that judge entities by what came before (None where the held-out events, or all others, name no
-    entity), their evidence against each held-out event, and how the fit went. vectors: float16 [n, d], behaviours."""
-    pairs = loaded.entities
-    evidence = np.zeros(len(held))
-    judged = np.flatnonzero(held[pairs.row])
-    if len(judged) in (0, len(pairs)):
-        return None, None, None, evidence[held], None
-    tell("sequences", 0, 0, "")
-    model, report = fit_sequences(
-        vectors,
-        loaded.time,
-        pairs,
-        withheld=held,
-        seed=seed,
-        device=encoder.device,
-        checkpoint=kept / "sequences.safetensors",
-        progress=lambda step, steps, loss: tell("sequences", step, steps, f"loss {loss:.3f}"),
-    )
-    sequences = SequenceScorer(model)
-    raw, levels, cooccurrence, overlap = _replayed(sequences, loaded, vectors, held)
-    last = dict(zip(pairs.entity, range(len(pairs.entity)), strict=True))
-    is_last = np.zeros(len(pairs.entity), bool)
-    is_last[list(last.values())] = True
-    timeout = np.array([model.timeouts.get(kind, 0) for kind in KINDS], np.int64)[pairs.kind]
-    ended = is_last & (timeout > 0) & (loaded.time[-1] - loaded.time[pairs.row] > timeout)
-    kinds = pairs.kind[judged]
-    sequences.fit(raw, kinds, ended[judged], pairs.row[judged])
-    profiles, excess = RateProfiles.fit(pairs.entity, pairs.kind, levels, loaded.time[pairs.row], kinds=len(KINDS))
-    rates = RateScorer(profiles)
-    by_user = np.zeros(len(judged))
-    if len(held) == loaded.events:  # Of a sample, every count would be too low.
-        rates.fit(excess, pairs.kind, pairs.entity, pairs.row)
-        if len(overlap):
-            cooccurrence.fit(overlap, int(held.sum()))
-            by_user[kinds == JUDGED], _ = cooccurrence.evidence(overlap)
-    rate, _ = rates.evidence(excess.take(judged), kinds)
-    order, missing = (sequences.evidence(name, raw, kinds) for name in ("order", "missing"))
-    np.maximum.at(evidence, pairs.row[judged], weighted(order, missing, rate, by_user).max(0))
-    return sequences, rates, cooccurrence, evidence[held], report
-
-
-def _replayed(
-    scorer: SequenceScorer, loaded: _Loaded, vectors: NDArray[np.float16], held: NDArray[np.bool_]
-) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.uint8], CooccurrenceScorer, NDArray[np.float64]]:
-    """All pairs through windows, as live: the raw scores of those of held-out events with all the history that they
-    had, and of all what they raised; what the others teach of who is where at once, and how surprising that is of the
-    held-out ones that are judged by it, float64 [k, PARTNERS]."""
-    pairs = loaded.entities
-    judged = np.flatnonzero(held[pairs.row])
-    counts = CooccurrenceCounts()
-    at_once: list[tuple[list[str], NDArray[np.int16], NDArray[np.int16]]] = []
-    windows = MemoryWindows(dim=vectors.shape[1], max_entities=MAX_ENTITIES)
-    found: list[dict[str, NDArray[np.float64]]] = []
-    levels: list[NDArray[np.uint8]] = []
-    step = 8192
-    for start in range(0, len(pairs.row), step):
-        rows, kinds = pairs.row[start : start + step], pairs.kind[start : start + step]
-        entries = WindowEntries(
-            pairs.entity[start : start + step],
-            np.maximum(loaded.time[rows], 0),
-            vectors[rows],
-            (("training", 0),),
-            np.zeros(len(rows), np.int32),
-            rows.astype(np.int64),
-            np.zeros(len(rows), np.int32),
-            loaded.activity_counts.take(slice(start, start + step)),
-        )
-        seen = windows.append(entries)
-        windows.committed({("training", 0): int(rows[-1])})
-        levels.append(seen.levels)
-        here = judged[slice(*np.searchsorted(judged, (start, start + step)))] - start
-        if len(here):
-            found.append(scorer.raw(seen.take(here), kinds[here]))
-        for later in (False, True):
-            users = np.flatnonzero((kinds == JUDGED) & (held[rows] == later))
-            names = [pairs.entity[start + i] for i in users.tolist()]
-            if later:
-                at_once.append((names, *near(seen.take(users))))
-            else:
-                counts.add(names, *near(seen.take(users)))
-    cooccurrence = counts.finish()
-    surprise = np.concatenate([cooccurrence.surprise(*part) for part in at_once])
-    raw = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-    return raw, np.concatenate(levels), CooccurrenceScorer(cooccurrence), surprise
 
 
 def _steps(
