@@ -103,7 +103,7 @@ def test_an_event_names_at_most_four_and_keeps_the_narrowest() -> None:
     found = entities(batch(event))
     assert len(found) == MAX_PER_EVENT
     assert found.entity == ["correlation:run-1", "process:p@h", "process:c@h", "user:u"]
-    assert found.primary == ["correlation:run-1"]
+    assert found.primary == ["user:u"]
 
 
 def test_paths_are_configurable() -> None:

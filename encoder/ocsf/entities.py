@@ -25,8 +25,10 @@ MAX_PER_EVENT = 4
 """Each is a window to keep and to score."""
 MAX_LENGTH = 120
 """Characters of a name; a longer one is cut and made distinct by a hash."""
-_PRIMARY = ("correlation", "user", "host", "address", "service", "session", "process")
-"""Whom an alert is about, the first that the event names: people before machines, a process tree by where it runs."""
+_PRIMARY = ("user", "host", "address", "service", "session", "correlation", "process")
+"""Whom an alert is about, the first that the event names: people before machines, what lasts before what is over in a
+minute (each run of a job is another one, and alerts on it would never be one episode), a process tree by where it runs.
+"""
 _LAUNCH = 1007_01
 
 _NOBODY = frozenset(
