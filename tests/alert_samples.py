@@ -68,7 +68,7 @@ def scored(records: Iterable[Json], cause: str = "record:dst_endpoint.port", ent
 def explanation(*fields: FieldFinding, **more: Any) -> Explanation:
     known = ("neighbours", "window", "instead", "rates")
     neighbours, window, instead, rates = (more.get(name, ()) for name in known)
-    return Explanation(fields, neighbours, 3.0, 0.5, window, instead, rates, more.get("peers"))
+    return Explanation(fields, neighbours, 3.0, 0.5, window, instead, rates, more.get("peers"), more.get("stretch"))
 
 
 def alerts(

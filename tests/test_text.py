@@ -10,6 +10,7 @@ from streamer.alerting.finding_frame import confidence
 from streamer.explain.attribution import FieldFinding
 from streamer.explain.peer_comparison import PeerComparison
 from streamer.explain.rates import RateFinding
+from streamer.explain.stretch import StretchFinding
 
 
 def test_a_sequence_tells_what_came_after_what_and_what_was_expected_instead() -> None:
@@ -86,6 +87,26 @@ def test_the_nearest_normal_event_and_what_differs() -> None:
     neighbour = {"dst_endpoint.port": "443", "actor.process.name": "winword.exe", "metadata.uid": "other"}
     desc = one(why=explanation(PORT, neighbours=(neighbour,)))["finding_info"]["desc"]
     assert "The nearest normal event differs in destination port (4444 here, 443 there)." in desc
+
+
+def test_a_stretch_is_told_by_the_steps_that_differ_from_the_nearest_normal_one() -> None:
+    steps = (({"type_uid": 100104}, 20, 1), ({}, 3, 0), ({"type_uid": 300201}, 0, 9))
+    stretch = (StretchFinding(32, 0.912, 0.2, ()), steps)
+    finding = one(why=explanation(PORT, stretch=stretch), entity="user:bob")
+    assert (
+        "\nThe last 32 events of user bob are like no normal stretch: file delete 20 times (once in the nearest normal "
+        "one), an event like none in training 3 times (never there), logon never (9 times there).\n"
+    ) in finding["finding_info"]["desc"]
+    assert finding["unmapped"]["stretch"] == {
+        "events": 32,
+        "distance": 0.912,
+        "usual_distance": 0.2,
+        "differing": [
+            {"summary": "file delete", "here": 20, "nearest_normal": 1},
+            {"summary": "an event like none in training", "here": 3, "nearest_normal": 0},
+            {"summary": "logon", "here": 0, "nearest_normal": 9},
+        ],
+    }
 
 
 TITLES = [

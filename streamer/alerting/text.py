@@ -591,13 +591,18 @@ def stretch(
     entity: str, *, events: int, distance: float, usual_distance: float, differing: Sequence[Mapping[str, Any]]
 ) -> str:
     """How what an entity did differs from the nearest normal stretch: "The last 32 events of user bob are like no
-    normal stretch: 20 of delete x (1 in the nearest normal one)". Arguments: those of `unmapped.stretch`."""
+    normal stretch: file delete 20 times (once in the nearest normal one)". Arguments: those of `unmapped.stretch`."""
     who = subject(entity, {}) or " of this entity"
+    places = ["in the nearest normal one", *["there"] * len(differing)]
     steps = ", ".join(
-        f"{step['here'] or 'no'} of {shorten(step['summary'])} ({step['nearest_normal']} in the nearest normal one)"
-        for step in differing
+        f"{shorten(step['summary'])} {_times(step['here'])} ({_times(step['nearest_normal'])} {place})"
+        for step, place in zip(differing, places, strict=False)
     )
     return f"The last {events} events{who} are like no normal stretch{f': {steps}' if steps else ''}."
+
+
+def _times(count: int) -> str:
+    return {0: "never", 1: "once"}.get(count, f"{count} times")
 
 
 def peers_sentence(
