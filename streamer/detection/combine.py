@@ -31,7 +31,7 @@ BLEND = 0.01
 """The weight of the weaker of record and history: it orders events whose stronger evidence is equal."""
 STRETCH_SHARE = 0.1
 """The weight of the stretch beside the stronger of record and history (docs/decisions/0007)."""
-DOUBT = 2.0
+DOUBT = 4.0
 """Nats of evidence by record or history from which on the stretch is asked: below, its share decides nothing."""
 TIED_NATS = 0.1
 """Nats: held-out events this near to the strongest one count as one episode with it."""
