@@ -141,7 +141,7 @@ def fitted_today(folder: Path) -> Path:
 def test_the_bundle_of_release_0_1_0_is_refused_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
     shutil.copy(FIXTURE / "manifest.json", tmp_path / "bundle")
-    with pytest.raises(BundleError, match="bundle format 5, this version reads 7; fit the bundle again"):
+    with pytest.raises(BundleError, match="bundle format 5, this version reads 8; fit the bundle again"):
         load(tmp_path / "bundle")
 
 

@@ -55,7 +55,7 @@ from streamer.training.vouching import types_with_quantities, vouching
 HELD_OUT = 0.15
 """The latest share of the training events, by event time, that calibrates: of those on working days, and of those on
 weekends. The latest of a week alone would be its Sunday, and Monday would look like an incident."""
-WHOLE_DAY_OF = 4
+WHOLE_DAY_OF = 5
 """Working days from which on the latest of them calibrates whole: the latest share of five is a Friday without its
 night, and each nightly backup would look like an incident."""
 MIN_EVENTS = 20
