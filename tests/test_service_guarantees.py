@@ -230,7 +230,12 @@ def test_a_replay_gives_the_alerts_and_scores_of_the_service(
     flags |= {"out": "alerts", "scores": "scores", "batch-size": 700}
     done = ripcurrent("replay", *(f"--{name}={value}" for name, value in flags.items()), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    uids = [orjson.loads(line)["metadata"]["uid"] for line in lines(tmp_path / "alerts")]
-    assert sorted(uids) == sorted(alerts_of(undisturbed_week))
+    # The service waits a minute for a partition that brings nothing before it says that an entity is silent; this run
+    # is over before. test_inactivity.py compares these.
+    alerts = [orjson.loads(line) for line in lines(tmp_path / "alerts")]
+    uids = [alert["metadata"]["uid"] for alert in alerts if alert["unmapped"]["cause"] != "sequence:silence"]
+    expected = alerts_of(undisturbed_week).items()
+    told = [uid for uid, (_, alert) in expected if alert["unmapped"]["cause"] != "sequence:silence"]
+    assert sorted(uids) == sorted(told) != []
     scores = [orjson.loads(line) for line in lines(tmp_path / "scores")]
     assert_same_scores({(s["offset"], s["index"]): s["p_value"] for s in scores}, scores_of(undisturbed_week))
