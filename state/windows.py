@@ -10,6 +10,10 @@ the entries numbered up to n, without those more than `age_ms` older than the gr
 out is *displaced* at the number that did it and is kept (slack) until every entry with a smaller number is committed.
 An entry that never enters a window (older than all of a full one, or than the age) is *late*: it has a number and is
 counted, and its window is that of the others.
+
+A source may deliver an event twice, under coordinates of its own each time. An entry whose fingerprint is among those
+of the last `REMEMBERED` entries of the entity that had one and were no repeats is a *repeat*: it has a number, is never
+a member and is not counted, and its window is that of the others.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from state.errors import SourcePartition, StateLostError
 from state.rolling_counts import PARTNERS, ActivityCounts
 
 DAY_MS = 86_400_000
+REMEMBERED = 64
+"""Fingerprints kept for one entity, 4 bytes each."""
 MAX_SLACK = 16_384
 """Displaced entries kept for one entity: one partition that never commits must not fill the memory. Beyond it the
 oldest go, and a redelivered event that would have needed them is marked incomplete."""
@@ -38,7 +44,8 @@ class WindowEntries:
 
     entity: m strings `kind:value`; time: int64 [m], event ms >= 0; vectors: float16 [m, d]; sources: distinct (topic,
     partition) pairs; source: int32 [m], index into them; offset: int64 [m]; index: int32 [m], place in the message;
-    activity_counts: what each adds to the counts of its entity (None: nothing is counted).
+    activity_counts: what each adds to the counts of its entity (None: nothing is counted); fingerprint: uint32 [m], a
+    hash of all that makes an event itself, 0 for one that cannot be told from another (None: all of them).
     """
 
     entity: Sequence[str]
@@ -49,9 +56,16 @@ class WindowEntries:
     offset: NDArray[np.int64]
     index: NDArray[np.int32]
     activity_counts: ActivityCounts | None = None
+    fingerprint: NDArray[np.uint32] | None = None
 
     def __len__(self) -> int:
         return len(self.entity)
+
+    @property
+    def fingerprint_bytes(self) -> NDArray[np.uint8]:
+        """uint8 [m, 4], little endian."""
+        prints = np.zeros(len(self), np.uint32) if self.fingerprint is None else self.fingerprint
+        return prints.astype("<u4")[:, None].view(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -59,11 +73,11 @@ class Windows:
     """The windows at m entries, right-aligned: the newest member stands in slot W - 1, unused slots on the left.
 
     vectors: float16 [m, W, d], unused slots zero; times: int64 [m, W], event ms, unused 0; length: int32 [m], members;
-    own: int32 [m], the slot of the entry itself (W - 1 unless it came out of order, -1: late, not a member); complete:
-    bool [m], False where members are known to be missing. Coordinates of the members: sources, with source: int32
-    [m, W] (index into them, -1 unused), offset: int64 [m, W] and index: int32 [m, W]. levels: uint8 [m, 8], what the
-    entry raised (`rolling_counts.LEVELS`), all 0 where it is not a member. raised: uint8 [m, W, 8], what each member
-    raised; only from `latest`, else [m, 0, 8]. partners: int16 [m, W, PARTNERS], those of each member
+    own: int32 [m], the slot of the entry itself (W - 1 unless it came out of order, -1: late or a repeat, no member);
+    complete: bool [m], False where members are known to be missing. Coordinates of the members: sources, with source:
+    int32 [m, W] (index into them, -1 unused), offset: int64 [m, W] and index: int32 [m, W]. levels: uint8 [m, 8], what
+    the entry raised (`rolling_counts.LEVELS`), all 0 where it is not a member. raised: uint8 [m, W, 8], what each
+    member raised; only from `latest`, else [m, 0, 8]. partners: int16 [m, W, PARTNERS], those of each member
     (`rolling_counts.ActivityCounts`), -1 for none.
     """
 
@@ -82,6 +96,13 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.length)
+
+    @property
+    def newest(self) -> NDArray[np.bool_]:
+        """bool [m]: whether the entry is its window's newest member, or as new as that."""
+        own = self.times[np.arange(len(self)), self.own]
+        known: NDArray[np.bool_] = (self.own >= 0) & (own == self.times[:, -1])
+        return known
 
     @property
     def mask(self) -> NDArray[np.bool_]:
@@ -164,6 +185,8 @@ def validate(entries: WindowEntries, dim: int) -> None:
         raise ValueError(
             f"acts with partners {entries.activity_counts.partners.shape} do not fit: [{m}, {PARTNERS}] was expected"
         )
+    if (prints := entries.fingerprint) is not None and (prints.shape != (m,) or prints.dtype != np.uint32):
+        raise ValueError(f"fingerprints of window entries {prints.dtype} {prints.shape}: uint32 ({m},) was expected")
     if entries.vectors.dtype != np.float16:
         raise ValueError(f"window vectors must be float16, not {entries.vectors.dtype}")
     if m:

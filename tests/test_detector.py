@@ -82,6 +82,60 @@ def test_a_score_does_not_depend_on_how_the_stream_was_cut(
     assert [c for part in parts for c in part.cause] == whole.cause.tolist()
 
 
+def test_events_that_a_source_delivers_twice_change_no_score_of_others(
+    fitted: tuple[Bundle, Path], days: tuple[Path, Path]
+) -> None:
+    rng = np.random.default_rng(0)
+    n, again = 1500, np.flatnonzero(rng.random(1500) < 0.1)
+    delivered = np.append(np.arange(n), again + rng.integers(1, 50, len(again)) + 0.5)
+    order = np.append(np.arange(n), again)[np.argsort(delivered, kind="stable")]
+    with days[1].open("rb") as file:
+        lines = list(islice(file, n))
+    once, twice = (
+        [Message("events", 0, i, 1_800_000_000_000, lines[row]) for i, row in enumerate(rows)]
+        for rows in (range(n), order.tolist())
+    )
+    _, first = np.unique(order, return_index=True)
+    repeats = np.delete(np.arange(len(order)), first)
+    straight, disturbed = score(fitted[0], [once])[0], score(fitted[0], [twice[:700], twice[700:]])
+    p_value = np.concatenate([part.p_value for part in disturbed])
+    cause = np.concatenate([part.cause for part in disturbed])
+    assert_same_p_values(p_value[first], straight.p_value)
+    assert (cause[first] == straight.cause).all()
+    assert {cause.partition(":")[0] for cause in straight.cause} > {"sequence", "rate"}
+    assert {cause.partition(":")[0] for cause in cause[repeats]} == {"record"}
+
+
+def test_events_that_differ_in_uid_time_or_content_are_not_taken_for_repeats(fitted: tuple[Bundle, Path]) -> None:
+    def event(**changed: object) -> dict[str, object]:
+        return {
+            "metadata": {"version": "1.5.0", "uid": "1"},
+            "time": 1_768_176_001_000,
+            "class_uid": 3002,
+            "category_uid": 3,
+            "activity_id": 1,
+            "type_uid": 300201,
+            "severity_id": 1,
+            "user": {"name": "ann"},
+            "device": {"hostname": "ws-1", "ip": "10.0.0.1"},
+            "status_id": 1,
+        } | changed
+
+    def own(*events: dict[str, object]) -> list[int]:
+        detector = Detector(fitted[0], MemoryWindows(dim=fitted[0].dim))
+        stream = [Message("events", 0, i, 1_800_000_000_000, orjson.dumps(each)) for i, each in enumerate(events)]
+        prepared = detector.prepare(stream)
+        windows = detector.windows.append(prepared.entries)
+        return [int(windows.own[pair]) for pair in np.flatnonzero(prepared.entities.row == len(events) - 1)]
+
+    assert set(own(event(), event())) == {-1}
+    other, none = {"version": "1.5.0", "uid": "2"}, {"version": "1.5.0"}
+    assert -1 not in own(event(), event(metadata=other))
+    assert -1 not in own(event(), event(time=1_768_176_002_000))
+    assert -1 not in own(event(), event(activity_id=2, type_uid=300202))
+    assert -1 not in own(event(metadata=none), event(metadata=none))
+
+
 def test_a_loaded_bundle_scores_as_the_one_that_was_saved(fitted: tuple[Bundle, Path], days: tuple[Path, Path]) -> None:
     stream = messages(days[1], 500)
     again = bundles.load(fitted[1])

@@ -15,8 +15,8 @@ from encoder.ocsf.activity_counts import ActivityCounts
 from state.errors import StateLostError
 from state.memory.windows import MemoryWindows
 from state.redis.windows import RedisWindows
-from state.rolling_counts import HOUR_MS, LEVELS, PARTNERS, count
-from state.windows import WindowEntries, Windows, WindowStore, source_id
+from state.rolling_counts import HOUR_MS, LEVELS, PARTNERS, count, level_of
+from state.windows import REMEMBERED, WindowEntries, Windows, WindowStore, source_id
 
 DIM, WIDTH, AGE = 4, 4, 1000
 SOURCES = (("events", 0), ("events", 1), ("other", 0))
@@ -149,6 +149,14 @@ def test_an_entry_older_than_a_full_window_or_than_the_age_is_late(make: Make) -
     assert [members(windows, i) for i in range(len(rows))] == model(rows)
     assert windows.own.tolist() == [3, 3, 3, 3, -1, 3, -1, 2]
     assert_same(store.append(entries(rows)), windows)
+
+
+def test_an_entry_is_the_newest_unless_another_is_newer(make: Make) -> None:
+    stream = [(100, 0), (300, 1), (200, 0), (300, 0), (400, 0), (50, 1), (400, 1)]
+    rows = [("user:a", time, source, i) for i, (time, source) in enumerate(stream)]
+    windows = make().append(entries(rows))
+    assert windows.newest.tolist() == [True, True, False, True, True, False, True]
+    assert (windows.own[windows.newest] < WIDTH - 1).any()  # equal times are ordered by source
 
 
 def test_a_jump_in_time_leaves_the_old_behind(make: Make) -> None:
@@ -400,6 +408,156 @@ def test_any_interleaving_and_redelivery_gives_the_same_windows(
     if kind == "redis":
         for consumer in consumers:
             consumer.close()  # type: ignore[attr-defined]
+
+
+def printed(rows: Sequence[Row], prints: Sequence[int]) -> WindowEntries:
+    """Entries with fingerprints."""
+    return replace(entries(rows), fingerprint=np.array(prints, np.uint32))
+
+
+def test_a_repeat_changes_no_window_and_raises_no_count(make: Make) -> None:
+    store, straight = make(), make()
+    rows = [("user:a", 10 * i, 0, i) for i in range(6)]
+    once = straight.append(printed(rows[:5], [1, 2, 3, 4, 5]))
+    store.append(printed(rows[:3], [1, 2, 3]))
+    again = store.append(printed([("user:a", 10, 0, 40), ("user:a", 20, 1, 0)], [2, 3]))
+    assert again.own.tolist() == [-1, -1]
+    assert not again.levels.any()
+    assert again.complete.all()
+    assert [members(again, i) for i in range(2)] == [members(once, 2)] * 2
+    later = store.append(printed([("user:a", 30, 0, 41), ("user:a", 40, 0, 42)], [4, 5]))
+    np.testing.assert_array_equal(later.levels[:, 0], once.levels[3:, 0])
+    np.testing.assert_array_equal(later.times, once.times[3:])
+    np.testing.assert_array_equal(store.latest(["user:a"]).times, straight.latest(["user:a"]).times)
+
+
+def test_a_repeat_that_is_redelivered_gets_the_window_that_it_got_first(make: Make) -> None:
+    store = make()
+    rows = [("user:a", 10 * (i // 2), 0, i) for i in range(20)]
+    prints = [1 + i // 2 for i in range(20)]  # each twice
+    first = [store.append(printed(rows[i : i + 4], prints[i : i + 4])) for i in range(0, 20, 4)]
+    assert [own for windows in first for own in windows.own.tolist()] == [WIDTH - 1, -1] * 10
+    again = store.append(printed(rows, prints))
+    assert again.complete.all()
+    np.testing.assert_array_equal(again.own, np.concatenate([windows.own for windows in first]))
+    np.testing.assert_array_equal(again.levels, np.concatenate([windows.levels for windows in first]))
+    assert [members(again, i) for i in range(20)] == [members(w, i) for w in first for i in range(4)]
+
+
+def test_equal_events_without_a_fingerprint_are_different_events(make: Make) -> None:
+    windows = make().append(printed([("user:a", 5, 0, 0), ("user:a", 5, 0, 1), ("user:a", 5, 0, 2)], [0, 0, 0]))
+    assert windows.length.tolist() == [1, 2, 3]
+    assert windows.levels[:, 1].tolist() == [6, 9, 12]
+
+
+def test_an_event_repeats_only_one_of_the_same_entity(make: Make) -> None:
+    windows = make().append(printed([("user:a", 5, 0, 0), ("user:b", 5, 0, 1), ("user:a", 5, 0, 2)], [7, 7, 7]))
+    assert windows.own.tolist() == [WIDTH - 1, WIDTH - 1, -1]
+
+
+def test_as_many_fingerprints_are_kept_as_promised_and_no_more(make: Make) -> None:
+    store, n = make(age_ms=7 * 24 * HOUR_MS), REMEMBERED + 1
+    store.append(printed([("user:a", i, 0, i) for i in range(n)], range(1, n + 1)))
+    store.committed({SOURCES[0]: n})
+    late = store.append(printed([("user:a", 1, 0, n), ("user:a", 0, 0, n + 1)], [2, 1]))
+    assert late.own.tolist() == [-1, -1]
+    rows = [("user:a", n + i, 0, n + 2 + i) for i in range(20)]
+    events = range(n + 2, n + 22)  # one of the two was counted: its fingerprint was forgotten
+    expected = [level_of(k) if level_of(k) > level_of(k - 1) else 0 for k in events]
+    assert store.append(printed(rows, range(500, 520))).levels[:, 1].tolist() == expected
+
+
+def test_a_fingerprint_is_no_part_of_two_others(make: Make) -> None:
+    rows = [("user:a", i, 0, i) for i in range(4)]
+    windows = make().append(printed(rows, [0x11223344, 0x55667788, 0x77881122, 0x33445566]))
+    assert windows.own.tolist() == [WIDTH - 1] * 4
+    across = int.from_bytes((0x11223344).to_bytes(4, "little")[2:] + (0x55667788).to_bytes(4, "little")[:2], "little")
+    store = make()
+    store.append(printed(rows[:2], [0x11223344, 0x55667788]))
+    assert store.append(printed(rows[2:3], [across])).own.tolist() == [WIDTH - 1]
+    assert store.append(printed(rows[3:], [0x55667788])).own.tolist() == [-1]
+
+
+def test_fingerprints_that_do_not_fit_are_refused(make: Make) -> None:
+    with pytest.raises(ValueError, match="fingerprints"):
+        make().append(printed([("user:a", 1, 0, 0)], [1, 2]))
+
+
+@st.composite
+def repetitions(draw: st.DrawFn) -> tuple[list[tuple[str, int]], list[int], list[int], list[tuple[int, int]]]:
+    """Events (entity, time); the order in which they and repeats of them are delivered; sizes of batches; and how far
+    to go back, and whether to commit, after each."""
+    events = draw(st.lists(st.tuples(st.sampled_from(["user:a", "user:b"]), st.integers(0, 2 * AGE)), max_size=16))
+    order: list[int] = []
+    for event in range(len(events)):
+        order.append(event)
+        order += [event - back for back in draw(st.lists(st.integers(0, 6), max_size=2)) if back <= event]
+    sizes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=8))
+    backs = draw(st.lists(st.tuples(st.sampled_from([0, 0, 1, 3, 9]), st.integers(0, 1)), min_size=1, max_size=8))
+    return events, order, sizes, backs
+
+
+@settings(max_examples=150, deadline=None)
+@given(repetitions())
+@pytest.mark.parametrize("kind", ["memory", "redis"])
+def test_a_stream_with_repeats_gives_the_windows_and_counts_of_the_stream_without(
+    kind: str,
+    request: pytest.FixtureRequest,
+    plan: tuple[list[tuple[str, int]], list[int], list[int], list[tuple[int, int]]],
+) -> None:
+    """Also where some of it is redelivered, and whatever is committed meanwhile."""
+    events, order, sizes, backs = plan
+    rows = [(events[event][0], events[event][1], 0, offset) for offset, event in enumerate(order)]
+    # Each event counts and looks as its first delivery.
+    like = [order.index(event) for event in order]
+    whole = replace(
+        entries([(entity, time, 0, like[offset]) for entity, time, _, offset in rows]),
+        offset=np.arange(len(rows), dtype=np.int64),
+        fingerprint=np.array([event + 1 for event in order], np.uint32),
+    )
+    news = [i for i in range(len(order)) if like[i] == i]
+    expected = MemoryWindows(dim=DIM, width=WIDTH, age_ms=AGE).append(part_of(whole, news))
+    store: WindowStore
+    if kind == "memory":
+        store = MemoryWindows(dim=DIM, width=WIDTH, age_ms=AGE)
+    else:
+        url = request.getfixturevalue("redis_url")
+        store = RedisWindows(url, encoder="abc", tenant=uuid.uuid4().hex, dim=DIM, width=WIDTH, age_ms=AGE)
+    store.check_epoch({})
+    first: dict[int, tuple[object, ...]] = {}
+    at = committed = step = 0
+    while at < len(rows):
+        back, commits = backs[step % len(backs)]
+        begin = max(at - back, committed)
+        end = begin + sizes[step % len(sizes)] + (at - begin)
+        chosen = list(range(begin, min(end, len(rows))))
+        windows = store.append(part_of(whole, chosen))
+        assert windows.complete.all()
+        for place, i in enumerate(chosen):
+            names = ("vectors", "times", "offset", "length", "levels", "own", "partners")
+            values = tuple(getattr(windows, name)[place].tolist() for name in names)
+            assert first.setdefault(i, values) == values
+            if like[i] == i:
+                assert values == tuple(getattr(expected, name)[news.index(i)].tolist() for name in names)
+            else:
+                assert (int(windows.own[place]), int(windows.levels[place].max())) == (-1, 0)
+        at, step = max(at, chosen[-1] + 1), step + 1
+        if commits:
+            committed = at
+            store.committed({SOURCES[0]: at})
+    if kind == "redis":
+        store.close()  # type: ignore[attr-defined]
+
+
+def part_of(whole: WindowEntries, rows: list[int]) -> WindowEntries:
+    """Some of the entries, in order."""
+    counts = whole.activity_counts
+    assert isinstance(counts, ActivityCounts)
+    assert whole.fingerprint is not None
+    arrays = {name: getattr(whole, name)[rows] for name in ("time", "vectors", "source", "offset", "index")}
+    chosen = counts.take(np.array(rows, np.intp))
+    names = [whole.entity[i] for i in rows]
+    return replace(whole, entity=names, activity_counts=chosen, fingerprint=whole.fingerprint[rows], **arrays)
 
 
 def test_memory_is_bounded_and_says_what_it_forgot() -> None:

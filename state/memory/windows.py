@@ -12,8 +12,20 @@ from numpy.typing import NDArray
 
 from state.errors import SourcePartition, StateLostError
 from state.rolling_counts import LEVELS, PARTNERS, RollingCounts, bitmaps
-from state.windows import DAY_MS, MAX_SLACK, WindowEntries, Windows, is_complete, progress_of, source_id, validate
+from state.windows import (
+    DAY_MS,
+    MAX_SLACK,
+    REMEMBERED,
+    WindowEntries,
+    Windows,
+    is_complete,
+    progress_of,
+    source_id,
+    validate,
+)
 
+_SIZE = 4
+_UNKNOWN = bytes(_SIZE)
 _Key = tuple[int, int, int, int]
 """Where an entry stands in the order of its entity: (event time, source id, offset, index)."""
 
@@ -21,7 +33,7 @@ _Key = tuple[int, int, int, int]
 class _Entity:
     """One entity: slots of the window's members in order, and of displaced entries with the number that did it."""
 
-    __slots__ = ("applied", "batch", "horizon", "live", "newest", "next", "slack", "tally", "trimmed")
+    __slots__ = ("applied", "batch", "fingerprints", "horizon", "live", "newest", "next", "slack", "tally", "trimmed")
 
     def __init__(self, horizon: int) -> None:
         self.live = array("i")
@@ -33,6 +45,18 @@ class _Entity:
         self.horizon = horizon
         self.batch = 0
         self.tally: RollingCounts | None = None
+        self.fingerprints = b""
+
+    def repeats(self, fingerprint: bytes) -> bool:
+        """Whether an event with this one came before; remembers it."""
+        if fingerprint == _UNKNOWN:
+            return False
+        at = self.fingerprints.find(fingerprint)
+        while at > 0 and at % _SIZE:  # It begins within one and ends within the next.
+            at = self.fingerprints.find(fingerprint, at + 1)
+        if at < 0:
+            self.fingerprints = (self.fingerprints + fingerprint)[-_SIZE * REMEMBERED :]
+        return at >= 0
 
 
 class MemoryWindows:
@@ -72,6 +96,7 @@ class MemoryWindows:
         self._number = np.zeros(1, np.int64)
         self._levels = np.zeros((1, len(LEVELS)), np.uint8)
         self._partners = np.full((1, PARTNERS), -1, np.int16)
+        self._repeat = np.zeros(1, np.bool_)
 
     def __len__(self) -> int:
         return len(self._entities)
@@ -87,6 +112,7 @@ class MemoryWindows:
         if entries.activity_counts is not None:
             counted, failed = entries.activity_counts.counted.tolist(), entries.activity_counts.failed.tolist()
             amount, partners = entries.activity_counts.amount.tolist(), bitmaps(entries.activity_counts.partners)
+        prints = entries.fingerprint_bytes.tobytes()
         raised: list[bytes] = []
         at: list[int] = []
         flat, length = array("i"), [0] * m
@@ -116,14 +142,19 @@ class MemoryWindows:
                 number = entity.next
                 entity.next = number + 1
                 numbers[slot] = number
-                if counted[i]:
+                repeat = entity.repeats(prints[_SIZE * i : _SIZE * i + _SIZE])
+                if counted[i] and not repeat:
                     if entity.tally is None:
                         entity.tally = RollingCounts()
                     raised.append(entity.tally.add(time, failed[i], amount[i], partners[i]))
                     at.append(slot)
                 key = (time, keys[source], offset, index)
                 live = entity.live
-                if key > entity.newest:
+                if repeat:
+                    self._repeat[slot] = True
+                    entity.slack.append((slot, number + 1))
+                    own[i] = -1
+                elif key > entity.newest:
                     entity.newest = key
                     live.append(slot)
                     place = 0
@@ -211,7 +242,8 @@ class MemoryWindows:
         m, size = len(entries), len(self._time)
         if len(self._free) < m:
             grown = max(2 * size, size + m, 1024)
-            for name in ("_vectors", "_time", "_source", "_offset", "_index", "_number", "_levels", "_partners"):
+            marks = ("_number", "_levels", "_partners", "_repeat")
+            for name in ("_vectors", "_time", "_source", "_offset", "_index", *marks):
                 old = getattr(self, name)
                 new = np.empty((grown, *old.shape[1:]), old.dtype)
                 new[:size] = old
@@ -222,6 +254,7 @@ class MemoryWindows:
         at = np.array(slots, np.intp)
         self._vectors[at], self._time[at], self._source[at] = entries.vectors, entries.time, sources
         self._offset[at], self._index[at], self._levels[at] = entries.offset, entries.index, 0
+        self._repeat[at] = False
         self._partners[at] = -1 if entries.activity_counts is None else entries.activity_counts.partners
         return slots
 
@@ -250,10 +283,10 @@ class MemoryWindows:
         found = [slot for at, slot in kept if at[1:] == key[1:] and self._source[slot] == source]
         if found:
             number = int(self._number[found[0]])
-            members = [(at, slot) for at, slot in kept if self._number[slot] <= number]
+            members = [(at, slot) for at, slot in kept if self._number[slot] <= number and not self._repeat[slot]]
         else:
             number = 0
-            members = [(at, slot) for at, slot in kept if at <= key]
+            members = [(at, slot) for at, slot in kept if at <= key and not self._repeat[slot]]
         oldest = members[-1][0][0] - self.age_ms if members else 0
         window = [slot for at, slot in members if at[0] >= oldest][-self.width :]
         own = self.width - len(window) + window.index(found[0]) if found and found[0] in window else -1

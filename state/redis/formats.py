@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-WINDOWS = 3
+WINDOWS = 4  # 4: the fingerprints of the last events
 TIMERS = 2  # 2: the events that they keep are masked
 EPISODES = 1
 _WITHOUT_NUMBER = {"windows": 3, "timers": 1, "episodes": 1}

@@ -2,21 +2,25 @@
 -- they work on a cluster. The rules are those of windows.py; what is decided here is decided there in the same words.
 --
 -- The value of an entity's key, little endian, without padding. Version and epoch stand first in every format:
---   header      version 1, epoch 6, next number 5, trimmed 5, kept 4, live 2, sources 2, size of the tally 2
+--   header      version 1, epoch 6, next number 5, trimmed 5, kept 4, live 2, sources 2, size of the tally 2, count of
+--               fingerprints 1
 --   sources     of each source: id 6, highest applied offset 6 and index 3, committed offset 6
 --   displaced   of each displaced entry, in order: the number that displaced it, 5
---   heads       of each entry kept, in order, displaced first: number 5, time 6, place of the source 2, offset 6, index 3,
---               levels that it raised 8 (see rolling_counts.py), which partners are there 1 (flags as in ACT), partners 5
+--   heads       of each entry kept, in order, displaced first, and of these repeats: number 5, time 6, place of the source
+--               2, offset 6, index 3, levels that it raised 8 (see rolling_counts.py), which partners are there 1 (flags as
+--               in ACT, and REPEAT), partners 5
 --   vectors     of each entry kept, in the same order: fp16 x d
+--   fingerprints  of the last entries applied that have one and are no repeats: 4 each
 --   tally       sums of the last two hours and of the day: bits 2, events 4, failures 4, bytes 6, bitmap of partners 32;
 --               buckets, by hour: hour 4, events 4, failures 4, bytes 6, bitmap 32
 
 local VERSION = FORMAT -- of formats.py
-local HEADER, HEADER_SIZE = '<I1I6I5I5I4I2I2I2', 27
+local HEADER, HEADER_SIZE = '<I1I6I5I5I4I2I2I2I1', 28
 local SOURCE, SOURCE_SIZE = '<I6I6I3I6', 21
 local HEAD, HEAD_SIZE = '<I5I6I2I6I3c8c1c5', 36
-local ENTRY, ENTRY_SIZE = '<I6I6I6I3I6', 39 -- and what it adds to the counts:
+local ENTRY, ENTRY_SIZE = '<I6I6I6I3I6', 43 -- and what it adds to the counts, and its fingerprint:
 local ACT, ACT_AT = '<I1I6BBBBB', 27 -- flags (counted, failed, which partners are there), bytes, partners
+local PRINT_AT, PRINT_SIZE, UNKNOWN, REMEMBERED, REPEAT = 39, 4, '\0\0\0\0', 64, 128
 local BUCKET, BUCKET_SIZE = '<I4I4I4I6I4I4I4I4I4I4I4I4', 50
 local SUMS, SUMS_SIZE = '<I2I4I4I6I4I4I4I4I4I4I4I4', 48
 local HOUR_MS, HOURS, NEAR, PLACES, MOST_BYTES = 3600000, 24, 2, 256, 2 ^ 47 - 1
@@ -35,6 +39,13 @@ local function assemble(block, size, order, ascending)
     from = to + 1
   end
   return table.concat(parts)
+end
+
+-- Whether `prints` has this fingerprint: what begins within one and ends within the next is another.
+local function has(prints, fingerprint)
+  local at = string.find(prints, fingerprint, 1, true)
+  while at and at % PRINT_SIZE ~= 1 do at = string.find(prints, fingerprint, at + 1, true) end
+  return at ~= nil
 end
 
 local function level(count)
@@ -170,8 +181,8 @@ local function tally_of(packed)
 end
 
 -- Append entries to one entity. args: parameters; (source id, committed offset) pairs known beyond those of the
--- entries; entries (source id, time, offset, index, committed offset of the source, what it adds to the counts); their
--- vectors.
+-- entries; entries (source id, time, offset, index, committed offset of the source, what it adds to the counts,
+-- fingerprint); their vectors.
 -- Returns the number of each entry (5 bytes each, 0: applied before and forgotten since) and the value of the key; or
 -- the version alone of a value of this epoch that has another one.
 local function push(keys, args)
@@ -179,7 +190,7 @@ local function push(keys, args)
   local key, entries = keys[1], args[3]
   local epoch, width, stride, age, ttl, max_slack, refill = unpack('<I6I2I2I6I6I4I1', args[1])
   local state = redis.call('GET', key) or ''
-  local next_number, trimmed, kept, live, sources, tail = 1, 0, 0, 0, 0, 0
+  local next_number, trimmed, kept, live, sources, tail, printed = 1, 0, 0, 0, 0, 0, 0
   if state ~= '' then
     local version, of = unpack('<I1I6', state)
     if of > epoch then
@@ -189,7 +200,7 @@ local function push(keys, args)
     elseif version ~= VERSION then
       return { version }
     else
-      version, of, next_number, trimmed, kept, live, sources, tail = unpack(HEADER, state)
+      version, of, next_number, trimmed, kept, live, sources, tail, printed = unpack(HEADER, state)
     end
   end
 
@@ -248,6 +259,14 @@ local function push(keys, args)
   end
   local first = #order + 1 -- where the window begins in `order`
   for ref = slack + 1, kept do order[#order + 1] = ref end
+  local repeats = 0 -- which stand first in `order`, and nowhere in that of time
+  while repeats < first - 1 do
+    local _, _, _, _, _, _, flags = head(order[repeats + 1])
+    if string.byte(flags) < REPEAT then break end
+    repeats = repeats + 1
+  end
+  local prints_at = vectors_at + kept * stride
+  local prints = sub(state, prints_at, prints_at + printed * PRINT_SIZE - 1)
 
   local function before(ref, time, id, offset, index)
     local _, t, s, o, n = head(ref)
@@ -287,17 +306,26 @@ local function push(keys, args)
       end
       if not seen then applied[s], applied_index[s] = offset, index end
       local ref, levels = kept + i, NOTHING
-      if not seen and string.byte(entries, (i - 1) * ENTRY_SIZE + ACT_AT + 1) % 2 == 1 then
+      local print_at = (i - 1) * ENTRY_SIZE + PRINT_AT + 1
+      local fingerprint = sub(entries, print_at, print_at + PRINT_SIZE - 1)
+      local again = fingerprint ~= UNKNOWN and has(prints, fingerprint)
+      if not seen and not again and fingerprint ~= UNKNOWN then
+        prints = sub(prints .. fingerprint, -PRINT_SIZE * REMEMBERED)
+      end
+      if not seen and not again and string.byte(entries, (i - 1) * ENTRY_SIZE + ACT_AT + 1) % 2 == 1 then
         tally = tally or tally_of(tail > 0 and sub(state, -tail) or '')
         levels = tally.add(time, unpack(ACT, entries, (i - 1) * ENTRY_SIZE + ACT_AT + 1))
       end
       local act = (i - 1) * ENTRY_SIZE + ACT_AT + 1
       local flags, partners = sub(entries, act, act), sub(entries, act + 7, act + 11)
+      if again then flags = string.char(string.byte(flags) + REPEAT) end
       fresh[i] = pack(HEAD, number, time, s, offset, index, levels, flags, partners)
       if known then known[s .. ':' .. offset .. ':' .. index] = number end
       local newest = time
-      local low, high = 1, #order + 1
-      if high > 1 then
+      local low, high = repeats + 1, #order + 1
+      if again then
+        repeats, high = repeats + 1, low
+      elseif high > low then
         local _, t = head(order[high - 1])
         newest = math.max(t, time)
         if before(order[high - 1], time, id, offset, index) then low = high end
@@ -308,11 +336,11 @@ local function push(keys, args)
       end
       ascending = ascending and low > #order
       table.insert(order, low, ref)
-      if low < first or (low == first and #order - first >= width) or time < newest - age then
+      if again or low < first or (low == first and #order - first >= width) or time < newest - age then
         displaced[ref] = number + 1
         first = first + 1
       end
-      while first <= #order do
+      while not again and first <= #order do
         local _, oldest = head(order[first])
         if #order - first < width and oldest >= newest - age then break end
         displaced[order[first]] = number
@@ -325,13 +353,16 @@ local function push(keys, args)
   if changed then
     local live_now = #order - first + 1
     local counts = tally and tally.packed() or (tail > 0 and sub(state, -tail) or '')
-    local parts = { pack(HEADER, VERSION, epoch, next_number, trimmed, #order, live_now, sources, #counts) }
+    local parts = {
+      pack(HEADER, VERSION, epoch, next_number, trimmed, #order, live_now, sources, #counts, #prints / PRINT_SIZE),
+    }
     for s = 1, sources do parts[#parts + 1] = pack(SOURCE, ids[s], applied[s], applied_index[s], committed[s]) end
     for i = 1, first - 1 do parts[#parts + 1] = pack('<I5', displaced[order[i]]) end
     local heads = sub(state, heads_at, vectors_at - 1) .. table.concat(fresh)
     local vectors = sub(state, vectors_at, vectors_at + kept * stride - 1) .. args[4]
     parts[#parts + 1] = assemble(heads, HEAD_SIZE, order, ascending)
     parts[#parts + 1] = assemble(vectors, stride, order, ascending)
+    parts[#parts + 1] = prints
     parts[#parts + 1] = counts
     state = table.concat(parts)
     redis.call('SET', key, state, 'PX', ttl)

@@ -23,8 +23,10 @@ from state.rolling_counts import PARTNERS
 from state.windows import DAY_MS, MAX_SLACK, WindowEntries, Windows, is_complete, progress_of, source_id, validate
 
 _FUNCTIONS = files("state.redis").joinpath("windows.lua").read_text()
-_HEADER, _SOURCE, _HEAD, _ENTRY = 27, 21, 36, 39
+_HEADER, _SOURCE, _HEAD, _ENTRY = 28, 21, 36, 43
 """Sizes of the records that windows.lua describes."""
+_REPEAT = 128
+"""The flag of an entry that is a repeat."""
 _Bytes = NDArray[np.uint8]
 
 
@@ -171,7 +173,9 @@ class RedisWindows:
         self._refilling -= done
 
     def _leave(self, marker: str, sources: Iterable[SourcePartition]) -> None:
-        self._server.retried(lambda: self._server.call("leave", marker, list(map(_name, sources))))
+        # Read before, as there is seldom anything to leave, and a replica can be read and not written.
+        if self._server.retried(lambda: self._server.hash(marker)):
+            self._server.retried(lambda: self._server.call("leave", marker, list(map(_name, sources))))
 
     # What follows runs once and is repeated as a whole by `retried`.
 
@@ -216,7 +220,7 @@ class RedisWindows:
         done = np.array([self._committed.get(source, 0) for source in entries.sources], np.int64)
         columns = ((ids[entries.source], 6), (entries.time, 6), (entries.offset, 6), (entries.index, 3))
         packed = [_bytes(column[order], size) for column, size in (*columns, (done[entries.source], 6))]
-        packed.append(_act_bytes(entries)[order])
+        packed += [_act_bytes(entries)[order], entries.fingerprint_bytes[order]]
         heads = memoryview(np.ascontiguousarray(np.concatenate(packed, axis=1)).tobytes())
         vectors = memoryview(np.ascontiguousarray(entries.vectors[order]).tobytes())
         parameters, size, stride = self._parameters(), _ENTRY, 2 * self.dim
@@ -257,11 +261,12 @@ class RedisWindows:
         for i in np.flatnonzero(~(ordered[entity] & (number > 0))):
             start, end = table.start[entity[i]], table.end[entity[i]]
             if number[i]:
-                rows = start + np.flatnonzero(table.number[start:end] <= number[i])
+                rows = start + np.flatnonzero((table.number[start:end] <= number[i]) & ~table.repeat[start:end])
             else:
                 source = self._id(entries.sources[entries.source[i]])
                 key = (int(entries.time[i]), source, int(entries.offset[i]), int(entries.index[i]))
-                rows = np.array([row for row in range(start, end) if table.key(row) <= key], np.intp)
+                others = start + np.flatnonzero(~table.repeat[start:end])
+                rows = np.array([row for row in others.tolist() if table.key(row) <= key], np.intp)
             if len(rows):
                 rows = rows[table.time[rows] >= table.time[rows[-1]] - age][-width:]
                 picked[i, width - len(rows) :] = rows
@@ -395,8 +400,8 @@ class _Table:
     one after another, and last a row of zeros that stands for "unused".
 
     Of R rows: entity, number, time, source (48-bit id), offset, index, levels uint8 [R, 8], partners int16 [R,
-    PARTNERS], vectors float16 [R, d]. Of E entities: start, end (rows), live, trimmed, ordered (row order is number
-    order).
+    PARTNERS], repeat bool [R], vectors float16 [R, d]. Of E entities: start, end (rows), live, trimmed, ordered (row
+    order is number order, and none is a repeat).
     """
 
     def __init__(self, replies: Sequence[Sequence[bytes]], dim: int) -> None:
@@ -416,6 +421,7 @@ class _Table:
         )
         self.index = index.astype(np.int32)
         self.levels = head[:, 22:30]
+        self.repeat = head[:, 30] >= _REPEAT
         there = head[:, 30:31] >> np.arange(2, 2 + PARTNERS) & 1
         self.partners = np.where(there, head[:, 31:], np.int16(-1)).astype(np.int16)
         self.vectors = np.frombuffer(vectors, np.float16).reshape(-1, dim)
@@ -429,6 +435,7 @@ class _Table:
         self.ordered = np.ones(len(values) + 1, np.bool_)
         self.ordered[-1] = False  # the last row's entity, -1
         self.ordered[self.entity[falls]] = False
+        self.ordered[self.entity[self.repeat]] = False
 
     def key(self, row: int) -> tuple[int, int, int, int]:
         """Where a row stands in the order of its entity."""

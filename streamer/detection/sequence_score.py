@@ -33,10 +33,15 @@ class SequenceScorer:
     calibrations: dict[str, Calibration] = field(default_factory=dict)
 
     def raw(self, windows: Windows, kinds: NDArray[np.int8], *, few: bool = False) -> dict[str, NDArray[np.float64]]:
-        """The uncalibrated scores of m windows, float64 [m] by name; kinds: int8 [m]; few: as for the model."""
+        """The uncalibrated scores of m windows, float64 [m] by name; kinds: int8 [m]; few: as for the model. The
+        newest record of a window is judged. `order` and `missing` of an event that is not the newest are 0: neither
+        what came first nor the times of events can be relied on where these differ."""
         scores = self.model(windows.vectors, windows.times, windows.length, kinds, few=few)
         named = {"order": scores.surprise, "missing": scores.missing, "ending": scores.ending}
-        return {name: score.astype(np.float64) for name, score in named.items()}
+        raw = {name: score.astype(np.float64) for name, score in named.items()}
+        for name in ("order", "missing"):
+            raw[name][~windows.newest] = 0.0
+        return raw
 
     def fit(
         self,

@@ -36,6 +36,7 @@ def weights(
         vectors=np.concatenate([windows.vectors, shorter.vectors]),
         times=np.concatenate([windows.times, shorter.times]),
         length=np.concatenate([windows.length, shorter.length]),
+        own=np.full(len(windows) + len(which), windows.times.shape[1] - 1, np.int32),
     )
     of = np.concatenate([whole, which])
     raw = sequences.raw(both, kinds[of], few=True)
