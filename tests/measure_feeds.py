@@ -134,7 +134,6 @@ VARIANTS: dict[str, Callable[[Events], list[bytes]]] = {
     "outage-devices": missing(of_devices),
     "backlog-product": backlog(of_product),
     "backlog-devices": backlog(of_devices),
-    "backlog-all": backlog(lambda events: np.ones(len(events.lines), bool)),
     "twice": twice,
     "stretch-twice": stretch_twice,
     "clocks-fast": clocks(1),

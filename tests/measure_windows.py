@@ -34,8 +34,10 @@ def push(store: WindowStore, entity: list[str], first: int) -> float:
     for start in range(0, len(entity), BATCH):
         names = entity[start : start + BATCH]
         at = np.arange(first + start, first + start + len(names))
-        zero = np.zeros(len(names), np.int32)
-        entries = WindowEntries(names, STEP_MS * at, vectors[: len(names)], (SOURCE,), zero, at, zero, some_acts(at))
+        zero, prints = np.zeros(len(names), np.int32), (at + 1).astype(np.uint32)
+        entries = WindowEntries(
+            names, STEP_MS * at, vectors[: len(names)], (SOURCE,), zero, at, zero, some_acts(at), prints
+        )
         store.append(entries)
         end = {SOURCE: first + start + len(names)}
         store.prepare(end)

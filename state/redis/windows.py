@@ -401,7 +401,7 @@ class _Table:
 
     Of R rows: entity, number, time, source (48-bit id), offset, index, levels uint8 [R, 8], partners int16 [R,
     PARTNERS], repeat bool [R], vectors float16 [R, d]. Of E entities: start, end (rows), live, trimmed, ordered (row
-    order is number order, and none is a repeat).
+    order is number order). None with a repeat is ordered: it stands first, and members from before it are kept as long.
     """
 
     def __init__(self, replies: Sequence[Sequence[bytes]], dim: int) -> None:
@@ -435,7 +435,6 @@ class _Table:
         self.ordered = np.ones(len(values) + 1, np.bool_)
         self.ordered[-1] = False  # the last row's entity, -1
         self.ordered[self.entity[falls]] = False
-        self.ordered[self.entity[self.repeat]] = False
 
     def key(self, row: int) -> tuple[int, int, int, int]:
         """Where a row stands in the order of its entity."""
