@@ -444,6 +444,24 @@ def test_a_repeat_that_is_redelivered_gets_the_window_that_it_got_first(make: Ma
     assert [members(again, i) for i in range(20)] == [members(w, i) for w in first for i in range(4)]
 
 
+def test_repeats_that_are_appended_again_to_fill_what_was_lost_are_repeats_still(make: Make) -> None:
+    store = make(width=8)
+    rows = [("user:a", 10 * (i // 2), 0, i) for i in range(20)]
+    prints = [1 + i // 2 for i in range(20)]  # each twice
+    store.append(printed(rows, prints))
+    store.committed({SOURCES[0]: 20})
+    store.append(printed([("user:a", 100, 0, 20)], [11]))  # what no redelivery needs is forgotten here
+    before = store.latest(["user:a"])
+    lost = StateLostError("set back", wiped=False, resume={SOURCES[0]: 0})
+    store.begin_rebuild(lost)
+    store.append(printed(rows, prints))
+    store.finish_rebuild(lost.resume)
+    after = store.latest(["user:a"])
+    assert members(after, 0) == members(before, 0)
+    np.testing.assert_array_equal(after.raised, before.raised)
+    assert after.complete.all()
+
+
 def test_equal_events_without_a_fingerprint_are_different_events(make: Make) -> None:
     windows = make().append(printed([("user:a", 5, 0, 0), ("user:a", 5, 0, 1), ("user:a", 5, 0, 2)], [0, 0, 0]))
     assert windows.length.tolist() == [1, 2, 3]
