@@ -31,7 +31,7 @@ from state.errors import SourcePartition, StateLostError
 from state.rolling_counts import PARTNERS, ActivityCounts
 
 DAY_MS = 86_400_000
-REMEMBERED = 64
+REMEMBERED = 32
 """Fingerprints kept for one entity, 4 bytes each."""
 MAX_SLACK = 16_384
 """Displaced entries kept for one entity: one partition that never commits must not fill the memory. Beyond it the
