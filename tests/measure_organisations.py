@@ -75,11 +75,13 @@ def scores_of(stream: Stream, seed: int) -> dict[str, Scores]:
 
     def record_alone() -> Scores:
         opened = load(bundle)
-        features, _ = test_features(stream, opened.encoder.schema)
+        features, texts, _ = test_features(stream, opened.encoder.schema)
         first, like = features.distinct()
         distinct = features.take(first)
         types, part = distinct.codes[:, 0].astype(np.int64), opened.scorer.record
-        return np.asarray(part.evidence(part.parts(part.raw(opened.encoder.encode(distinct), types), types))[like])
+        parts = part.parts(part.raw(opened.encoder.encode(distinct), types), types)[:, like]
+        whole = part.with_text(parts, part.texts.of_texts(texts), types[like])
+        return np.asarray(part.evidence(whole, types[like]))
 
     found = {
         WHOLE: -np.log(np.maximum(p_value, np.finfo(np.float64).tiny)),
