@@ -45,7 +45,7 @@ class WindowEntries:
     entity: m strings `kind:value`; time: int64 [m], event ms >= 0; vectors: float16 [m, d]; sources: distinct (topic,
     partition) pairs; source: int32 [m], index into them; offset: int64 [m]; index: int32 [m], place in the message;
     activity_counts: what each adds to the counts of its entity (None: nothing is counted); fingerprint: uint32 [m], a
-    hash of all that makes an event itself, 0 for one that cannot be told from another (None: all of them).
+    hash of what makes an event itself, 0 for one that cannot be told from another (None: all of them).
     """
 
     entity: Sequence[str]

@@ -343,6 +343,12 @@ def test_the_latest_of_working_days_and_of_weekends_calibrate() -> None:
         assert (np.diff(held[part].astype(int)) >= 0).all()  # the latest
 
 
+def test_a_day_that_has_most_events_does_not_calibrate_whole() -> None:
+    """Sources that are new, or a few clocks that are old: too little would be left to learn from."""
+    time = np.sort(np.concatenate([hours(4 * 24)[::24], hours(5 * 24)[-24:].repeat(400)]))
+    assert fitting.held_out(time).mean() < 0.2
+
+
 @pytest.mark.parametrize(("days", "held_out"), [(7, 24), (5, 24), (4, 14)])
 def test_of_five_working_days_the_latest_calibrates_with_its_night(days: int, held_out: int) -> None:
     held = fitting.held_out(hours(days * 24))

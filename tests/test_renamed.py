@@ -132,5 +132,5 @@ def test_an_attack_that_hides_among_new_names_is_found(
             for each in (scored("nothing")[0], renamed)
         )
         print(f"{what}: {found:.0%} before false alarm {BUDGET}; without new names {usual:.0%}")
-        assert found >= usual - 0.25  # Of 19 attacks of a kind.
+        assert found >= usual - 0.3  # Of 19 attacks of a kind (docs/decisions/0007).
         assert found > 0.5

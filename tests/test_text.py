@@ -91,13 +91,14 @@ def test_the_nearest_normal_event_and_what_differs() -> None:
 
 def test_a_stretch_is_told_by_the_steps_that_differ_from_the_nearest_normal_one() -> None:
     steps = (({"type_uid": 100104}, 20, 1), ({}, 3, 0), ({"type_uid": 300201}, 0, 9))
-    stretch = (StretchFinding(32, 0.912, 0.2, ()), steps)
+    stretch = (StretchFinding("user:bob", 32, 0.912, 0.2, ()), steps)
     finding = one(why=explanation(PORT, stretch=stretch), entity="user:bob")
     assert (
         "\nThe last 32 events of user bob are like no normal stretch: file delete 20 times (once in the nearest normal "
         "one), an event like none in training 3 times (never there), logon never (9 times there).\n"
     ) in finding["finding_info"]["desc"]
     assert finding["unmapped"]["stretch"] == {
+        "entity": "user:bob",
         "events": 32,
         "distance": 0.912,
         "usual_distance": 0.2,

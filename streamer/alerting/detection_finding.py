@@ -28,7 +28,7 @@ from streamer.detection.live_calibration import Lowered
 from streamer.explain.attribution import Explanation, FieldFinding, Stretch
 from streamer.explain.peer_comparison import CHANGE, COUNT, EVENT, LESS, MORE, PeerComparison
 from streamer.explain.rates import RateFinding
-from streamer.redaction import MASK, Redactor, mask_text
+from streamer.redaction import MASK, Redacted, Redactor, mask_text
 
 MAX_RAW = 16 * 1024
 """Characters of the event's JSON in `raw_data`."""
@@ -135,7 +135,7 @@ class _Finding:
             (int(time), str(label), self._summary(str(label), like, redactor), _share(float(share)))
             for time, label, like, share in explanation.window[-MAX_WINDOW:]
         ]
-        self.stretch = explanation.stretch and self._shown_stretch(explanation.stretch, redactor)
+        self.stretch = explanation.stretch and self._shown_stretch(explanation.stretch, redacted, redactor)
         self.activity = decision.activity if decision else CREATE
         if self.time == NO_TIME:
             self.time = decision.episode.last_seen if decision else now_ms
@@ -153,10 +153,11 @@ class _Finding:
             return self.own_summary()
         return self._example_summary(like, redactor) if like else "an event like none in training"
 
-    def _shown_stretch(self, stretch: Stretch, redactor: Redactor) -> dict[str, Any]:
+    def _shown_stretch(self, stretch: Stretch, redacted: Redacted, redactor: Redactor) -> dict[str, Any]:
         """The stretch as it stands in `unmapped.stretch`."""
         finding, differing = stretch
         return {
+            "entity": redacted.entity(finding.entity),
             "events": finding.steps,
             "distance": round(finding.distance, 4),
             "usual_distance": round(finding.usual_distance, 4),
@@ -331,7 +332,7 @@ class _Finding:
             likely = " or ".join(f"{wording.shorten(what)} ({wording.percent(p)})" for what, p in self.instead[:3])
             sentences.append(f"{place} {likely}.")
         if self.stretch:
-            sentences.append(wording.stretch(self.entity, **self.stretch))
+            sentences.append(wording.stretch(**self.stretch))
         if known := self.peers_in_training():
             sentences.append(known)
         if self.neighbours:

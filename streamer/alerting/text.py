@@ -588,7 +588,7 @@ def number_of_peers(kind: str, n: int, among: int) -> str:
 
 
 def stretch(
-    entity: str, *, events: int, distance: float, usual_distance: float, differing: Sequence[Mapping[str, Any]]
+    *, entity: str, events: int, distance: float, usual_distance: float, differing: Sequence[Mapping[str, Any]]
 ) -> str:
     """How what an entity did differs from the nearest normal stretch: "The last 32 events of user bob are like no
     normal stretch: file delete 20 times (once in the nearest normal one)". Arguments: those of `unmapped.stretch`."""

@@ -30,6 +30,16 @@ class KeptEvent:
 
 
 @dataclass(frozen=True)
+class UnusualStretches:
+    """Of s events a window that is unlike normal windows. row: intp [s], ascending, the event; entity: str object [s],
+    whose window it is; windows: the s windows as they were at the events."""
+
+    row: NDArray[np.intp]
+    entity: NDArray[np.object_]
+    windows: Windows
+
+
+@dataclass(frozen=True)
 class ScoredBatch:
     """n scored events.
 
@@ -45,8 +55,7 @@ class ScoredBatch:
     cause is a sequence; windows: their s windows as they were at these events; kept: the n events, where they come from
     a store and `records` are masked (None: `records` are whole); live: the live calibration behind this batch (None:
     there is none); lowered: object [n], the `Lowered` that the evidence of an event was under, None for none (None: of
-    no event); stretch: float64 [n], nats, the evidence by what the entities did in their whole windows (None: it was
-    not asked); seconds: the time of each stage.
+    no event); stretches: windows that are unusual as a whole (None: none was asked); seconds: the time of each stage.
     """
 
     coordinates: Coordinates
@@ -68,7 +77,7 @@ class ScoredBatch:
     kept: list[KeptEvent] | None = None
     live: LiveCalibration | None = None
     lowered: NDArray[np.object_] | None = None
-    stretch: NDArray[np.float64] | None = None
+    stretches: UnusualStretches | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:

@@ -26,7 +26,7 @@ from state.memory.timers import MemoryTimers
 from state.rolling_counts import LEVELS
 from state.timers import Activity, Inactivity, TimerStore
 from state.windows import WindowEntries, Windows, WindowStore
-from streamer.detection.batches import PreparedBatch, ScoredBatch, StageTimer
+from streamer.detection.batches import PreparedBatch, ScoredBatch, StageTimer, UnusualStretches
 from streamer.detection.bundle import Bundle
 from streamer.detection.combine import asked, severity, weighted
 from streamer.detection.cooccurrence_score import CAUSES as COOCCURRENCE_CAUSES
@@ -48,12 +48,15 @@ from streamer.detection.record_score import (
     strongest,
 )
 from streamer.detection.sequence_score import MISSING, ORDER
+from streamer.detection.stretch_score import COMPOSITION
 from streamer.redaction import Redactor
 
 COMPACTED = 1024
 """Events decoded together by `compact`."""
 TOLD_BY_NUMBERS = 3.0
 """Nats of evidence by its numbers from which on an event is told by its most unusual number: one event in twenty."""
+UNUSUAL_STRETCH = 3.0
+"""Nats of evidence by the composition of a window from which on an alert tells of it: one normal life in twenty."""
 _RATES = np.array([f"rate:{name}" for name in LEVELS], object)
 
 
@@ -176,7 +179,7 @@ class Detector:
         entity = np.array(prepared.entities.primary, object)
         history = self._judge_windows(events, prepared.entities, prepared.entries, timer)
         by_history = history.evidence > record
-        stretch = self._stretch(record, history, prepared.entities)
+        stretch, unusual = self._stretch(record, history, prepared.entities)
         p_value = self.bundle.scorer.p_value(record, history.evidence, stretch)
         in_sequence = np.flatnonzero(by_history & np.isin(history.cause, (ORDER, MISSING)))
         self.drift.observe(events.time, prepared.features.codes, p_value)
@@ -198,7 +201,7 @@ class Detector:
             in_sequence=in_sequence,
             live=live,
             lowered=lowered,
-            stretch=stretch,
+            stretches=unusual,
             seconds=timer.seconds,
         )
 
@@ -263,15 +266,26 @@ class Detector:
             history.silent.extend(self._monitor.advance(events, entities, ending, windows.take(ending), of_ending))
         return history
 
-    def _stretch(self, record: NDArray[np.float64], history: _History, entities: Entities) -> NDArray[np.float64]:
+    def _stretch(
+        self, record: NDArray[np.float64], history: _History, entities: Entities
+    ) -> tuple[NDArray[np.float64], UnusualStretches | None]:
         """float64 [n], nats: the evidence by what the entities of each event did in their whole windows, 0 where
-        nothing else is in doubt."""
-        scorer = self.bundle.scorer.stretch
-        if scorer is None or history.windows is None:
-            return np.zeros(len(record))
-        pairs = np.flatnonzero(asked(record, history.evidence)[entities.row])
-        kinds = entities.kind[pairs]
-        return scorer.evidence(scorer.raw(history.windows.take(pairs), kinds), kinds, entities.row[pairs], len(record))
+        nothing else is in doubt and of events that are no members of their windows; and the windows that are worth
+        telling."""
+        scorer, windows = self.bundle.scorer.stretch, history.windows
+        if scorer is None or windows is None:
+            return np.zeros(len(record)), None
+        pairs = np.flatnonzero(asked(record, history.evidence)[entities.row] & (windows.own >= 0))
+        kinds, rows = entities.kind[pairs], entities.row[pairs]
+        raw = scorer.raw(windows.take(pairs), kinds)
+        by_composition = scorer.by_lives(COMPOSITION, raw[COMPOSITION], kinds)
+        strongest_last = np.lexsort((by_composition, rows))
+        last = np.append(np.diff(rows[strongest_last]) > 0, True)[: len(rows)]
+        told = strongest_last[last]
+        told = told[by_composition[told] >= UNUSUAL_STRETCH]
+        names = np.array([entities.entity[pair] for pair in pairs[told].tolist()], object)
+        unusual = UnusualStretches(rows[told].astype(np.intp), names, windows.take(pairs[told]))
+        return scorer.evidence(raw, kinds, rows, len(record)), unusual
 
     @staticmethod
     def _judge_rates(
@@ -329,18 +343,20 @@ def window_entries(events: EventBatch, entities: Entities, vectors: NDArray[np.f
         at.offset[rows],
         at.index[rows],
         activity_counts(events, entities),
-        _fingerprints(events, vectors)[rows],
+        _fingerprints(events, entities, vectors)[rows],
     )
 
 
-def _fingerprints(events: EventBatch, vectors: NDArray[np.float16]) -> NDArray[np.uint32]:
-    """uint32 [n]: hashes of `metadata.uid`, time and content, by which an event that comes twice is known.
+def _fingerprints(events: EventBatch, entities: Entities, vectors: NDArray[np.float16]) -> NDArray[np.uint32]:
+    """uint32 [n]: hashes of `metadata.uid`, time, entities and behaviour, by which an event that comes twice is known.
     0 for one without a uid: two events of one second may well be equal. The uid alone would not do: there are sources
     that give all events of a type the same."""
     found = np.zeros(len(events), np.uint32)
     if (uid := events.columns.get("metadata.uid")) is not None:
+        named = np.searchsorted(entities.row, np.arange(len(events) + 1)).tolist()
         for row, value in zip(uid.rows.tolist(), uid.values, strict=True):
-            content = f"{value}\0{events.time[row]}\0".encode("utf-8", "surrogatepass") + vectors[row].tobytes()
+            words = (str(value), str(events.time[row]), *entities.entity[named[row] : named[row + 1]], "")
+            content = "\0".join(words).encode("utf-8", "surrogatepass") + vectors[row].tobytes()
             found[row] = int.from_bytes(blake2b(content, digest_size=4).digest(), "little") or 1
     return found
 

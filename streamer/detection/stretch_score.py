@@ -92,7 +92,7 @@ class StretchScorer:
                     self.calibrations[f"{name}.{kind}"] = Calibration.fit(reached)
         for name in STATISTICS:
             if len(rows):
-                by_event = strongest_by_event(self._by_lives(name, raw[name], kinds), rows)
+                by_event = strongest_by_event(self.by_lives(name, raw[name], kinds), rows)
                 self.calibrations[name] = Calibration.fit(by_event)
         return raw
 
@@ -101,8 +101,7 @@ class StretchScorer:
         return sequence_embeddings(codes, self.model.codebook.other + 1)
 
     def raw(self, windows: Windows, kinds: NDArray[np.int8]) -> dict[str, NDArray[np.float64]]:
-        """The uncalibrated statistics of m windows, float64 [m] by name, 0 for a kind without normal windows. kinds:
-        int8 [m]."""
+        """The uncalibrated statistics of m windows, float64 [m] by name. kinds: int8 [m]."""
         codes = self.model.codes(windows.vectors, windows.length)
         run = self.model.run(windows.vectors, windows.times, windows.length, kinds, codes)
         return self.statistics(codes, *run, kinds)
@@ -142,12 +141,13 @@ class StretchScorer:
         for name in STATISTICS:
             if (by_event := self.calibrations.get(name)) is not None:
                 strongest = np.zeros(events)
-                np.maximum.at(strongest, rows, self._by_lives(name, raw[name], kinds))
+                np.maximum.at(strongest, rows, self.by_lives(name, raw[name], kinds))
                 evidence[judged] += _limited(by_event.evidence(strongest[judged]), len(by_event.scores))
         return evidence
 
-    def _by_lives(self, name: str, raw: NDArray[np.float64], kinds: NDArray[np.int8]) -> NDArray[np.float64]:
-        """float64 [m], nats: how seldom a normal life reaches so much; 0 for a kind that is not calibrated."""
+    def by_lives(self, name: str, raw: NDArray[np.float64], kinds: NDArray[np.int8]) -> NDArray[np.float64]:
+        """float64 [m], nats: how seldom a normal life reaches so much of a statistic; 0 for a kind that is not
+        calibrated. raw: float64 [m]; kinds: int8 [m]."""
         evidence = np.zeros(len(kinds))
         for kind, normal in self.normal.items():
             if (calibration := self.calibrations.get(f"{name}.{kind}")) is not None:

@@ -105,8 +105,6 @@ EXAMPLES = 32
 """
 FEW = 8
 """Examples that are read to spell out an expected value that none of the nearest normal events has."""
-UNUSUAL_STRETCH = 3.0
-"""Nats of evidence by the stretch from which on an alert compares it with the nearest normal one."""
 WORTH_TELLING = 1.5
 """Nats: a value that is expected more often than one time in four or five explains nothing."""
 _STATISTICS = {ORDER: "order", MISSING: "missing", INACTIVITY: "ending"}
@@ -271,18 +269,16 @@ class Explainer:
         return cut(windows, ends)
 
     def _stretches(self, scored: ScoredBatch, rows: NDArray[np.intp]) -> dict[int, Stretch]:
-        """For the rows whose entity did what no normal one does: by row, how that differs from the nearest normal."""
-        scorer = self.bundle.scorer.stretch
-        if scorer is None or scored.stretch is None:
+        """For the rows with a window that is unlike normal ones: by row, how it differs from the nearest normal one."""
+        scorer, unusual = self.bundle.scorer.stretch, scored.stretches
+        if scorer is None or unusual is None:
             return {}
-        odd = rows[(scored.stretch[rows] >= UNUSUAL_STRETCH) & (scored.entity[rows] != "")]
-        if not len(odd):
-            return {}
-        found = stretch_findings(scorer, self._latest(scored, odd), _kinds(scored.entity[odd]))
+        at = np.flatnonzero(np.isin(unusual.row, rows))
+        entities = unusual.entity[at]
+        found = stretch_findings(scorer, unusual.windows.take(at), entities.tolist(), _kinds(entities))
         return {
             row: (finding, tuple((self._like(code), here, there) for code, here, there in finding.differing))
-            for row, finding in zip(odd.tolist(), found, strict=True)
-            if finding is not None
+            for row, finding in zip(unusual.row[at].tolist(), found, strict=True)
         }
 
     def _timelines_of(

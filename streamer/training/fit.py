@@ -55,9 +55,10 @@ from streamer.training.vouching import types_with_quantities, vouching
 HELD_OUT = 0.15
 """The latest share of the training events, by event time, that calibrates: of those on working days, and of those on
 weekends. The latest of a week alone would be its Sunday, and Monday would look like an incident."""
-WHOLE_DAY_OF = 5
+WHOLE_DAY_OF, MOST_HELD_OUT = 5, 1 / 3
 """Working days from which on the latest of them calibrates whole: the latest share of five is a Friday without its
-night, and each nightly backup would look like an incident."""
+night, and each nightly backup would look like an incident. Not where it has more than this share of their events: most
+of these sources are new, or some clocks are old."""
 MIN_EVENTS = 20
 MAX_EVENTS = 2_000_000
 """Events kept as features; of more, every k-th is used, and the summary says so."""
@@ -297,7 +298,8 @@ def held_out(time: NDArray[np.int64]) -> NDArray[np.bool_]:
         held[rows[len(rows) - round(HELD_OUT * len(rows)) :]] = True
     working = np.flatnonzero(~weekend)
     if len(np.unique(time[working] // DAY_MS)) >= WHOLE_DAY_OF:
-        held[working[time[working] > time[working[-1]] - DAY_MS]] = True
+        latest = working[time[working] > time[working[-1]] - DAY_MS]
+        held[latest] |= len(latest) <= MOST_HELD_OUT * len(working)
     held[-MIN_EVENTS // 2 :] = True
     return held
 
