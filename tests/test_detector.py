@@ -15,6 +15,8 @@ from p_values import assert_same_p_values
 
 import encoder.training.replaced_fields
 import encoder.training.sequence
+from encoder.ocsf.decoder import decode
+from encoder.ocsf.entities import entities
 from encoder.ocsf.events import Message
 from state.memory.timers import MemoryTimers
 from state.memory.windows import MemoryWindows
@@ -23,7 +25,7 @@ from streamer.bundles import bundle_files as bundles
 from streamer.bundles.bundle_files import BundleError
 from streamer.detection.batches import ScoredBatch
 from streamer.detection.bundle import Bundle
-from streamer.detection.detector import Detector
+from streamer.detection.detector import Detector, window_entries
 from streamer.detection.score_files import score_files
 from streamer.devtools.simulator.generator import MONDAY, schedule, simulate, write
 from streamer.explain.attribution import Explainer
@@ -354,3 +356,15 @@ def test_of_five_working_days_the_latest_calibrates_with_its_night(days: int, he
     held = fitting.held_out(hours(days * 24))
     assert held[: 5 * 24].sum() == held_out
     assert (np.diff(held[: 5 * 24].astype(int)) >= 0).all()  # the latest
+
+
+def test_events_of_others_are_no_repeats_where_a_source_gives_all_the_same_uid() -> None:
+    """Sixty failed logons of a spray in one second once counted as one."""
+    logon = {"class_uid": 3002, "activity_id": 1, "time": MONDAY, "metadata": {"uid": "the same"}, "status_id": 2}
+    records = [logon | {"user": {"name": name}, "src_endpoint": {"ip": "10.0.0.9"}} for name in ("ann", "bob", "ann")]
+    events, _ = decode([Message("t", 0, i, -1, orjson.dumps(record)) for i, record in enumerate(records)])
+    found = entities(events)
+    prints = window_entries(events, found, np.zeros((3, 8), np.float16)).fingerprint
+    assert prints is not None
+    of_address = prints[[name == "address:10.0.0.9" for name in found.entity]]
+    assert of_address[0] == of_address[2] != of_address[1]
