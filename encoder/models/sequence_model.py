@@ -134,11 +134,10 @@ class SequenceModel:
         codes[used] = self.codebook(vectors[used])
         return codes
 
-    def run(
+    def total_surprise(
         self,
         vectors: NDArray[np.float16],
         times: NDArray[np.int64],
-        length: NDArray[np.int32],
         kind: NDArray[np.int8],
         codes: NDArray[np.int16],
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -146,8 +145,8 @@ class SequenceModel:
         window: float64 [m], nats; and int64 [m], of how many members: in a full window, the first ones have lost what
         was before them. codes: int16 [m, W], of `codes`; others as in `__call__`."""
         m, width = codes.shape
-        used = used_slots(length, width)
-        counted = used & ((np.arange(width) >= ORDER) | (length < width)[:, None])
+        used = codes >= 0
+        counted = used & ((np.arange(width) >= ORDER) | ~used[:, :1])
         counted[:, 0] = False
         x = vectors.astype(np.float32) * np.float32(self.scale)
         wanted = np.maximum(codes, 0).astype(np.int64)

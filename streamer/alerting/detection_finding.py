@@ -151,7 +151,7 @@ class _Finding:
         """The summary of an event of the window: of the alerted event itself, else of the normal event like it."""
         if label == self.coordinates:
             return self.own_summary()
-        return self._example_summary(like, redactor) if like else "an event like none in training"
+        return self._example_summary(like, redactor)
 
     def _shown_stretch(self, stretch: Stretch, redacted: Redacted, redactor: Redactor) -> dict[str, Any]:
         """The stretch as it stands in `unmapped.stretch`."""
@@ -162,11 +162,7 @@ class _Finding:
             "distance": round(finding.distance, 4),
             "usual_distance": round(finding.usual_distance, 4),
             "differing": [
-                {
-                    "summary": self._example_summary(like, redactor) if like else "an event like none in training",
-                    "here": here,
-                    "nearest_normal": there,
-                }
+                {"summary": self._example_summary(like, redactor), "here": here, "nearest_normal": there}
                 for like, here, there in differing
             ],
         }
@@ -176,7 +172,9 @@ class _Finding:
 
     @staticmethod
     def _example_summary(like: Mapping[str, Any], redactor: Redactor) -> str:
-        return wording.summary({path: redactor.text(path, str(value)) for path, value in like.items()})
+        """The summary of a normal event, as it may be shown; `like` is empty where training had none like it."""
+        shown = {path: redactor.text(path, str(value)) for path, value in like.items()}
+        return wording.summary(shown) if like else "an event like none in training"
 
     def alert(self) -> Alert:
         title = self.title()

@@ -96,7 +96,7 @@ def weighted(
     )
 
 
-def asked(record: NDArray[np.float64], history: NDArray[np.float64]) -> NDArray[np.bool_]:
+def in_doubt(record: NDArray[np.float64], history: NDArray[np.float64]) -> NDArray[np.bool_]:
     """bool [n]: whose stretch is asked. record, history: float64 [n], nats."""
     doubtful: NDArray[np.bool_] = np.maximum(record, history) >= DOUBT
     return doubtful

@@ -28,7 +28,7 @@ from state.timers import Activity, Inactivity, TimerStore
 from state.windows import WindowEntries, Windows, WindowStore
 from streamer.detection.batches import PreparedBatch, ScoredBatch, StageTimer, UnusualStretches
 from streamer.detection.bundle import Bundle
-from streamer.detection.combine import asked, severity, weighted
+from streamer.detection.combine import in_doubt, severity, weighted
 from streamer.detection.cooccurrence_score import CAUSES as COOCCURRENCE_CAUSES
 from streamer.detection.drift import Drift
 from streamer.detection.inactivity import CAUSE as INACTIVITY
@@ -275,7 +275,7 @@ class Detector:
         scorer, windows = self.bundle.scorer.stretch, history.windows
         if scorer is None or windows is None:
             return np.zeros(len(record)), None
-        pairs = np.flatnonzero(asked(record, history.evidence)[entities.row] & (windows.own >= 0))
+        pairs = np.flatnonzero(in_doubt(record, history.evidence)[entities.row] & (windows.own >= 0))
         kinds, rows = entities.kind[pairs], entities.row[pairs]
         raw = scorer.raw(windows.take(pairs), kinds)
         by_composition = scorer.by_lives(COMPOSITION, raw[COMPOSITION], kinds)

@@ -103,8 +103,7 @@ class StretchScorer:
     def raw(self, windows: Windows, kinds: NDArray[np.int8]) -> dict[str, NDArray[np.float64]]:
         """The uncalibrated statistics of m windows, float64 [m] by name. kinds: int8 [m]."""
         codes = self.model.codes(windows.vectors, windows.length)
-        run = self.model.run(windows.vectors, windows.times, windows.length, kinds, codes)
-        return self.statistics(codes, *run, kinds)
+        return self.statistics(codes, *self.model.total_surprise(windows.vectors, windows.times, kinds, codes), kinds)
 
     def statistics(
         self,
@@ -113,7 +112,7 @@ class StretchScorer:
         steps: NDArray[np.int64],
         kinds: NDArray[np.int8],
     ) -> dict[str, NDArray[np.float64]]:
-        """As `raw`, of what the model says of the windows (`SequenceModel.codes`, `run`)."""
+        """As `raw`, of what the model says of the windows (`SequenceModel.codes`, `total_surprise`)."""
         usual = np.array([self.normal[kind].usual if kind in self.normal else 0.0 for kind in range(len(KINDS))])
         excess = (surprise - steps * usual[kinds]) / (steps + USUAL_STEPS)
         return {COMPOSITION: self.nearest(codes, kinds)[0], RUN: excess}

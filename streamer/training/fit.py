@@ -49,7 +49,7 @@ from streamer.detection.sequence_score import SequenceScorer
 from streamer.errors import RipcurrentError
 from streamer.event_files import Reread, Unread, batches, with_common_times
 from streamer.redaction import Redactor
-from streamer.training.history import StageProgress, ToldHistory, fit_history
+from streamer.training.history import StageProgress, TrainingHistory, fit_history
 from streamer.training.vouching import types_with_quantities, vouching
 
 HELD_OUT = 0.15
@@ -152,7 +152,7 @@ def fit(
     encoder, record, by_record, report = part.encoder, part.scorer, part.held_out, part.report
     anonymised = encoder.anonymised(loaded.features)
     history = fit_history(
-        ToldHistory(loaded.entities, loaded.activity_counts, loaded.time, anonymised, n == loaded.events),
+        TrainingHistory(loaded.entities, loaded.activity_counts, loaded.time, anonymised, n == loaded.events),
         held,
         by_record,
         seed=seed,

@@ -21,7 +21,7 @@ from state.cooccurrence import CooccurrenceCounts, near
 from state.memory.windows import MemoryWindows
 from state.rate_profiles import RateProfiles
 from state.windows import WindowEntries
-from streamer.detection.combine import asked, weighted
+from streamer.detection.combine import in_doubt, weighted
 from streamer.detection.cooccurrence_score import JUDGED, CooccurrenceScorer
 from streamer.detection.rate_score import RateScorer
 from streamer.detection.sequence_score import SequenceScorer
@@ -36,7 +36,7 @@ MAX_ENTITIES = 50_000
 
 
 @dataclass(frozen=True)
-class ToldHistory:
+class TrainingHistory:
     """n events of training as entities did them, in order of event time.
 
     entities, activity_counts: of the pairs of event and entity; time: int64 [n], event ms; vectors: float16 [n, d],
@@ -65,7 +65,7 @@ class FittedHistory:
 
 
 def fit_history(
-    told: ToldHistory,
+    history: TrainingHistory,
     held: NDArray[np.bool_],
     by_record: NDArray[np.float64],
     *,
@@ -76,7 +76,7 @@ def fit_history(
 ) -> FittedHistory:
     """Fit to the history of n events. held: bool [n], which are held out; by_record: float64 [h], nats, the evidence
     against these by themselves; checkpoint: a file from which training resumes after a kill."""
-    pairs, vectors, time = told.entities, told.vectors, told.time
+    pairs, vectors, time = history.entities, history.vectors, history.time
     evidence = np.zeros(len(held))
     judged = np.flatnonzero(held[pairs.row])
     if len(judged) in (0, len(pairs)):
@@ -93,7 +93,7 @@ def fit_history(
         progress=lambda step, steps, loss: tell("sequences", step, steps, f"loss {loss:.3f}"),
     )
     sequences = SequenceScorer(model)
-    replayed = _replayed(sequences, told, held)
+    replayed = _replayed(sequences, history, held)
     raw, cooccurrence = replayed.raw, replayed.cooccurrence
     last = dict(zip(pairs.entity, range(len(pairs.entity)), strict=True))
     is_last = np.zeros(len(pairs.entity), bool)
@@ -105,7 +105,7 @@ def fit_history(
     profiles, excess = RateProfiles.fit(pairs.entity, pairs.kind, replayed.levels, time[pairs.row], kinds=len(KINDS))
     rates = RateScorer(profiles)
     by_user = np.zeros(len(judged))
-    if told.whole:  # Of a sample, every count would be too low.
+    if history.whole:  # Of a sample, every count would be too low.
         rates.fit(excess, pairs.kind, pairs.entity, pairs.row)
         if len(replayed.overlap):
             cooccurrence.fit(replayed.overlap, int(held.sum()))
@@ -114,12 +114,12 @@ def fit_history(
     order, missing = (sequences.evidence(name, raw, kinds) for name in ("order", "missing"))
     np.maximum.at(evidence, pairs.row[judged], weighted(order, missing, rate, by_user).max(0))
     tell("stretches", 0, 0, "")
-    stretch, learnt, entity = StretchScorer(model), replayed.learned, replayed.entity
-    stretch.learn(replayed.codes[learnt], pairs.kind[learnt], entity[learnt], seed=seed)
+    stretch, learned, entity = StretchScorer(model), replayed.learned, replayed.entity
+    stretch.learn(replayed.codes[learned], pairs.kind[learned], entity[learned], seed=seed)
     rows = np.cumsum(held, dtype=np.int32)[pairs.row[judged]] - 1
-    whole = (replayed.codes[judged], *replayed.run, kinds, entity[judged], time[pairs.row[judged]], rows)
-    of_stretch = stretch.fit(*whole)
-    doubtful = np.flatnonzero(asked(by_record, evidence[held])[rows])
+    moments = time[pairs.row[judged]]
+    of_stretch = stretch.fit(replayed.codes[judged], *replayed.total_surprise, kinds, entity[judged], moments, rows)
+    doubtful = np.flatnonzero(in_doubt(by_record, evidence[held])[rows])
     of_doubtful = {name: each[doubtful] for name, each in of_stretch.items()}
     by_stretch = stretch.evidence(of_doubtful, kinds[doubtful], rows[doubtful], len(by_record))
     return FittedHistory(evidence[held], by_stretch, sequences, rates, cooccurrence, stretch, report)
@@ -132,8 +132,8 @@ class _Replayed:
     raw: the scores of the pairs of held-out events, by name; levels: uint8 [pairs, 8], what all raised; cooccurrence:
     learned from the pairs of other events; overlap: float64 [k, PARTNERS], how surprising partners are of the held-out
     ones that are judged by it; learned: intp, pairs of other events, whose windows are taken for normal; codes: int16
-    [pairs, W], of the windows of the held-out and the learned ones; run: of those of the held-out ones, as
-    `SequenceModel.run`; entity: int64 [pairs].
+    [pairs, W], of the windows of the held-out and the learned ones; total_surprise: of those of the
+    held-out ones, as `SequenceModel.total_surprise`; entity: int64 [pairs].
     """
 
     raw: dict[str, NDArray[np.float64]]
@@ -141,20 +141,20 @@ class _Replayed:
     cooccurrence: CooccurrenceScorer
     overlap: NDArray[np.float64]
     codes: NDArray[np.int16]
-    run: tuple[NDArray[np.float64], NDArray[np.int64]]
+    total_surprise: tuple[NDArray[np.float64], NDArray[np.int64]]
     entity: NDArray[np.int64]
     learned: NDArray[np.intp]
 
 
-def _replayed(scorer: SequenceScorer, told: ToldHistory, held: NDArray[np.bool_]) -> _Replayed:
-    pairs, vectors = told.entities, told.vectors
+def _replayed(scorer: SequenceScorer, history: TrainingHistory, held: NDArray[np.bool_]) -> _Replayed:
+    pairs, vectors = history.entities, history.vectors
     judged = np.flatnonzero(held[pairs.row])
     counts = CooccurrenceCounts()
     at_once: list[tuple[list[str], NDArray[np.int16], NDArray[np.int16]]] = []
     windows = MemoryWindows(dim=vectors.shape[1], max_entities=MAX_ENTITIES)
     model = scorer.model
     found: list[dict[str, NDArray[np.float64]]] = []
-    runs: list[tuple[NDArray[np.float64], NDArray[np.int64]]] = []
+    surprises: list[tuple[NDArray[np.float64], NDArray[np.int64]]] = []
     levels: list[NDArray[np.uint8]] = []
     others = np.flatnonzero(~held[pairs.row])
     learned = others[:: -(-len(others) // MAX_STRETCHES) or 1]
@@ -166,13 +166,13 @@ def _replayed(scorer: SequenceScorer, told: ToldHistory, held: NDArray[np.bool_]
         rows, kinds = pairs.row[start : start + step], pairs.kind[start : start + step]
         entries = WindowEntries(
             pairs.entity[start : start + step],
-            np.maximum(told.time[rows], 0),
+            np.maximum(history.time[rows], 0),
             vectors[rows],
             (("training", 0),),
             np.zeros(len(rows), np.int32),
             rows.astype(np.int64),
             np.zeros(len(rows), np.int32),
-            told.activity_counts.take(slice(start, start + step)),
+            history.activity_counts.take(slice(start, start + step)),
         )
         seen = windows.append(entries)
         windows.committed({("training", 0): int(rows[-1])})
@@ -183,7 +183,7 @@ def _replayed(scorer: SequenceScorer, told: ToldHistory, held: NDArray[np.bool_]
         if len(here):
             own = seen.take(here)
             found.append(scorer.raw(own, kinds[here]))
-            runs.append(model.run(own.vectors, own.times, own.length, kinds[here], codes[start + here]))
+            surprises.append(model.total_surprise(own.vectors, own.times, kinds[here], codes[start + here]))
         for later in (False, True):
             users = np.flatnonzero((kinds == JUDGED) & (held[rows] == later))
             names = [pairs.entity[start + i] for i in users.tolist()]
@@ -195,6 +195,6 @@ def _replayed(scorer: SequenceScorer, told: ToldHistory, held: NDArray[np.bool_]
     surprise = np.concatenate([cooccurrence.surprise(*part) for part in at_once])
     raw = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     _, entity = np.unique(np.array(pairs.entity, object).astype(str), return_inverse=True)
-    run = np.concatenate([total for total, _ in runs]), np.concatenate([steps for _, steps in runs])
+    total = np.concatenate([each for each, _ in surprises]), np.concatenate([steps for _, steps in surprises])
     places = CooccurrenceScorer(cooccurrence)
-    return _Replayed(raw, np.concatenate(levels), places, surprise, codes, run, entity.astype(np.int64), learned)
+    return _Replayed(raw, np.concatenate(levels), places, surprise, codes, total, entity.astype(np.int64), learned)
